@@ -1,0 +1,69 @@
+"""From parameter shapes to blocks: merge small dimensions, then cut what is still too large.
+
+The order of merging is part of the algorithm's definition: the AlgoPerf submission merges from
+left to right, so [32, 32, 3, 3] becomes [1024, 9] (from the right it would be [32, 288]).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+
+def merge_dims(shape: tuple[int, ...], max_dim: int) -> tuple[int, ...]:
+    """Drop dimensions of size 1, then multiply neighbours, left to right, while <= ``max_dim``.
+
+    >>> merge_dims((384, 3, 16, 16), 1024), merge_dims((512, 512, 3, 3), 1024)
+    ((384, 768), (512, 512, 9))
+
+    Returns at least one dimension; (1,) for a scalar.
+    """
+    sizes = [d for d in shape if d != 1]
+    merged: list[int] = []
+    for d in sizes:
+        if merged and merged[-1] * d <= max_dim:
+            merged[-1] *= d
+        else:
+            merged.append(d)
+    return tuple(merged) or (1,)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangular piece of one merged parameter.
+
+    ``start[i] : start[i] + shape[i]`` along every dimension i of ``merged``.
+    """
+
+    merged: tuple[int, ...]
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(s, s + d) for s, d in zip(self.start, self.shape, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def cut(shape: tuple[int, ...], max_dim: int) -> list[Block]:
+    """Blocks of a parameter of ``shape``, in row-major order of the grid of blocks.
+
+    A dimension d is cut into floor(d / max_dim) pieces of max_dim and one of the rest.
+
+    Raises:
+        ValueError: a dimension is 0, or max_dim < 1.
+    """
+    if max_dim < 1:
+        raise ValueError(f"max_preconditioner_dim must be at least 1, got {max_dim}")
+    if 0 in shape:
+        raise ValueError(f"cannot precondition an empty parameter of shape {tuple(shape)}")
+    merged = merge_dims(tuple(shape), max_dim)
+    pieces = [[(s, min(max_dim, d - s)) for s in range(0, d, max_dim)] for d in merged]
+    return [
+        Block(merged, tuple(s for s, _ in corner), tuple(d for _, d in corner))
+        for corner in itertools.product(*pieces)
+    ]

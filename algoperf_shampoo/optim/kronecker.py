@@ -1,0 +1,256 @@
+"""The optimizer: one step loop for the whole family. ``step`` is the whole algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import state
+from .blocking import Block, cut
+from .buckets import Layout, Stack
+from .eigenbasis import FactorSet, build_factor_sets, refresh
+from .eigensolvers import Solver
+from .precision import MATMUL_PRECISIONS
+from .preconditioners import Adam, EShampoo, GraftedShampoo, Hyper, Rule
+
+
+@dataclass
+class Group:
+    """One parameter group laid out in stacks: each stack with its rule, and all its factors."""
+
+    layout: Layout
+    rules: list[tuple[Stack, Rule]]
+    factor_sets: list[FactorSet]
+    rule: Rule
+
+
+class Kronecker(torch.optim.Optimizer):
+    """Shampoo-family optimizer with one rule; the named variants below choose the rule.
+
+    Parameters are merged and cut into blocks (:mod:`.blocking`), blocks of one shape are stacked
+    (:mod:`.buckets`), and everything runs batched on stacks. State is float32 (float64 for float64
+    parameters). Parameters without a gradient are skipped and keep their own step count.
+
+    Args:
+        params: parameters or groups. Groups may differ in lr, betas, eps, weight_decay and nadam.
+        rule: the preconditioner of blocks with factors.
+        lr: alpha in the paper.
+        betas: (beta1, beta2): of the gradient's average, and of all second-moment statistics.
+        eps: epsilon added to sqrt(D).
+        weight_decay: lambda, decoupled: W <- W - lr * (U + weight_decay * W).
+        nadam: numerator beta1 M + (1 - beta1) G.
+        precondition_frequency: F, steps between checks of a block's factors.
+        tau: threshold of Eq. 11 in [0, 1); 0 refreshes at every check.
+        max_preconditioner_dim: larger dimensions are cut.
+        one_dim: "full" for full-matrix Adam on 1-D blocks, "adam" for Adam.
+        matmul_precision: of the rotations on a GPU, "highest" or "high" (TF32); Grams and
+            criterion are always float32-accurate.
+        solver: how factors are decomposed.
+        process_group: set when the processes of the group hold replicas that see equal gradients.
+
+    Raises:
+        ValueError: a hyperparameter out of range (named, with its range), or an empty, sparse or
+            complex parameter.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: Rule,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        nadam: bool = False,
+        precondition_frequency: int = 100,
+        tau: float = 0.0,
+        max_preconditioner_dim: int = 1024,
+        one_dim: str = "full",
+        matmul_precision: str = "highest",
+        solver: Solver | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        frequency = precondition_frequency
+        if not isinstance(frequency, int) or isinstance(frequency, bool) or frequency < 1:
+            raise ValueError(f"precondition_frequency must be an integer >= 1, got {frequency!r}")
+        if not 0 <= tau < 1:
+            raise ValueError(f"tau must be in [0, 1), got {tau!r}")
+        if one_dim not in ("full", "adam"):
+            raise ValueError(f'one_dim must be "full" or "adam", got {one_dim!r}')
+        if matmul_precision not in MATMUL_PRECISIONS:
+            known = ", ".join(MATMUL_PRECISIONS)
+            raise ValueError(f"matmul_precision must be one of {known}, got {matmul_precision!r}")
+        self.rule = rule
+        self.precondition_frequency = frequency
+        self.tau = tau
+        self.max_preconditioner_dim = max_preconditioner_dim
+        self.one_dim = one_dim
+        self.matmul_precision = matmul_precision
+        self.solver = solver or Solver()
+        self.process_group = process_group
+        self._groups: list[Group] = []
+        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nadam=nadam)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check_group(group)
+        layout = Layout(group["params"], self._blocks)
+        rules = [(stack, self._rule_for(stack.shape)) for stack in layout.stacks]
+        sets = build_factor_sets([stack for stack, rule in rules if rule.has_factors])
+        for stack, rule in rules:
+            rule.init(stack)
+        self._groups.append(Group(layout, rules, sets, self.rule))
+
+    def _blocks(self, param: Tensor) -> list[Block]:
+        return cut(tuple(param.shape), self.max_preconditioner_dim)
+
+    def _rule_for(self, shape: tuple[int, ...]) -> Rule:
+        # A 1x1 factor has one direction: every rule of the family is Adam there.
+        plain = shape == (1,) or (len(shape) == 1 and self.one_dim == "adam")
+        return Adam() if plain else self.rule
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step on the parameters that have gradients. No host synchronisation unless a check
+        is due (t mod F = 0); then one read for all factors, and more where factors are refreshed."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for settings, group in zip(self.param_groups, self._groups, strict=True):
+            self._step_group(settings, group)
+        return loss
+
+    def _step_group(self, settings: dict[str, Any], group: Group) -> None:
+        h = self._hyper(settings)
+        present = [p.grad is not None for p in group.layout.params]
+        work = []
+        for stack, rule in group.rules:
+            rows = [r for r, member in enumerate(stack.members) if present[member.param]]
+            if rows:
+                for r in rows:
+                    stack.steps[r] += 1
+                work.append((stack, rule, rows, group.layout.gather(stack, rows)))
+        if group.rule.statistics_first:
+            self._statistics(group, work, h)
+        if h.weight_decay != 0:
+            decayed = [p for p, here in zip(group.layout.params, present, strict=True) if here]
+            torch._foreach_mul_(decayed, 1 - h.lr * h.weight_decay)
+        for stack, rule, rows, g in work:
+            part = _part(stack, rows)
+            update = rule.update(part, g, h)
+            _write_back(stack, rows, part)
+            group.layout.scatter(stack, rows, update, -h.lr)
+        if not group.rule.statistics_first:
+            self._statistics(group, work, h)
+
+    def _statistics(
+        self, group: Group, work: list[tuple[Stack, Rule, list[int], Tensor]], h: Hyper
+    ) -> None:
+        due = {}
+        for stack, rule, rows, g in work:
+            if not rule.has_factors:
+                continue
+            part = _part(stack, rows)
+            rule.accumulate(part, g, h)
+            _write_back(stack, rows, part)
+            due[id(stack)] = [r for r in rows if stack.steps[r] % self.precondition_frequency == 0]
+        refresh(
+            group.factor_sets,
+            due,
+            group.rule,
+            h.beta2,
+            self.tau,
+            self.solver,
+            self.process_group,
+        )
+
+    def _hyper(self, settings: dict[str, Any]) -> Hyper:
+        beta1, beta2 = settings["betas"]
+        return Hyper(
+            float(settings["lr"]),
+            beta1,
+            beta2,
+            settings["eps"],
+            settings["weight_decay"],
+            settings["nadam"],
+            self.matmul_precision,
+        )
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Canonical: per parameter and per block, independent of stacking, device and back end.
+
+        {"state": {i: {"step": t, "blocks": [{"start", "shape", "ready", name: tensor, ...}]}},
+        "param_groups": [...]}, parameters numbered as torch does. Tensors are views of the live
+        state: copy them if you step on.
+        """
+        return state.pack(self.param_groups, [(g.layout, g.factor_sets) for g in self._groups])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Restore what :meth:`state_dict` gave, to the bit.
+
+        Raises:
+            ValueError: other parameters, shapes or blocks than this optimizer's, or a tensor is
+                missing; nothing has been changed then.
+        """
+        layouts = [(g.layout, g.factor_sets) for g in self._groups]
+        state.unpack(state_dict, self.param_groups, layouts)
+
+    def factor_sets(self) -> Iterable[FactorSet]:
+        """All factor sets, for telemetry and tests."""
+        for group in self._groups:
+            yield from group.factor_sets
+
+
+def _part(stack: Stack, rows: list[int]) -> Stack:
+    return stack if len(rows) == len(stack) else stack.select(rows)
+
+
+def _write_back(stack: Stack, rows: list[int], part: Stack) -> None:
+    if part is not stack:
+        stack.put(rows, part)
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    for name, value, good, wanted in (
+        ("lr", group["lr"], float(group["lr"]) >= 0, ">= 0"),
+        ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
+        ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
+        ("eps", group["eps"], group["eps"] >= 0, ">= 0"),
+        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0, ">= 0"),
+    ):
+        if not good:
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def eshampoo(params: ParamsT, **settings: Any) -> Kronecker:
+    """EShampoo (Algorithm 2). tau = 0: fixed frequency F; tau > 0: adaptive, checked every F steps."""
+    return Kronecker(params, EShampoo(), **settings)
+
+
+def shampoo_grafting(
+    params: ParamsT,
+    *,
+    eps: float = 1e-8,
+    grafting_eps: float = 1e-8,
+    exponent_multiplier: float = 1.0,
+    **settings: Any,
+) -> Kronecker:
+    """Shampoo with Adam grafting (Algorithm 3); eps is added to the factors' eigenvalues."""
+    rule = GraftedShampoo(eps, grafting_eps, exponent_multiplier)
+    return Kronecker(params, rule, eps=grafting_eps, **settings)
+
+
+def adamw(params: ParamsT, **settings: Any) -> Kronecker:
+    """AdamW, or with nadam=True AlgoPerf's NAdamW: the baseline, on the same step loop."""
+    return Kronecker(params, Adam(), **settings)

@@ -1,0 +1,8 @@
+"""One file per rule."""
+
+from .adam import Adam
+from .base import Hyper, Rule
+from .eshampoo import EShampoo
+from .shampoo import GraftedShampoo
+
+__all__ = ["Adam", "EShampoo", "GraftedShampoo", "Hyper", "Rule"]

@@ -1,0 +1,316 @@
+"""AlgoPerf's submission functions, written once for every variant.
+
+A submission module says which optimizer it is and hands out the bound methods of one
+:class:`Submission`. The same file runs under AlgoPerf's ``submission_runner.py`` and under the
+embedded harness: everything that differs between the two is asked of the objects they pass in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+from .optim import Kronecker
+
+log = logging.getLogger(__name__)
+
+# Global batch sizes: those of the paper's runs, and of the minis on a CPU.
+BATCH_SIZES = {
+    "fastmri": 32,
+    "imagenet_vit": 1024,
+    "ogbg": 512,
+    "mnist": 64,
+    "fastmri_mini": 8,
+    "imagenet_vit_mini": 64,
+    "ogbg_mini": 64,
+}
+
+# Set to "replay" to read past the batches that were used before a run under AlgoPerf's harness was
+# resumed (exact continuation, but on the clock); by default the input pipeline starts over.
+RESUME_DATA = "SHAMPOO_RESUME_DATA"
+
+MakeOptimizer = Callable[[list[torch.nn.Parameter], Any, "dist.ProcessGroup | None"], Kronecker]
+
+
+def hyperparameter(hyperparameters: Any, name: str, default: Any = None) -> Any:
+    """Field ``name`` of a search-space point; without a default the point must have it.
+
+    Raises:
+        ValueError: the field is missing, naming it and those that are there.
+    """
+    value = getattr(hyperparameters, name, default)
+    if value is None:
+        fields = ", ".join(getattr(hyperparameters, "_fields", ())) or "none: no search space given"
+        raise ValueError(f"the search-space point lacks {name!r}; it has: {fields}")
+    return value
+
+
+def common_settings(hyperparameters: Any) -> dict[str, Any]:
+    """The optimizer arguments that every variant reads from its search-space point."""
+    get = hyperparameter
+    return {
+        "lr": float(get(hyperparameters, "learning_rate")),
+        "betas": (
+            1.0 - get(hyperparameters, "one_minus_beta1"),
+            1.0 - get(hyperparameters, "one_minus_beta2"),
+        ),
+        "eps": float(get(hyperparameters, "epsilon")),
+        "weight_decay": float(get(hyperparameters, "weight_decay")),
+        "nadam": bool(get(hyperparameters, "use_nadam")),
+    }
+
+
+def kronecker_settings(hyperparameters: Any) -> dict[str, Any]:
+    """:func:`common_settings` and what the variants with Kronecker factors read besides."""
+    get = hyperparameter
+    return {
+        **common_settings(hyperparameters),
+        "precondition_frequency": get(hyperparameters, "precondition_frequency"),
+        "max_preconditioner_dim": get(hyperparameters, "max_preconditioner_dim"),
+        "one_dim": get(hyperparameters, "one_dim", "full"),
+        "matmul_precision": get(hyperparameters, "matmul_precision", "highest"),
+    }
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: float) -> float:
+    """Factor of the learning rate: linear from 1e-10 to 1 over ``warmup_steps``, then cosine to 0.
+
+    0 past ``total_steps`` (the 2024 submission's scheduler rises again there).
+    """
+    if step < warmup_steps:
+        return 1e-10 + (1 - 1e-10) * step / warmup_steps
+    done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class Monitor:
+    """Training loss since the last evaluation, kept on the device, and the batches drawn so far.
+
+    Logging inside update_params is on the benchmark's clock, so nothing is read or written
+    before prepare_for_eval.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.resumed_here = False  # batches were drawn by an earlier process
+        self._sum: Tensor | None = None
+        self._count = 0
+
+    def add(self, loss: Tensor) -> None:
+        loss = loss.detach().float()
+        self._sum = loss.clone() if self._sum is None else self._sum.add_(loss)
+        self._count += 1
+
+    def flush(self) -> dict[str, float]:
+        """Mean loss since the last flush; {} when there was no step."""
+        if self._sum is None:
+            return {}
+        mean = self._sum.item() / self._count
+        self._sum, self._count = None, 0
+        return {"loss": mean}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "sum": self._sum, "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.batches, self._sum, self._count = state["batches"], state["sum"], state["count"]
+        self.resumed_here = True
+
+
+class Submission:
+    """AlgoPerf's functions for one optimizer; hand out the methods as a module's functions.
+
+    Args:
+        make_optimizer: (parameters, hyperparameters, process group or None) -> optimizer. The
+            process group is given when several processes hold replicas.
+    """
+
+    def __init__(self, make_optimizer: MakeOptimizer) -> None:
+        self.make_optimizer = make_optimizer
+
+    @staticmethod
+    def get_batch_size(workload_name: str) -> int:
+        """Global batch size.
+
+        Raises:
+            ValueError: unknown workload (AlgoPerf then asks again with the base workload's name).
+        """
+        if workload_name not in BATCH_SIZES:
+            known = ", ".join(BATCH_SIZES)
+            raise ValueError(f"no batch size for workload {workload_name!r}; known: {known}")
+        return BATCH_SIZES[workload_name]
+
+    def init_optimizer_state(
+        self,
+        workload: Any,
+        model_params: torch.nn.Module,
+        model_state: Any,
+        hyperparameters: Any,
+        rng: Any,
+    ) -> dict[str, Any]:
+        """Optimizer, scheduler and monitor: every entry has state_dict and load_state_dict, because
+        AlgoPerf's restore fails on entries that have not."""
+        optimizer = self.make_optimizer(
+            list(model_params.parameters()), hyperparameters, _process_group()
+        )
+        total = hyperparameter(hyperparameters, "step_hint_factor") * workload.step_hint
+        warmup = int(hyperparameter(hyperparameters, "warmup_factor") * total)
+        scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
+        return {"optimizer": optimizer, "scheduler": scheduler, "monitor": Monitor()}
+
+    def update_params(
+        self,
+        workload: Any,
+        current_param_container: torch.nn.Module,
+        current_params_types: Any,
+        model_state: Any,
+        hyperparameters: Any,
+        batch: dict[str, Any],
+        loss_type: Any,
+        optimizer_state: dict[str, Any],
+        eval_results: list[tuple[int, Any]],
+        global_step: int,
+        rng: Any,
+        train_state: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], torch.nn.Module, Any]:
+        """One training step; returns (optimizer_state, model, model_state)."""
+        model = _ensure_ddp(current_param_container)
+        model.train()
+        optimizer = optimizer_state["optimizer"]
+        optimizer.zero_grad(set_to_none=True)
+        options = {}
+        if "dropout_rate" in inspect.signature(workload.model_fn).parameters:
+            # Left out, the workload's own default applies silently (0.1 for OGBG).
+            options["dropout_rate"] = hyperparameter(hyperparameters, "dropout_rate")
+        logits, model_state = workload.model_fn(
+            params=model,
+            augmented_and_preprocessed_input_batch=batch,
+            model_state=model_state,
+            mode=_train_mode(),
+            rng=rng,
+            update_batch_norm=True,
+            **options,
+        )
+        result = workload.loss_fn(
+            label_batch=batch["targets"],
+            logits_batch=logits,
+            mask_batch=batch.get("weights"),
+            label_smoothing=hyperparameter(hyperparameters, "label_smoothing"),
+        )
+        loss = _global_mean(result["summed"], result["n_valid_examples"])
+        loss.backward()
+        optimizer.step()
+        optimizer_state["scheduler"].step()
+        optimizer_state["monitor"].add(loss)
+        return optimizer_state, model, model_state
+
+    def prepare_for_eval(
+        self,
+        workload: Any,
+        current_param_container: torch.nn.Module,
+        current_params_types: Any,
+        model_state: Any,
+        hyperparameters: Any,
+        loss_type: Any,
+        optimizer_state: dict[str, Any],
+        eval_results: list[tuple[int, Any]],
+        global_step: int,
+        rng: Any,
+    ) -> tuple[dict[str, Any], torch.nn.Module, Any]:
+        """Write what the monitor and the optimizer gathered since the last evaluation."""
+        optimizer = optimizer_state["optimizer"]
+        metrics = optimizer_state["monitor"].flush()
+        metrics["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+        sets = list(optimizer.factor_sets())
+        if sets:
+            for name in ("checks", "refreshes", "failures"):
+                metrics[f"eigenbasis_{name}"] = sum(sum(getattr(s, name)) for s in sets)
+        if getattr(workload, "metrics_logger", None) is not None:  # None off rank 0
+            workload.metrics_logger.append_scalar_metrics(metrics, global_step)
+            log.info("step %d: %s", global_step, metrics)
+        return optimizer_state, current_param_container, model_state
+
+    @staticmethod
+    def data_selection(
+        workload: Any,
+        input_queue: Iterator[dict[str, Any]],
+        optimizer_state: dict[str, Any],
+        current_param_container: torch.nn.Module,
+        model_state: Any,
+        hyperparameters: Any,
+        global_step: int,
+        rng: Any,
+    ) -> dict[str, Any]:
+        """The next batch. After a resume the position in the data is the harness's affair if its
+        queue can skip; AlgoPerf's cannot, see RESUME_DATA."""
+        monitor = optimizer_state["monitor"]
+        if monitor.resumed_here and not hasattr(input_queue, "skip"):
+            if os.environ.get(RESUME_DATA) == "replay":
+                log.warning("resumed: reading past %d batches, on the clock", monitor.batches)
+                for _ in range(monitor.batches):
+                    next(input_queue)
+            else:
+                log.warning(
+                    "resumed at step %d, but the input pipeline starts over at its first batch; "
+                    "set %s=replay for the exact continuation",
+                    global_step,
+                    RESUME_DATA,
+                )
+        monitor.resumed_here = False
+        monitor.batches += 1
+        return next(input_queue)
+
+
+def _train_mode() -> Any:
+    """ForwardPassMode.TRAIN of the harness at work: AlgoPerf's once it has been imported."""
+    spec = sys.modules.get("algoperf.spec")
+    if spec is None:
+        from .harness import spec  # type: ignore[no-redef]
+    return spec.ForwardPassMode.TRAIN
+
+
+def _process_group() -> dist.ProcessGroup | None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
+
+
+def _ensure_ddp(model: torch.nn.Module) -> torch.nn.Module:
+    """Wrap a bare module in DDP when several processes train it.
+
+    AlgoPerf's restore hands back the module without its wrapper, and gradients would silently stop
+    syncing. The parameters stay the same objects, so the optimizer goes on with them.
+    """
+    if _process_group() is None:
+        return model
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, DistributedDataParallel):
+        return model
+    log.warning("the model came without DistributedDataParallel (resumed?); wrapping it again")
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _global_mean(summed: Tensor, count: Any) -> Tensor:
+    """Mean loss over the global batch, such that DDP's mean of gradients is its gradient.
+
+    The valid examples of all processes are counted (they differ on OGBG), and the local sum is
+    multiplied by the number of processes that DDP will divide by.
+    """
+    group = _process_group()
+    if group is None:
+        return summed / count
+    total = torch.as_tensor(count, dtype=summed.dtype, device=summed.device).clone()
+    dist.all_reduce(total, group=group)
+    return summed * dist.get_world_size(group) / total

@@ -1,0 +1,19 @@
+"""EShampoo whose eigenbases are all refreshed every F steps.
+
+The paper's C^EShampoo (F = 100): Algorithm 2 of "Purifying Shampoo" without Eq. 11.
+"""
+
+from algoperf_shampoo.optim import eshampoo
+from algoperf_shampoo.submission import Submission, kronecker_settings
+
+
+def make_optimizer(params, hyperparameters, process_group):
+    return eshampoo(params, process_group=process_group, **kronecker_settings(hyperparameters))
+
+
+_submission = Submission(make_optimizer)
+get_batch_size = _submission.get_batch_size
+init_optimizer_state = _submission.init_optimizer_state
+update_params = _submission.update_params
+prepare_for_eval = _submission.prepare_for_eval
+data_selection = _submission.data_selection

@@ -1,0 +1,26 @@
+"""Shampoo with Adam grafting, its inverse roots recomputed every F steps.
+
+The paper's baseline (F = 100), the winner of AlgoPerf's first external-tuning track: Algorithm 3 of
+"Purifying Shampoo".
+"""
+
+from algoperf_shampoo.optim import shampoo_grafting
+from algoperf_shampoo.submission import Submission, hyperparameter, kronecker_settings
+
+
+def make_optimizer(params, hyperparameters, process_group):
+    return shampoo_grafting(
+        params,
+        grafting_eps=hyperparameter(hyperparameters, "grafting_epsilon"),
+        exponent_multiplier=hyperparameter(hyperparameters, "exponent_multiplier"),
+        process_group=process_group,
+        **kronecker_settings(hyperparameters),
+    )
+
+
+_submission = Submission(make_optimizer)
+get_batch_size = _submission.get_batch_size
+init_optimizer_state = _submission.init_optimizer_state
+update_params = _submission.update_params
+prepare_for_eval = _submission.prepare_for_eval
+data_selection = _submission.data_selection
