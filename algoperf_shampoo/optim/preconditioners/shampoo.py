@@ -20,9 +20,17 @@ class GraftedShampoo(Rule):
     Args:
         eps: epsilon added to the factors' eigenvalues.
         grafting_eps: Adam's epsilon in A.
+
+    Raises:
+        ValueError: a negative epsilon or multiplier.
     """
 
     def __init__(self, eps: float, grafting_eps: float, exponent_multiplier: float = 1.0) -> None:
+        for name, value in (("eps", eps), ("grafting_eps", grafting_eps)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be >= 0, got {value!r}")
+        if not exponent_multiplier >= 0:
+            raise ValueError(f"exponent_multiplier must be >= 0, got {exponent_multiplier!r}")
         self.eps = eps
         self.grafting_eps = grafting_eps
         self.exponent_multiplier = exponent_multiplier

@@ -1,0 +1,122 @@
+"""Batched routines against float64, loops and tensordot; the criterion near its threshold."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from algoperf_shampoo.optim import linalg, reference
+from algoperf_shampoo.optim.eigensolvers import Solver
+
+SHAPES = [(5,), (4, 6), (3, 4, 5), (2, 3, 2, 4)]
+
+
+def orthogonal(n, count, generator, dtype=torch.float64):
+    x = torch.randn(count, n, n, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(x).Q.to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rotations_and_grams_equal_the_reference(shape):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, *shape, generator=g, dtype=torch.float64)
+    bases = [orthogonal(d, 3, g) for d in shape]
+    rotated = linalg.rotate(x, bases)
+    for b in range(3):
+        expected = reference.to_basis(x[b], [q[b] for q in bases])
+        torch.testing.assert_close(rotated[b], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(linalg.rotate_back(rotated, bases), x, rtol=1e-12, atol=1e-12)
+    for mode, d in enumerate(shape):
+        one = linalg.rotate_mode(x, bases[mode], mode)
+        torch.testing.assert_close(
+            one[1], reference.mode_product(x[1], bases[mode][1].T, mode), rtol=1e-12, atol=1e-12
+        )
+        factor = torch.eye(d, dtype=torch.float64).repeat(3, 1, 1)
+        linalg.gram_ema_(factor, x, mode, 0.9, 0.25)
+        m = reference.matricize(x[2], mode)
+        expected = 0.9 * torch.eye(d, dtype=torch.float64) + 0.25 * m @ m.T
+        torch.testing.assert_close(factor[2], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_criterion_by_hand():
+    a = torch.tensor([[[2.0, 1.0], [1.0, 3.0]]])
+    off = linalg.relative_off_diagonal(a, torch.eye(2)[None])
+    assert off.item() == pytest.approx((2 / 15) ** 0.5, rel=1e-6)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1e-3, 1e-2, 0.1]), st.sampled_from([1e-12, 1.0, 1e9]))
+@settings(max_examples=25, deadline=None)
+def test_criterion_agrees_with_float64_near_the_threshold(seed, tau, scale):
+    """Eigenvectors turned a little, so that Eq. 11 holds or fails by 1%: float32 must see it."""
+    g = torch.Generator().manual_seed(seed)
+    n = 48
+    q = orthogonal(n, 1, g)[0]
+    lam = torch.logspace(0, -6, n, dtype=torch.float64)
+    a = (q * lam) @ q.T
+    skew = torch.randn(n, n, generator=g, dtype=torch.float64)
+    skew = skew - skew.T
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the angle at which the criterion is exactly tau
+        middle = (low + high) / 2
+        turned = q @ torch.linalg.matrix_exp(middle * skew)
+        high, low = (middle, low) if _off(a, turned) > tau else (high, middle)
+    for factor in (0.98, 1.02):
+        turned = q @ torch.linalg.matrix_exp(low * factor * skew)
+        exact = _off(a, turned)
+        fast = linalg.relative_off_diagonal((a * scale).float()[None], turned.float()[None]).item()
+        assert fast == pytest.approx(exact, rel=1e-3)
+        assert (fast > tau) == (exact > tau)
+
+
+def _off(a, q):
+    lam = q.T @ a @ q
+    return ((lam - torch.diag(lam.diagonal())).norm() / lam.norm()).item()
+
+
+def test_the_references_criterion_is_the_same_number():
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(6, 6, generator=g, dtype=torch.float64)
+    a, q = x @ x.T, orthogonal(6, 1, g)[0]
+    assert reference.relative_off_diagonal(a, q) == pytest.approx(_off(a, q), rel=1e-12)
+
+
+def test_criterion_of_zero_and_of_nan():
+    a = torch.zeros(2, 3, 3)
+    a[1, 0, 0] = torch.nan
+    off = linalg.relative_off_diagonal(a, torch.eye(3).repeat(2, 1, 1))
+    assert off[0] == 0 and off[1].isnan()
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1.0, 1e12])
+def test_eigh_residual_and_orthogonality(scale):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 32, 8, generator=g)
+    a = scale * (x @ x.mT)  # rank 8 of 32
+    values, vectors, converged = Solver().solve(a, torch.eye(32).repeat(4, 1, 1), 0.0)
+    assert all(converged)
+    assert (values.diff(dim=-1) >= -1e-5 * values[:, -1:]).all()
+    a, values = a / scale, values / scale  # the norm of 1e-24 would underflow here too
+    residual = (a @ vectors - vectors * values[:, None]).norm() / a.norm()
+    assert residual < 5e-6
+    assert (vectors.mT @ vectors - torch.eye(32)).abs().max() < 5e-6
+
+
+def test_one_matrix_without_eigenvectors_spares_the_others():
+    a = torch.eye(3).repeat(3, 1, 1) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    a[1] = torch.nan
+    values, vectors, converged = Solver().solve(a, a, 0.0)
+    assert converged == [True, False, True]
+    torch.testing.assert_close(values[2], torch.full((3,), 3.0))
+    torch.testing.assert_close(vectors[0].abs(), torch.eye(3))
+
+
+def test_inverse_root_by_hand_and_against_the_reference():
+    values, vectors = torch.linalg.eigh(torch.diag(torch.tensor([16.0, 1.0])))
+    root = linalg.inverse_root(values[None], vectors[None], torch.tensor([0.25]), 0.0)
+    torch.testing.assert_close(root[0], torch.diag(torch.tensor([0.5, 1.0])))
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(7, 5, generator=g, dtype=torch.float64)
+    a = x @ x.T
+    lam, q = torch.linalg.eigh(a)
+    fast = linalg.inverse_root(lam[None], q[None], torch.tensor([0.25], dtype=torch.float64), 1e-3)
+    torch.testing.assert_close(fast[0], reference.inverse_root(a, 0.25, 1e-3), rtol=1e-9, atol=1e-9)
