@@ -1,0 +1,85 @@
+# Doors to the suite. `make help` lists them.
+
+# The same for every target that submits; empty means the default of scripts/submit.py.
+WORKLOAD ?= all
+SIZE ?= mini
+HARNESS ?=
+SEEDS ?= 1
+GPUS ?=
+DATA_DIR ?=
+F ?=
+TAU ?=
+OUT ?=
+DRY_RUN ?=
+RUNS ?=
+
+PYTHON ?= python3
+VENV ?= .venv
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+RUN_READY :=
+DEV_READY :=
+else
+PY := $(VENV)/bin/python
+RUN_READY := $(VENV)/.ready-run
+DEV_READY := $(VENV)/.ready-dev
+endif
+
+flag = $(if $($(1)),--$(2)='$($(1))')
+
+.PHONY: help test test-slow test-gpu lint types table1 FORCE
+.DEFAULT_GOAL := help
+
+help: ## list targets and variables
+	@echo 'make submit-<variant>  train and print the table; <variant> is one of:'
+	@for f in submissions/*/submission.py; do d=$${f%/submission.py}; echo "  $${d##*/}" | tr _ -; done
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /make \1\t/' | expand -t 23
+	@echo
+	@echo 'variables of submit-<variant>, NAME=value, and their defaults:'
+	@echo '  WORKLOAD=all       fastmri, imagenet_vit, ogbg or all'
+	@echo '  SIZE=mini          mini (small models, real data shipped here) or full'
+	@echo '  HARNESS=           embedded (default for mini) or algoperf (default for full)'
+	@echo '  SEEDS=1            a count (3: seeds 1, 2, 3) or a list (3,4,5)'
+	@echo '  GPUS=              number of GPUs; default: what there is'
+	@echo '  DATA_DIR=          data folder; minis need none'
+	@echo '  F=  TAU=           steps between checks of the basis; threshold of Eq. 11'
+	@echo '  OUT=               folder for the runs; default results/runs/SIZE'
+	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
+	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
+	@echo 'variable of table1: RUNS=results/runs, folders of runs, comma-separated'
+
+submit-%: $(RUN_READY) FORCE
+	@$(PY) scripts/submit.py --variant='$*' --workload='$(WORKLOAD)' --size='$(SIZE)' \
+	  --seeds='$(SEEDS)' $(call flag,HARNESS,harness) $(call flag,GPUS,gpus) \
+	  $(call flag,DATA_DIR,data_dir) $(call flag,F,f) $(call flag,TAU,tau) \
+	  $(call flag,OUT,out) $(if $(DRY_RUN),--dry_run)
+
+table1: $(RUN_READY) ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
+	@$(PY) scripts/table.py $(call flag,RUNS,runs)
+
+test: $(DEV_READY) ## the tests; under 5 minutes on 2 cores
+	@$(PY) -m pytest
+
+test-slow: $(DEV_READY) ## the tests that take minutes
+	@$(PY) -m pytest -m slow
+
+test-gpu: $(DEV_READY) ## the tests that need a CUDA device
+	@$(PY) -m pytest -m gpu
+
+lint: $(DEV_READY) ## ruff: rules and formatting of imports
+	@$(PY) -m ruff check .
+
+types: $(DEV_READY) ## mypy
+	@$(PY) -m mypy
+
+# A stamp is newer than the files that say what to install, or the install runs again.
+$(VENV)/.ready-%: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is too old: Python 3.11 or newer, as in PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; extra: $*)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+FORCE:
