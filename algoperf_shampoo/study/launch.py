@@ -1,0 +1,98 @@
+"""Run a plan: check every run first, then train them one after another."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.study.plan import Plan
+
+Echo = Callable[[str], None]
+
+
+def launch(
+    plan: Plan,
+    flags: dict[str, Any] | None = None,
+    load_workload: Callable[[str], Any] | None = None,
+    echo: Echo = print,
+) -> int:
+    """Launch a plan; the number of runs that failed.
+
+    A failing run prints its traceback and the next one starts. ``load_workload`` makes a workload
+    from its name; by default the suite's own.
+
+    Raises:
+        UserError: something is wrong with the plan; no run has been started then.
+    """
+    if plan.harness == "algoperf":
+        return _launch_algoperf(plan, flags or {})
+    return _launch_embedded(plan, flags or {}, load_workload, echo)
+
+
+def _launch_algoperf(plan: Plan, flags: dict[str, Any]) -> int:
+    name = "algoperf_shampoo.harness.algoperf"
+    if importlib.util.find_spec(name) is None:
+        raise UserError(
+            "HARNESS=algoperf: not yet in this version; HARNESS=embedded SIZE=mini runs"
+        )
+    return int(importlib.import_module(name).launch(plan, flags) or 0)
+
+
+def _launch_embedded(
+    plan: Plan,
+    flags: dict[str, Any],
+    load_workload: Callable[[str], Any] | None,
+    echo: Echo,
+) -> int:
+    # Imported here: torch takes seconds, and a plan with a mistake never gets this far.
+    import torch
+
+    from algoperf_shampoo.harness import run_folder, runner, submission_loader
+
+    if plan.gpus and not torch.cuda.is_available():
+        raise UserError(f"GPUS={plan.gpus}: torch finds no GPU here; leave GPUS out to use the CPU")
+    load = functools.cache(load_workload or _suite_loader(plan))
+    submissions = {
+        variant: submission_loader.load(plan.root, variant)
+        for variant in dict.fromkeys(run.variant for run in plan.runs)
+    }
+    for run in plan.runs:
+        own = runner.identity(run, load(run.workload), plan.root, plan.data_dir)
+        run_folder.check(run.run_dir, own)
+    if plan.dry_run:
+        return 0
+    failed = 0
+    for run in plan.runs:
+        try:
+            runner.execute(
+                run,
+                load(run.workload),
+                submissions[run.variant],
+                plan.root,
+                data_dir=plan.data_dir,
+                flags=flags,
+                echo=echo,
+            )
+        except UserError as error:
+            failed += 1
+            echo(f"{run.name}: failed: {error}")
+        except Exception:  # whatever a submission does wrong, the next run is to start
+            failed += 1
+            echo(f"{run.name}: failed:\n{traceback.format_exc()}")
+    if failed:
+        echo(f"{failed} of {len(plan.runs)} runs failed")
+    return failed
+
+
+def _suite_loader(plan: Plan) -> Callable[[str], Any]:
+    from algoperf_shampoo import workloads
+
+    def load(name: str) -> Any:
+        return workloads.load(name, config_dir=plan.config_dir)
+
+    return load

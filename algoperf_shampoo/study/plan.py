@@ -1,0 +1,192 @@
+"""What to run: variants x workloads x seeds, each with its hyperparameter point and its folder.
+
+Making a plan checks what was asked for and writes nothing. It needs no torch, so that a typing
+mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import hparams, submission_loader
+from algoperf_shampoo.harness.spec import RunSpec
+
+WORKLOADS = ("fastmri", "imagenet_vit", "ogbg")
+SIZES = ("mini", "full")
+HARNESSES = ("embedded", "algoperf")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs to launch, and the settings they share. Paths are absolute.
+
+    ``gpus`` is the number asked for, None to take what there is. ``config_dir`` holds the workload
+    files, None for the suite's own. ``search_space`` is the file the points came from.
+    """
+
+    root: Path
+    harness: str
+    size: str
+    out: Path
+    runs: tuple[RunSpec, ...]
+    search_spaces: dict[str, Path]
+    gpus: int | None = None
+    data_dir: Path | None = None
+    config_dir: Path | None = None
+    dry_run: bool = False
+
+
+def make_plan(
+    root: Path,
+    variants: Sequence[str],
+    workload: str = "all",
+    size: str = "mini",
+    harness: str | None = None,
+    seeds: str = "1",
+    gpus: str | None = None,
+    data_dir: str | None = None,
+    f: str | None = None,
+    tau: str | None = None,
+    out: str | None = None,
+    search_space: str | None = None,
+    config_dir: str | None = None,
+    trials: str = "1",
+    dry_run: bool = False,
+) -> Plan:
+    """Check the words of a command line and lay out its runs.
+
+    ``harness`` None means embedded for mini and AlgoPerf's for full. ``trials`` is the number of
+    points of the search space to run, the first ones.
+
+    Raises:
+        UserError: naming the first bad word and what would be right.
+    """
+    root = root.resolve()
+    names = [
+        _one_of("VARIANT", v, submission_loader.variants(root), hyphens=True) for v in variants
+    ]
+    workloads = WORKLOADS if workload == "all" else (_one_of("WORKLOAD", workload, WORKLOADS),)
+    _one_of("SIZE", size, SIZES)
+    harness = _one_of(
+        "HARNESS", harness or ("embedded" if size == "mini" else "algoperf"), HARNESSES
+    )
+    if size == "full" and harness == "embedded":
+        raise UserError("SIZE=full HARNESS=embedded: full size runs under HARNESS=algoperf alone")
+    seed_list = parse_seeds(seeds)
+    if harness == "algoperf" and 0 in seed_list:
+        raise UserError("SEEDS=0: AlgoPerf takes --rng_seed=0 as unset; use seeds from 1 on")
+    gpu_count = None if gpus is None else _count("GPUS", gpus)
+    if harness == "embedded" and gpu_count not in (None, 1):
+        raise UserError(f"GPUS={gpus}: the embedded harness is one process; GPUS=1 or none")
+    number_of_trials = _count("TRIALS", trials)
+    new_f = None if f is None else hparams.parse_f(f)
+    new_tau = None if tau is None else hparams.parse_tau(tau)
+    directory = None
+    if data_dir is not None:
+        directory = Path(data_dir).expanduser().resolve()
+        if not directory.is_dir():
+            raise UserError(f"DATA_DIR={data_dir}: no such folder")
+    folder = Path(out).expanduser() if out else root / "results" / "runs" / size
+    folder = folder if folder.is_absolute() else root / folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"OUT={out}: is a file, not a folder")
+
+    runs: list[RunSpec] = []
+    spaces: dict[str, Path] = {}
+    for variant in names:
+        label = variant + (f"_F{new_f}" if f else "") + (f"_tau{new_tau:.12g}" if tau else "")
+        path = spaces[variant] = _search_space(root, variant, size, search_space)
+        for base in workloads:
+            name = f"{base}_mini" if size == "mini" else base
+            points = [
+                hparams.override(point, new_f, new_tau, where=f"{_shown(path, root)} ({name})")
+                for point in hparams.read_points(path, number_of_trials, name)
+            ]
+            runs += [
+                RunSpec(
+                    variant=variant,
+                    label=label,
+                    workload=name,
+                    seed=seed,
+                    trial=trial,
+                    hparams=point,
+                    run_dir=folder / label / f"study_{seed}" / f"{name}_pytorch" / f"trial_{trial}",
+                )
+                for seed in seed_list
+                for trial, point in enumerate(points, start=1)
+            ]
+    return Plan(
+        root=root,
+        harness=harness,
+        size=size,
+        out=folder,
+        runs=tuple(runs),
+        search_spaces=spaces,
+        gpus=gpu_count,
+        data_dir=directory,
+        config_dir=Path(config_dir).resolve() if config_dir else None,
+        dry_run=dry_run,
+    )
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds of a study: ``3`` is a count (seeds 1, 2, 3), ``3,4,5`` or ``7,`` a list.
+
+    Counting starts at 1 because AlgoPerf takes ``--rng_seed=0`` as unset; a list may name 0.
+    """
+    wrong = UserError(f"SEEDS={text}: a count such as 3 (seeds 1, 2, 3) or a list such as 3,4,5")
+    words = [word.strip() for word in text.split(",")]
+    if not words[-1] and len(words) > 1:
+        words.pop()
+    # isdecimal and isascii: int() would also take "1_0", "+1" and other scripts' digits.
+    if not all(word.isascii() and word.isdecimal() for word in words):
+        raise wrong
+    numbers = [int(word) for word in words]
+    if "," not in text:
+        if not 1 <= numbers[0] <= 1000:
+            raise wrong
+        return list(range(1, numbers[0] + 1))
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"SEEDS={text}: a seed is there twice")
+    if max(numbers) >= 2**31:
+        raise UserError(f"SEEDS={text}: seeds are below 2**31")
+    return numbers
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan as lines to print: one a run, and its hyperparameters."""
+    lines = []
+    for run in plan.runs:
+        lines.append(f"{run.name} -> {_shown(run.run_dir, plan.root)}")
+        lines.append("  " + " ".join(f"{key}={value}" for key, value in run.hparams.items()))
+    return lines
+
+
+def _search_space(root: Path, variant: str, size: str, given: str | None) -> Path:
+    if given is not None:
+        path = Path(given).expanduser()
+        return path if path.is_absolute() else root / path
+    mini = root / "search_spaces" / "mini" / f"{variant}.json"
+    return mini if size == "mini" and mini.exists() else root / "search_spaces" / f"{variant}.json"
+
+
+def _one_of(word: str, value: str, choices: Sequence[str], hyphens: bool = False) -> str:
+    name = value.replace("-", "_") if hyphens else value
+    if name not in choices:
+        extra = " or all" if word == "WORKLOAD" else ""
+        raise UserError(f"{word}={value}: there is {', '.join(choices)}{extra}")
+    return name
+
+
+def _count(word: str, text: Any) -> int:
+    if not (str(text).isascii() and str(text).isdecimal()) or int(text) < 1:
+        raise UserError(f"{word}={text}: an integer of at least 1")
+    return int(text)
+
+
+def _shown(path: Path, root: Path) -> Path:
+    return path.relative_to(root) if path.is_relative_to(root) else path

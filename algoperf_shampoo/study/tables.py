@@ -1,0 +1,296 @@
+"""Table 1 of the paper from run folders: hits, steps and time to target, the paper's beside.
+
+Means and standard errors (sample standard deviation / sqrt(n)) are over the runs that reach the
+target, as in the paper. Runs are pooled only if they share label, workload, hyperparameters and
+benchmark version; seeds alone differ within a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from algoperf_shampoo.study.logs import Trial, benchmark_version
+
+_WORKLOADS = {"fastmri": "FastMRI", "imagenet_vit": "ImageNet ViT", "ogbg": "OGBG"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean and standard error over ``n`` runs; the error is None for one run."""
+
+    mean: float
+    error: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate | None:
+        """None of no values."""
+        if not values:
+            return None
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(statistics.fmean(values), error, len(values))
+
+    def text(self, digits: int) -> str:
+        """``4301 ± 109``."""
+        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a point on a workload. Steps and seconds to target, the paper's row."""
+
+    workload: str
+    name: str
+    label: str
+    version: str | None
+    hits: int
+    ended: int
+    steps: Estimate | None
+    seconds: Estimate | None
+    paper: dict[str, Any] | None
+    runs: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one size; ``size`` is "mini" or "full"."""
+
+    size: str
+    caption: str
+    rows: list[Row]
+
+
+def read_paper(path: Path) -> list[dict[str, Any]]:
+    """Rows of ``results/paper/table1.json`` or ``table3.json``."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def build(
+    trials: Sequence[Trial],
+    paper: Sequence[dict[str, Any]],
+    sizes: Sequence[str],
+    config_dir: Path,
+    root: Path,
+) -> list[Table]:
+    """One table a size: a row for each of the paper's, with or without runs, then the other points.
+
+    A full run is set beside the paper's row of its variant, F and tau; a mini, whose F is its own,
+    beside that of its variant.
+    """
+    groups: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in trials:
+        version = benchmark_version(trial.workload, trial.step_hint, trial.target, config_dir)
+        point = json.dumps(trial.hparams, sort_keys=True)
+        groups.setdefault((trial.workload, version, trial.label, point), []).append(trial)
+    tables = []
+    for size in sizes:
+        suffix = "_mini" if size == "mini" else ""
+        own = {k: g for k, g in groups.items() if k[0].endswith("_mini") == (size == "mini")}
+        rows: list[Row] = []
+        for base, title in _WORKLOADS.items():
+            here = {k: g for k, g in own.items() if k[0] == base + suffix}
+            for entry in (e for e in paper if e["workload"] == base):
+                matching = [k for k in here if _is_of(here[k][0], entry, size)]
+                rows += [_row(title, here.pop(k), k[1], entry, root) for k in matching]
+                if not matching:
+                    rows.append(Row(title, _title(entry), "", None, 0, 0, None, None, entry))
+            rows += [_row(title, group, k[1], None, root) for k, group in sorted(here.items())]
+        known = {base + suffix for base in _WORKLOADS}
+        for key, group in sorted(own.items()):
+            if key[0] not in known:
+                rows.append(_row(key[0], group, key[1], None, root))
+        tables.append(Table(size, _caption(size, rows, own), rows))
+    return tables
+
+
+def table1(trials: Sequence[Trial], root: Path) -> list[Table]:
+    """Both sizes, every row of the paper's Table 1; ``root`` is the repository."""
+    paper = read_paper(root / "results" / "paper" / "table1.json")
+    return build(trials, paper, ("mini", "full"), root / "workloads_config", root)
+
+
+def of_runs(trials: Sequence[Trial], size: str, root: Path) -> Table:
+    """The table of some runs alone, without the rows that no run of theirs belongs to."""
+    paper = read_paper(root / "results" / "paper" / "table1.json")
+    table = build(trials, paper, (size,), root / "workloads_config", root)[0]
+    return replace(table, rows=[row for row in table.rows if row.runs])
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    """Tables as Markdown; each row's number leads to the runs listed below its table."""
+    return "\n".join(_table_markdown(table) for table in tables)
+
+
+def to_text(table: Table) -> str:
+    """One table for a terminal, in aligned columns, with its notes and without its run list."""
+    header, body = _cells(table)
+    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+    lines = [table.caption, ""]
+    for row in [header, ["-" * width for width in widths], *body]:
+        lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    lines += [f"[{number}] {note}" for number, r in _numbered(table) for note in r.notes]
+    return "\n".join(lines)
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """All rows as CSV, seconds and full precision."""
+    text = io.StringIO(newline="")
+    columns = (
+        "size workload name label version hits ended steps_mean steps_se seconds_mean seconds_se "
+        "paper_hits paper_runs paper_steps_mean paper_steps_se paper_time_min_mean "
+        "paper_time_min_se"
+    ).split()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for table in tables:
+        for row in table.rows:
+            line: dict[str, Any] = {"size": table.size}
+            for name in ("workload", "name", "label", "version", "hits", "ended"):
+                line[name] = getattr(row, name)
+            for name, estimate in (("steps", row.steps), ("seconds", row.seconds)):
+                if estimate is not None:
+                    line |= {f"{name}_mean": estimate.mean, f"{name}_se": estimate.error}
+            for column in columns[columns.index("paper_hits") :]:
+                line[column] = (row.paper or {}).get(column.removeprefix("paper_"))
+            writer.writerow(line)
+    return text.getvalue()
+
+
+def to_json(tables: Sequence[Table]) -> str:
+    """Everything, the run folders of each row among it."""
+    return json.dumps([asdict(table) for table in tables], indent=2, ensure_ascii=False) + "\n"
+
+
+def _is_of(trial: Trial, entry: dict[str, Any], size: str) -> bool:
+    points = trial.hparams or {}
+    if size == "mini":
+        return trial.label == entry["variant"] and trial.trial == 1
+    if not trial.label.startswith(entry["variant"]):
+        return False
+    # A file may state tau = 0 or null for "refresh at every check": the paper's rows without tau.
+    same_tau = (points.get("tau") or None) == entry["tau"]
+    return same_tau and points.get("precondition_frequency") == entry["precondition_frequency"]
+
+
+def _row(
+    title: str, group: list[Trial], version: str, paper: dict[str, Any] | None, root: Path
+) -> Row:
+    hits = [t for t in group if t.outcome == "hit"]
+    ended = len(hits) + sum(t.outcome == "miss" for t in group)
+    first = group[0]
+    notes = []
+    if ended < len(group):
+        notes.append(f"{len(group) - ended} of {len(group)} runs not counted: see below")
+    for t in group:
+        if t.outcome == "unfinished":
+            notes.append(f"{t.study}/trial_{t.trial}: unfinished")
+        notes += [f"{t.study}/trial_{t.trial}: {hole}" for hole in t.holes]
+    trial = f" trial {first.trial}" if first.trial != 1 else ""
+    return Row(
+        workload=title,
+        name=_title(paper) if paper else first.label + trial,
+        label=first.label + trial,
+        version=version,
+        hits=len(hits),
+        ended=ended,
+        steps=Estimate.of([t.steps_to_target for t in hits if t.steps_to_target is not None]),
+        seconds=Estimate.of([t.time_to_target for t in hits if t.time_to_target is not None]),
+        paper=paper,
+        runs=[_relative(t.path, root) for t in group],
+        notes=notes,
+    )
+
+
+def _caption(size: str, rows: list[Row], own: dict[tuple[Any, ...], list[Trial]]) -> str:
+    if size == "mini":
+        targets = sorted({(k[0], g[0].metric, g[0].target) for k, g in own.items()}, key=str)
+        shown = ", ".join(f"{w} {metric} {target:g}" for w, metric, target in targets if target)
+        return (
+            "Table 1, mini: the suite's own small models and data, its own targets"
+            f"{f' ({shown})' if shown else ''}. Steps and submission time to the validation "
+            "target, mean ± standard error over the runs that reach it. The paper's columns are "
+            "of the full size: compare the order of the variants, not the figures."
+        )
+    versions = sorted({row.version for row in rows if row.version})
+    return (
+        "Table 1, full: steps and submission time to the validation target, mean ± standard error "
+        "over the runs that reach it; benchmark version of targets and step hints: "
+        f"{', '.join(f'AlgoPerf {v}' for v in versions) if versions else 'no runs yet'}. "
+        "The paper's version is not stated there."
+    )
+
+
+def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    unit, scale, digits = ("s", 1.0, 1) if table.size == "mini" else ("min", 60.0, 2)
+    header = [
+        *("Workload", "Variant", "Runs", "Hits", "Steps", f"Time [{unit}]"),
+        *("Paper: hits", "steps", "time [min]"),
+    ]
+    body = []
+    for number, row in _numbered(table):
+        if not row.runs:
+            measured = ["", "no runs yet", "", ""]
+        else:
+            seconds = row.seconds
+            if seconds is not None:
+                error = seconds.error / scale if seconds.error is not None else None
+                seconds = Estimate(seconds.mean / scale, error, seconds.n)
+            measured = [
+                f"[{number}]",
+                f"{row.hits}/{row.ended}",
+                row.steps.text(0) if row.steps else "-",
+                seconds.text(digits) if seconds else "-",
+            ]
+        body.append([row.workload, row.name, *measured, *_paper_cells(row.paper)])
+    return header, body
+
+
+def _paper_cells(paper: dict[str, Any] | None) -> list[str]:
+    if paper is None:
+        return ["", "", ""]
+    if paper["hits"] is None:
+        return ["-", "-", "-"]
+    steps = Estimate(paper["steps_mean"], paper["steps_se"], paper["hits"])
+    time = Estimate(paper["time_min_mean"], paper["time_min_se"], paper["hits"])
+    return [f"{paper['hits']}/{paper['runs']}", steps.text(0), time.text(2)]
+
+
+def _table_markdown(table: Table) -> str:
+    header, body = _cells(table)
+    lines = [f"**{table.caption}**", "", _pipe(header), _pipe(["---"] * len(header))]
+    lines += [_pipe(row) for row in body]
+    listed = [(number, row) for number, row in _numbered(table) if row.runs]
+    if listed:
+        lines += ["", "Runs behind each row:", ""]
+    for number, row in listed:
+        lines.append(f"- [{number}] {row.workload}, {row.label}: " + ", ".join(row.runs))
+        lines += [f"  - {note}" for note in row.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _numbered(table: Table) -> list[tuple[int, Row]]:
+    numbers = iter(range(1, len(table.rows) + 1))
+    return [(next(numbers) if row.runs else 0, row) for row in table.rows]
+
+
+def _title(entry: dict[str, Any]) -> str:
+    return f"{entry['variant']}: {entry['name']}"
+
+
+def _pipe(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()

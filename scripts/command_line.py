@@ -1,0 +1,39 @@
+"""What the scripts share: one line and exit code 2 for a user's mistake."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+
+from algoperf_shampoo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(main: Callable[[], int]) -> None:
+    """Parse flags, call ``main`` and exit with its code; on bad input print one line and exit 2."""
+
+    def guarded(arguments: Sequence[str]) -> int:
+        try:
+            if len(arguments) > 1:
+                raise UserError(f"unexpected argument {arguments[1]!r}: flags start with --")
+            return main()
+        except UserError as error:
+            return _fail(error)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+    try:
+        return list(flags.FLAGS(arguments))
+    except flags.Error as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: Exception) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2

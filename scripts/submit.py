@@ -1,0 +1,56 @@
+"""Run submissions: ``python scripts/submit.py --variant=eshampoo_adaptive --workload=ogbg``."""
+
+from __future__ import annotations
+
+from absl import flags
+from command_line import ROOT, run
+
+from algoperf_shampoo.study import launch, logs, plan, tables
+
+_VARIANT = flags.DEFINE_list("variant", None, "Folders of submissions/, comma-separated.")
+_WORKLOAD = flags.DEFINE_string("workload", "all", "fastmri, imagenet_vit, ogbg or all.")
+_SIZE = flags.DEFINE_string("size", "mini", "mini (small models, data shipped) or full.")
+_HARNESS = flags.DEFINE_string("harness", None, "embedded (default for mini) or algoperf.")
+_SEEDS = flags.DEFINE_string("seeds", "1", "A count (3: seeds 1, 2, 3) or a list (3,4,5).")
+_GPUS = flags.DEFINE_string("gpus", None, "Number of GPUs; what there is if left out.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Data folder; minis have theirs with them.")
+_F = flags.DEFINE_string("f", None, "Steps between checks of the basis, instead of the point's.")
+_TAU = flags.DEFINE_string("tau", None, "Threshold of Eq. 11, instead of the point's.")
+_OUT = flags.DEFINE_string("out", None, "Folder for the runs; results/runs/SIZE if left out.")
+_TRIALS = flags.DEFINE_string("trials", "1", "Number of points of the search space to run.")
+_SEARCH_SPACE = flags.DEFINE_string("search_space", None, "Another search-space file.")
+_CONFIG = flags.DEFINE_string("workloads_config", None, "Another folder of workload files.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print what would run.")
+
+
+def main() -> int:
+    """Plan, launch, and print the table of this set of runs."""
+    wanted = plan.make_plan(
+        ROOT,
+        _VARIANT.value or [""],
+        workload=_WORKLOAD.value,
+        size=_SIZE.value,
+        harness=_HARNESS.value,
+        seeds=_SEEDS.value,
+        gpus=_GPUS.value,
+        data_dir=_DATA_DIR.value,
+        f=_F.value,
+        tau=_TAU.value,
+        out=_OUT.value,
+        search_space=_SEARCH_SPACE.value,
+        config_dir=_CONFIG.value,
+        trials=_TRIALS.value,
+        dry_run=_DRY_RUN.value,
+    )
+    if wanted.dry_run and wanted.harness == "embedded":
+        print(*plan.describe(wanted), sep="\n")
+    own_flags = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module("__main__")}
+    failed = launch.launch(wanted, own_flags)
+    if not wanted.dry_run:
+        trials = [logs.read_trial(r.run_dir) for r in wanted.runs if logs.is_trial(r.run_dir)]
+        print("\n" + tables.to_text(tables.of_runs(trials, wanted.size, ROOT)))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run(main)
