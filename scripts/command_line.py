@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
-
-from algoperf_shampoo.errors import UserError
+from absl import app, flags, logging
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that scripts run without the package being installed
+
+from algoperf_shampoo.errors import UserError  # noqa: E402
 
 
 def run(main: Callable[[], int]) -> None:
@@ -24,6 +25,7 @@ def run(main: Callable[[], int]) -> None:
         except UserError as error:
             return _fail(error)
 
+    logging.set_verbosity(logging.WARNING)  # a run prints its own progress
     app.run(guarded, flags_parser=_parse)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from absl import flags
 from command_line import ROOT, run
 
@@ -20,6 +22,9 @@ _OUT = flags.DEFINE_string("out", None, "Folder for the runs; results/runs/SIZE 
 _TRIALS = flags.DEFINE_string("trials", "1", "Number of points of the search space to run.")
 _SEARCH_SPACE = flags.DEFINE_string("search_space", None, "Another search-space file.")
 _CONFIG = flags.DEFINE_string("workloads_config", None, "Another folder of workload files.")
+_STEPS = flags.DEFINE_string("steps", None, "HARNESS=algoperf: end after so many steps.")
+_PROCESSES = flags.DEFINE_string("processes", None, "HARNESS=algoperf without a GPU: processes.")
+_WANDB = flags.DEFINE_bool("wandb", False, "HARNESS=algoperf: log to Weights & Biases as well.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print what would run.")
 
 
@@ -45,7 +50,8 @@ def main() -> int:
     if wanted.dry_run and wanted.harness == "embedded":
         print(*plan.describe(wanted), sep="\n")
     own_flags = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module("__main__")}
-    failed = launch.launch(wanted, own_flags)
+    echo = functools.partial(print, flush=True)
+    failed = launch.launch(wanted, own_flags, echo=echo)
     if not wanted.dry_run:
         trials = [logs.read_trial(r.run_dir) for r in wanted.runs if logs.is_trial(r.run_dir)]
         print("\n" + tables.to_text(tables.of_runs(trials, wanted.size, ROOT)))

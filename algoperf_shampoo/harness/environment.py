@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -60,6 +61,15 @@ def workload_properties(workload: Any) -> dict[str, Any]:
     names = (name for name in dir(workload) if not name.startswith("_"))
     values = ((name, getattr(workload, name)) for name in names)
     return {name: value for name, value in values if isinstance(value, (bool, int, float, str))}
+
+
+def workload_config(workload: Any) -> dict[str, Any] | None:
+    """The workload's configuration as read: model sizes, targets, data file and its checksum."""
+    config = getattr(workload, "config", None)
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return None
+    fields = dataclasses.asdict(config)
+    return {key: value for key, value in fields.items() if not isinstance(value, Path)}
 
 
 def _digest(folder: Path, base: Path) -> str:

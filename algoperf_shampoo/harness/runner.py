@@ -39,8 +39,7 @@ def identity(run: RunSpec, workload: Any, root: Path, data_dir: Path | None) -> 
         "trial": run.trial,
         "hparams": run.hparams,
         "workload_properties": environment.workload_properties(workload),
-        "workload_config": getattr(workload, "config", None),
-        "data": getattr(workload, "data_checksums", None),
+        "workload_config": environment.workload_config(workload),
         "data_dir": data_dir.name if data_dir is not None else None,
         "source_sha256": environment.source_digests(root, run.variant),
     }

@@ -133,7 +133,7 @@ def benchmark_version(
     Versions are told apart by ``step_hint`` and validation target, which
     ``workloads_config/<workload>.json`` lists for each.
     """
-    if workload.endswith("_mini"):
+    if workload.endswith(("_mini", "_minidata")):
         return "mini"
     path = config_dir / f"{workload}.json"
     if path.is_file():

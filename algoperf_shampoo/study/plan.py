@@ -13,6 +13,7 @@ from typing import Any
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import hparams, submission_loader
+from algoperf_shampoo.harness.algoperf import minidata
 from algoperf_shampoo.harness.spec import RunSpec
 
 WORKLOADS = ("fastmri", "imagenet_vit", "ogbg")
@@ -99,12 +100,16 @@ def make_plan(
     spaces: dict[str, Path] = {}
     for variant in names:
         label = variant + (f"_F{new_f}" if f else "") + (f"_tau{new_tau:.12g}" if tau else "")
-        path = spaces[variant] = _search_space(root, variant, size, search_space)
+        # Under AlgoPerf's harness SIZE=mini is its own models on little data: the paper's points.
+        small_models = size == "mini" and harness == "embedded"
+        path = spaces[variant] = _search_space(root, variant, small_models, search_space)
         for base in workloads:
-            name = f"{base}_mini" if size == "mini" else base
+            name = base
+            if size == "mini":
+                name += "_mini" if small_models else minidata.SUFFIX
             points = [
                 hparams.override(point, new_f, new_tau, where=f"{_shown(path, root)} ({name})")
-                for point in hparams.read_points(path, number_of_trials, name)
+                for point in hparams.read_points(path, number_of_trials, minidata.base_name(name))
             ]
             runs += [
                 RunSpec(
@@ -166,12 +171,12 @@ def describe(plan: Plan) -> list[str]:
     return lines
 
 
-def _search_space(root: Path, variant: str, size: str, given: str | None) -> Path:
+def _search_space(root: Path, variant: str, mini: bool, given: str | None) -> Path:
     if given is not None:
         path = Path(given).expanduser()
         return path if path.is_absolute() else root / path
-    mini = root / "search_spaces" / "mini" / f"{variant}.json"
-    return mini if size == "mini" and mini.exists() else root / "search_spaces" / f"{variant}.json"
+    own = root / "search_spaces" / "mini" / f"{variant}.json"
+    return own if mini and own.exists() else root / "search_spaces" / f"{variant}.json"
 
 
 def _one_of(word: str, value: str, choices: Sequence[str], hyphens: bool = False) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 
 from algoperf_shampoo.study.logs import Trial, benchmark_version
 
+# The embedded harness's small models, and AlgoPerf's models on little data.
+_SMALL = ("_mini", "_minidata")
 _WORKLOADS = {"fastmri": "FastMRI", "imagenet_vit": "ImageNet ViT", "ogbg": "OGBG"}
 
 
@@ -96,7 +98,7 @@ def build(
     tables = []
     for size in sizes:
         suffix = "_mini" if size == "mini" else ""
-        own = {k: g for k, g in groups.items() if k[0].endswith("_mini") == (size == "mini")}
+        own = {k: g for k, g in groups.items() if k[0].endswith(_SMALL) == (size == "mini")}
         rows: list[Row] = []
         for base, title in _WORKLOADS.items():
             here = {k: g for k, g in own.items() if k[0] == base + suffix}
@@ -104,7 +106,7 @@ def build(
                 matching = [k for k in here if _is_of(here[k][0], entry, size)]
                 rows += [_row(title, here.pop(k), k[1], entry, root) for k in matching]
                 if not matching:
-                    rows.append(Row(title, _title(entry), "", None, 0, 0, None, None, entry))
+                    rows.append(Row(title, entry["variant"], "", None, 0, 0, None, None, entry))
             rows += [_row(title, group, k[1], None, root) for k, group in sorted(here.items())]
         known = {base + suffix for base in _WORKLOADS}
         for key, group in sorted(own.items()):
@@ -199,7 +201,7 @@ def _row(
     trial = f" trial {first.trial}" if first.trial != 1 else ""
     return Row(
         workload=title,
-        name=_title(paper) if paper else first.label + trial,
+        name=first.label + trial + _point(first.hparams or {}),
         label=first.label + trial,
         version=version,
         hits=len(hits),
@@ -235,7 +237,7 @@ def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
     unit, scale, digits = ("s", 1.0, 1) if table.size == "mini" else ("min", 60.0, 2)
     header = [
         *("Workload", "Variant", "Runs", "Hits", "Steps", f"Time [{unit}]"),
-        *("Paper: hits", "steps", "time [min]"),
+        *("Paper's", "hits", "steps", "time [min]"),
     ]
     body = []
     for number, row in _numbered(table):
@@ -258,12 +260,12 @@ def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
 
 def _paper_cells(paper: dict[str, Any] | None) -> list[str]:
     if paper is None:
-        return ["", "", ""]
+        return ["", "", "", ""]
     if paper["hits"] is None:
-        return ["-", "-", "-"]
+        return [paper["name"], "-", "-", "-"]
     steps = Estimate(paper["steps_mean"], paper["steps_se"], paper["hits"])
     time = Estimate(paper["time_min_mean"], paper["time_min_se"], paper["hits"])
-    return [f"{paper['hits']}/{paper['runs']}", steps.text(0), time.text(2)]
+    return [paper["name"], f"{paper['hits']}/{paper['runs']}", steps.text(0), time.text(2)]
 
 
 def _table_markdown(table: Table) -> str:
@@ -284,8 +286,11 @@ def _numbered(table: Table) -> list[tuple[int, Row]]:
     return [(next(numbers) if row.runs else 0, row) for row in table.rows]
 
 
-def _title(entry: dict[str, Any]) -> str:
-    return f"{entry['variant']}: {entry['name']}"
+def _point(hparams: dict[str, Any]) -> str:
+    """`` (F = 50, tau = 0.1)``, as far as the point has them."""
+    named = (("F", hparams.get("precondition_frequency")), ("tau", hparams.get("tau")))
+    shown = ", ".join(f"{name} = {value}" for name, value in named if value is not None)
+    return f" ({shown})" if shown else ""
 
 
 def _pipe(cells: Sequence[str]) -> str:

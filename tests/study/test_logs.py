@@ -1,0 +1,165 @@
+"""The reader on published logs, whose figures were computed with awk, and on logs with holes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.study import logs
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "tests" / "data" / "published_v06"
+SHAMPOO = PUBLISHED / "shampoo"
+
+# awk: the first row whose validation metric reaches the target (see the excerpt's README)
+EXPECTED = {
+    ("fastmri", 0): (4894, 841.1767997741699),
+    ("fastmri", 1): (5045, 564.9135346412659),
+    ("fastmri", 2): (3997, 1727.7679150104523),
+    ("imagenet_vit", 0): (82295, 41094.59843540192),
+    ("imagenet_vit", 1): (75746, 37739.50162053108),
+    ("imagenet_vit", 2): (81525, 43187.0888710022),
+    ("ogbg", 0): (11856, 3127.330799818039),
+    ("ogbg", 1): (14753, 3841.5681121349335),
+    ("ogbg", 2): (11770, 3111.3802618980408),
+}
+
+
+@pytest.mark.parametrize(("workload", "study"), EXPECTED)
+def test_published_shampoo_steps_and_times_to_target(workload, study):
+    trial = logs.read_trial(SHAMPOO / f"study_{study}" / f"{workload}_pytorch" / "trial_2")
+    assert (trial.steps_to_target, trial.time_to_target) == EXPECTED[workload, study]
+    assert trial.outcome == "hit" and trial.holes == [] and trial.source == "algoperf"
+    assert (trial.label, trial.study, trial.trial) == ("shampoo", f"study_{study}", 2)
+    assert (trial.workload, trial.framework) == (workload, "pytorch")
+    assert trial.hparams["learning_rate"] == 0.0014381744028656841
+
+
+def test_a_run_that_spent_its_budget_is_a_miss():
+    for path in ("shampoo/study_0/fastmri_pytorch/trial_1", "baseline/study_0/ogbg_jax/trial_1"):
+        trial = logs.read_trial(PUBLISHED / path)
+        assert trial.outcome == "miss" and trial.holes == []
+        assert trial.steps_to_target is None and trial.time_to_target is None
+
+
+@pytest.mark.parametrize(
+    ("path", "hole"),
+    [
+        (
+            "baseline/study_0/imagenet_vit_jax/trial_1",
+            "one evaluation only: the log breaks off at step 1, 66 s of a budget of 69768 s",
+        ),
+        ("shampoo/study_2/imagenet_vit_pytorch/trial_1", "no eval_measurements.csv"),
+        (
+            "shampoo/study_0/ogbg_pytorch/trial_1",
+            "17 evaluations: the log breaks off at step 14885, 3841 s of a budget of 12011 s",
+        ),
+    ],
+)
+def test_a_log_with_a_hole_is_said_to_have_it_and_nothing_is_guessed(path, hole):
+    trial = logs.read_trial(PUBLISHED / path)
+    assert trial.outcome == "unknown"
+    assert any(found.startswith(hole) for found in trial.holes), trial.holes
+    assert trial.steps_to_target is None and trial.time_to_target is None
+
+
+def made_trial(folder: Path, rows: list[tuple], meta: dict | None = None) -> Path:
+    """A trial folder with evaluations (step, submission time, accuracy), target 0.5."""
+    path = folder / "label" / "study_1" / "w_pytorch" / "trial_1"
+    path.mkdir(parents=True)
+    lines = ["global_step,accumulated_submission_time,validation/accuracy"]
+    lines += [",".join(map(str, row)) for row in rows]
+    (path / "eval_measurements.csv").write_text("\n".join(lines) + "\n")
+    content = {
+        "workload.target_metric_name": "accuracy",
+        "workload.validation_target_value": 0.5,
+        "workload.max_allowed_runtime_sec": 30.0,
+        **(meta or {}),
+    }
+    (path / "meta_data_0.json").write_text(json.dumps(content))
+    (path / "hparams.json").write_text("{}")
+    return path
+
+
+def test_the_target_itself_is_a_hit_and_the_first_one_counts(tmp_path):
+    rows = [(1, 1.0, 0.1), (5, 5.0, 0.49999), (9, 9.5, 0.5), (13, 14.0, 0.4), (17, 18.0, 0.9)]
+    trial = logs.read_trial(made_trial(tmp_path, rows))
+    assert (trial.steps_to_target, trial.time_to_target) == (9, 9.5)
+
+
+def test_rows_a_resumed_run_wrote_twice_count_once_and_are_said(tmp_path):
+    rows = [(1, 1.0, 0.1), (5, 5.0, 0.2), (9, 9.0, 0.6), (5, 5.5, 0.2), (9, 10.0, 0.4)]
+    trial = logs.read_trial(made_trial(tmp_path, rows))
+    assert [(e.step, e.submission_time) for e in trial.evaluations] == [
+        (1, 1.0),
+        (5, 5.5),
+        (9, 10.0),
+    ]
+    assert trial.outcome == "unknown"  # the hit at step 9 was on the lost branch
+    assert any("step 5 is there twice" in hole for hole in trial.holes)
+
+
+def test_a_row_cut_short_is_left_out_and_said(tmp_path):
+    trial = logs.read_trial(made_trial(tmp_path, [(1, 1.0, 0.1), (5, "", ""), (9, 9.0, 0.7)]))
+    assert trial.steps_to_target == 9
+    assert "eval_measurements.csv line 3 is incomplete: left out" in trial.holes
+
+
+def test_nan_is_no_hit(tmp_path):
+    trial = logs.read_trial(made_trial(tmp_path, [(1, 10.0, "nan"), (5, 25.0, "nan")]))
+    assert trial.outcome == "miss" and "no validation/accuracy at step 1" in trial.holes
+
+
+def test_an_empty_csv_and_a_missing_target_are_holes(tmp_path):
+    path = made_trial(tmp_path, [(1, 1.0, 0.1)])
+    (path / "eval_measurements.csv").write_text("")
+    assert any("no column global_step" in hole for hole in logs.read_trial(path).holes)
+    (path / "meta_data_0.json").write_text("{}")
+    assert "no target in the meta data" in logs.read_trial(path).holes
+    (path / "meta_data_0.json").write_text("{")
+    assert "meta_data_0.json is not valid JSON" in logs.read_trial(path).holes
+
+
+def test_a_run_ended_by_its_step_limit_is_a_miss(tmp_path):
+    path = made_trial(tmp_path, [(1, 1.0, 0.1), (40, 4.0, 0.2)])
+    assert logs.read_trial(path).outcome == "unknown"
+    (path / "flags_0.json").write_text(json.dumps({"max_global_steps": 40}))
+    assert logs.read_trial(path).outcome == "miss"
+
+
+def test_an_embedded_run_is_unfinished_until_its_record_says_so(tmp_path):
+    path = made_trial(tmp_path, [(1, 1.0, 0.1), (5, 5.0, 0.6)])
+    (path / "run.json").write_text(json.dumps({"identity": {}, "status": "running"}))
+    assert logs.read_trial(path).outcome == "unfinished"
+    (path / "run.json").write_text(json.dumps({"identity": {}, "status": "finished"}))
+    trial = logs.read_trial(path)
+    assert (trial.outcome, trial.source) == ("hit", "embedded")
+
+
+def test_finding_trials_below_folders(tmp_path):
+    shutil.copytree(SHAMPOO / "study_0", tmp_path / "shampoo" / "study_0")
+    (tmp_path / "trial_9").mkdir()
+    found = logs.find_trials([tmp_path, tmp_path / "shampoo"])
+    assert [(t.workload, t.trial) for t in found] == [
+        ("fastmri", 1),
+        ("fastmri", 2),
+        ("imagenet_vit", 2),
+        ("ogbg", 1),
+        ("ogbg", 2),
+    ]
+    with pytest.raises(UserError, match="no such folder of runs"):
+        logs.find_trials([tmp_path / "nothing"])
+    with pytest.raises(UserError, match="not a folder study_K"):
+        logs.read_trial(tmp_path)
+
+
+def test_benchmark_version_is_told_by_step_hint_and_target():
+    config = ROOT / "workloads_config"
+    assert logs.benchmark_version("ogbg", 52000, 0.28098, config) == "v0.6"
+    assert logs.benchmark_version("ogbg", 80000, 0.28098, config) == "v0.5"
+    assert logs.benchmark_version("ogbg", 80000, 0.3, config) == "unknown"
+    assert logs.benchmark_version("ogbg_mini", 300, 0.6, config) == "mini"

@@ -1,0 +1,112 @@
+"""Plans: seeds, overrides, labels and folders; launching with a failing run among others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import run_folder
+from algoperf_shampoo.study import launch, plan
+from tests.harness import fakes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"),
+    [("1", [1]), ("3", [1, 2, 3]), ("3,4,5", [3, 4, 5]), ("0,", [0]), ("7,", [7])],
+)
+def test_seeds_are_a_count_or_a_list(text, seeds):
+    assert plan.parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    "text", ["abc", "0", "-1", "1.5", "", ",", "1,,2", "3,3", "1_0", "²", "5000"]
+)
+def test_bad_seeds_are_named(text):
+    with pytest.raises(UserError, match="SEEDS="):
+        plan.parse_seeds(text)
+
+
+def test_a_plan_lays_out_label_study_workload_trial():
+    made = plan.make_plan(ROOT, ["eshampoo-adaptive"], seeds="4,2", f="20", tau="0.05", out="o")
+    assert [run.workload for run in made.runs[::2]] == [
+        "fastmri_mini",
+        "imagenet_vit_mini",
+        "ogbg_mini",
+    ]
+    run = made.runs[1]
+    assert run.run_dir == (
+        ROOT / "o/eshampoo_adaptive_F20_tau0.05/study_2/fastmri_mini_pytorch/trial_1"
+    )
+    assert (run.hparams["precondition_frequency"], run.hparams["tau"]) == (20, 0.05)
+    assert made.harness == "embedded"
+
+
+def test_full_size_means_algoperf_and_its_own_folder():
+    made = plan.make_plan(ROOT, ["shampoo_grafting"], workload="ogbg", size="full")
+    assert made.harness == "algoperf" and made.runs[0].workload == "ogbg"
+    assert made.out == ROOT / "results" / "runs" / "full"
+
+
+def test_different_points_never_share_a_folder():
+    folders = set()
+    for f, tau in (
+        (None, None),
+        ("50", None),
+        ("50", "0.1"),
+        (None, "0"),
+        ("5", "0.1"),
+        ("50", "0.01"),
+    ):
+        folders |= {
+            r.run_dir for r in plan.make_plan(ROOT, ["eshampoo_adaptive"], f=f, tau=tau).runs
+        }
+    assert len(folders) == 6 * 3
+
+
+def fake_plan(tmp_path, runs):
+    return plan.Plan(ROOT, "embedded", "mini", tmp_path, tuple(runs), {})
+
+
+@pytest.fixture
+def fake_submission(monkeypatch):
+    monkeypatch.setattr(
+        "algoperf_shampoo.harness.submission_loader.load", lambda *_: fakes.make_submission()
+    )
+
+
+def test_a_failing_run_does_not_stop_the_next(tmp_path, fake_submission):
+    first, second = fakes.spec_in(tmp_path, seed=1), fakes.spec_in(tmp_path, seed=2)
+    first.hparams["learning_rate"] = "no number"
+    lines = []
+    failed = launch.launch(
+        fake_plan(tmp_path, [first, second]),
+        load_workload=lambda name: fakes.FakeWorkload(),
+        echo=lines.append,
+    )
+    assert failed == 1
+    assert run_folder.read_record(second.run_dir)["status"] == "finished"
+    assert any("seed 1: failed" in line for line in lines) and lines[-1] == "1 of 2 runs failed"
+
+
+def test_one_process_or_several_the_same_curve(tmp_path, fake_submission):
+    """Runs after others in one process give what each gives alone."""
+    runs = [fakes.spec_in(tmp_path / "together", seed=seed) for seed in (1, 2)]
+    launch.launch(fake_plan(tmp_path, runs), load_workload=lambda name: fakes.FakeWorkload())
+    alone = fakes.execute(fakes.spec_in(tmp_path / "alone", seed=2))
+    together = run_folder.read_record(runs[1].run_dir)
+    assert together["result"]["params_sha256"] == alone["result"]["params_sha256"]
+
+
+def test_nothing_starts_when_one_folder_holds_another_run(tmp_path, fake_submission):
+    first, second = fakes.spec_in(tmp_path, seed=1), fakes.spec_in(tmp_path, seed=2)
+    fakes.execute(second)
+    second.hparams["learning_rate"] = 0.2
+    with pytest.raises(UserError, match="holds another run"):
+        launch.launch(
+            fake_plan(tmp_path, [first, second]), load_workload=lambda name: fakes.FakeWorkload()
+        )
+    assert not first.run_dir.exists()

@@ -1,0 +1,123 @@
+"""The real scripts on bad input: one line, exit code 2, nothing touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str, script: str = "submit.py") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def assert_refused(done: subprocess.CompletedProcess, named: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--variant=shampo"], "VARIANT=shampo: there is eshampoo_adaptive, eshampoo_fixed"),
+        ([], "VARIANT=: there is"),
+        (
+            ["--variant=nadamw", "--workload=mnist"],
+            "WORKLOAD=mnist: there is fastmri, imagenet_vit",
+        ),
+        (["--variant=nadamw", "--size=huge"], "SIZE=huge: there is mini, full"),
+        (["--variant=nadamw", "--harness=own"], "HARNESS=own: there is embedded, algoperf"),
+        (["--variant=nadamw", "--size=full", "--harness=embedded"], "SIZE=full HARNESS=embedded"),
+        (["--variant=eshampoo_fixed", "--f=0"], "F=0: the number of steps between checks"),
+        (["--variant=eshampoo_fixed", "--f=ten"], "F=ten"),
+        (["--variant=eshampoo_adaptive", "--tau=1.5"], "TAU=1.5: the threshold of Eq. 11"),
+        (["--variant=nadamw", "--f=5"], "has no field 'precondition_frequency'"),
+        (["--variant=nadamw", "--seeds=abc"], "SEEDS=abc: a count such as 3"),
+        (["--variant=nadamw", "--gpus=0"], "GPUS=0: an integer of at least 1"),
+        (["--variant=nadamw", "--gpus=2"], "GPUS=2: the embedded harness is one process"),
+        (["--variant=nadamw", "--trials=0"], "TRIALS=0"),
+        (["--variant=nadamw", "--data_dir=no/such"], "DATA_DIR=no/such: no such folder"),
+        (["--variant=nadamw", "--search_space=none.json"], "no such search space file"),
+        (["--variant=nadamw", "--sedes=3"], "sedes"),
+        (["--variant=nadamw", "3"], "unexpected argument '3'"),
+    ],
+)
+def test_bad_words_are_named(tmp_path, arguments, named):
+    (tmp_path / "kept").write_text("an earlier result")
+    before = snapshot(tmp_path)
+    assert_refused(run(*arguments, f"--out={tmp_path}"), named)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_malformed_search_space_is_named(tmp_path):
+    space = tmp_path / "space.json"
+    space.write_text(json.dumps([{"learning_rate": 0.1}, {"learning_rate": 0.1, "tau": 0.1}]))
+    done = run("--variant=nadamw", f"--search_space={space}", f"--out={tmp_path}/out")
+    assert_refused(done, "key 'tau' is in point 2 and not in point 1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c["mini"].update(max_steps="many"), "many"),
+        (lambda c: c["mini"].update(max_stps=3), "max_stps"),
+        (lambda c: c["mini"].pop("max_steps"), "max_steps"),
+    ],
+)
+def test_a_malformed_workload_file_is_named(tmp_path, change, named):
+    for path in (ROOT / "workloads_config").glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    content = json.loads((tmp_path / "ogbg.json").read_text())
+    change(content)
+    (tmp_path / "ogbg.json").write_text(json.dumps(content))
+    arguments = ["--variant=nadamw", "--workload=ogbg", f"--workloads_config={tmp_path}"]
+    done = run(*arguments, f"--out={tmp_path}/out")
+    assert_refused(done, named)
+    assert "ogbg.json" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_an_out_folder_that_holds_another_run_is_left_alone(tmp_path):
+    run_dir = tmp_path / "nadamw" / "study_1" / "ogbg_mini_pytorch" / "trial_1"
+    run_dir.mkdir(parents=True)
+    record = {"identity": {"harness": "embedded", "variant": "other"}, "status": "finished"}
+    (run_dir / "run.json").write_text(json.dumps(record))
+    before = snapshot(tmp_path)
+    done = run("--variant=nadamw", "--workload=all", f"--out={tmp_path}")
+    assert_refused(done, 'holds another run: variant is "other" there and "nadamw" now')
+    assert snapshot(tmp_path) == before
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path):
+    done = run("--variant=nadamw", "--seeds=2", f"--out={tmp_path}/out", "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" -> ") == 6 and "learning_rate=" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_script_refuses_a_missing_folder_and_writes_three_files(tmp_path):
+    refused = run("--runs=no/such/runs", f"--out={tmp_path}/table", script="table.py")
+    assert_refused(refused, "no such folder of runs")
+    runs = ROOT / "tests" / "data" / "published_v06"
+    done = run(f"--runs={runs}", f"--out={tmp_path}/table", script="table.py")
+    assert done.returncode == 0, done.stderr
+    assert "no runs yet" in done.stdout and "AlgoPerf v0.6" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["table.csv", "table.json", "table.md"]
