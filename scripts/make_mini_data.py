@@ -1,8 +1,8 @@
 """Makes the mini data of the three workloads from public packages (a build-time tool).
 
-Nobody needs to run this to train: the files it writes ship with the package. It is kept so that every byte
-of them can be traced and made again. It needs ``numpy``, ``nibabel`` and ``rdkit``, which nothing else here
-does, so use an environment of its own:
+Nobody needs to run this to train: the files it writes ship with the package. It is kept so that
+every byte of them can be traced and made again. It needs ``numpy``, ``nibabel`` and ``rdkit``, so
+use an environment of its own:
 
     pip download --no-deps pycortex==1.2.12          # sdist: one subject's T1 head
     pip download --no-deps nilearn==0.14.1           # wheel: average of 152 heads
@@ -14,8 +14,8 @@ does, so use an environment of its own:
         --pycortex pycortex-1.2.12.tar.gz --nilearn nilearn-0.14.1-py3-none-any.whl \\
         --moleculeace MoleculeACE-3.0.0-py3-none-any.whl --out algoperf_shampoo/workloads/data
 
-Prints the SHA-256 of each file; ``workloads_config/*.json`` holds the same sums, checked at every load.
-Same packages, same bytes: arrays are in a fixed order and the archive carries no time stamps.
+Prints the SHA-256 of each file; ``workloads_config/*.json`` holds the same sums, checked at every
+load. Same packages, same bytes: arrays are in a fixed order and the archive carries no time stamps.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def read_head(nifti_gz: bytes) -> np.ndarray:
     """Returns a head volume, axes right, anterior, superior, as float32 grey levels."""
-    import nibabel
+    import nibabel  # type: ignore[import-not-found]
 
     image = nibabel.Nifti1Image.from_bytes(gzip.decompress(nifti_gz))
     volume = np.asanyarray(nibabel.as_closest_canonical(image).dataobj)
@@ -86,8 +87,8 @@ def centred(plane: np.ndarray, size: int, centre: tuple[int, int]) -> np.ndarray
 def head_slices(volume: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Axial, coronal and sagittal slices of a 1 mm head, 2 mm pixels.
 
-    Returns uint8 images [N, 128, 128] and each one's orientation [N] (0 axial, 1 coronal, 2 sagittal).
-    Every ``step``-th slice (mm) with at least 10% foreground is kept.
+    Returns uint8 images [N, 128, 128] and each one's orientation [N] (0 axial, 1 coronal,
+    2 sagittal). Every ``step``-th slice (mm) with at least 10% foreground is kept.
     """
     images, orientations = [], []
     foreground = volume > FOREGROUND
@@ -97,11 +98,12 @@ def head_slices(volume: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
         mask = np.moveaxis(foreground, axis, 0).transpose(0, 2, 1)[:, ::-1, :]
         where = np.argwhere(mask.mean(axis=0) > 0.02)
         low, high = where.min(axis=0), where.max(axis=0)
-        centre = tuple(int(c) for c in (low + high) // 2)
+        centre = int(low[0] + high[0]) // 2, int(low[1] + high[1]) // 2
         full = 2 * FIELD_OF_VIEW
         slices, mask = centred(slices, full, centre), centred(mask, full, centre)
         kept = np.flatnonzero(mask.mean(axis=(1, 2)) >= MIN_FOREGROUND_FRACTION)[::step]
-        pooled = slices[kept].reshape(len(kept), FIELD_OF_VIEW, 2, FIELD_OF_VIEW, 2).mean(axis=(2, 4))
+        tiles = slices[kept].reshape(len(kept), FIELD_OF_VIEW, 2, FIELD_OF_VIEW, 2)
+        pooled = tiles.mean(axis=(2, 4))
         images.append(np.clip(np.rint(pooled), 0, 255).astype(np.uint8))
         orientations.append(np.full(len(kept), orientation, np.uint8))
     return np.concatenate(images), np.concatenate(orientations)
@@ -163,8 +165,8 @@ def position(values: tuple[str, ...], value: str) -> int:
     return values.index(value) if value in values else len(values)
 
 
-def atom_features(atom) -> list[int]:
-    """OGB's nine: number, chirality, degree, charge, Hs, radicals, hybridisation, aromatic, ring."""
+def atom_features(atom: Any) -> list[int]:
+    """OGB's nine: number, chirality, degree, charge, Hs, radicals, hybrid, aromatic, ring."""
     return [
         atom.GetAtomicNum() - 1,
         position(CHIRALITY, str(atom.GetChiralTag())),
@@ -178,7 +180,7 @@ def atom_features(atom) -> list[int]:
     ]
 
 
-def bond_features(bond) -> list[int]:
+def bond_features(bond: Any) -> list[int]:
     """OGB's three: type, stereo, conjugated."""
     return [
         position(BOND_TYPE, str(bond.GetBondType())),
@@ -188,8 +190,8 @@ def bond_features(bond) -> list[int]:
 
 
 def read_activities(wheel: Path) -> tuple[list[str], dict[str, dict[int, float]]]:
-    """Returns the target names and, per canonical SMILES, the activity y for each measured target."""
-    from rdkit import Chem
+    """Returns the targets and, per canonical SMILES, the activity y for each measured target."""
+    from rdkit import Chem  # type: ignore[import-not-found]
 
     activities: dict[str, dict[int, float]] = {}
     with zipfile.ZipFile(wheel) as archive:
@@ -207,13 +209,19 @@ def read_activities(wheel: Path) -> tuple[list[str], dict[str, dict[int, float]]
 def make_ogbg(wheel: Path, out: Path) -> None:
     """Molecules as graphs, one bit per target: positive when more active than 10 nM.
 
-    A molecule's split is decided by the SHA-256 of its SMILES without stereochemistry, so stereoisomers,
-    whose graphs hardly differ, are never on both sides of a split.
+    A molecule's split is decided by the SHA-256 of its SMILES without stereochemistry, so
+    stereoisomers, whose graphs hardly differ, are never on both sides of a split.
     """
     from rdkit import Chem
 
     tasks, activities = read_activities(wheel)
-    nodes, bonds, ends, n_nodes, n_bonds, labels, keys = [], [], [], [], [], [], []
+    nodes: list[list[int]] = []
+    bonds: list[list[int]] = []
+    ends: list[tuple[int, int]] = []
+    labels: list[list[int]] = []
+    n_nodes: list[int] = []
+    n_bonds: list[int] = []
+    keys: list[int] = []
     for smiles in sorted(activities):
         molecule = Chem.MolFromSmiles(smiles)
         if molecule.GetNumAtoms() > MAX_ATOMS:
@@ -231,7 +239,8 @@ def make_ogbg(wheel: Path, out: Path) -> None:
             row[task] = int(y > POSITIVE_ABOVE)
         labels.append(row)
     fractions = np.array(keys, np.float64) / 2.0**64
-    arrays = {
+    splits = (fractions >= VALIDATION_FROM).astype(np.uint8) + (fractions >= TEST_FROM)
+    arrays: dict[str, np.ndarray] = {
         # Feature-major: long runs of one feature compress better.
         "node_features": np.array(nodes, np.uint8).T,
         "bond_features": np.array(bonds, np.uint8).T,
@@ -240,13 +249,13 @@ def make_ogbg(wheel: Path, out: Path) -> None:
         "num_bonds": np.array(n_bonds, np.uint8),
         "labels": np.array(labels, np.int8),
         "molecule_keys": np.array(keys, np.uint64),
-        "splits": ((fractions >= VALIDATION_FROM).astype(np.uint8) + (fractions >= TEST_FROM)),
+        "splits": splits,
         "tasks": np.array(tasks),
     }
     left_out = len(activities) - len(n_nodes)
     print(f"  left out: {left_out} of {len(activities)} molecules, over {MAX_ATOMS} atoms")
     for index, split in enumerate(SPLITS):
-        print(f"  {split}: {int((arrays['splits'] == index).sum())} molecules")
+        print(f"  {split}: {np.count_nonzero(splits == index)} molecules")
     write_npz(out / "ogbg_mini.npz", arrays)
 
 
@@ -266,15 +275,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     needed = {
-        "fastmri": [("--pycortex", args.pycortex), ("--nilearn", args.nilearn), ("--colin27", args.colin27)],
+        "fastmri": [
+            ("--pycortex", args.pycortex),
+            ("--nilearn", args.nilearn),
+            ("--colin27", args.colin27),
+        ],
         "imagenet_vit": [("--fashion-mnist", args.fashion_mnist)],
         "ogbg": [("--moleculeace", args.moleculeace)],
-    }  # fmt: skip
+    }
     wanted = [args.only] if args.only else list(needed)
     for workload in wanted:
         for flag, path in needed[workload]:
             if path is None or not path.exists():
-                print(f"error: {flag}: {path} not found; see --help for the packages", file=sys.stderr)
+                print(f"error: {flag}: {path} not found (see --help)", file=sys.stderr)
                 return 2
     args.out.mkdir(parents=True, exist_ok=True)
     if "fastmri" in wanted:

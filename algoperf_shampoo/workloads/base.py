@@ -1,4 +1,4 @@
-"""What every workload is: AlgoPerf's workload contract, as far as the embedded harness and submissions use it."""
+"""What every workload is: the part of AlgoPerf's contract that submissions and our harness use."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class Workload(abc.ABC):
     """One workload at one size.
 
     Attributes are AlgoPerf's, plus ``max_steps`` and ``eval_period_steps`` (mini only, else None).
-    Random states are uint32 arrays [2]. Metrics are better when higher; a target is hit at or above it.
+    Random states are uint32 arrays [2]. Metrics are better when higher; a target is hit at or above
+    it.
     """
 
     full_name: ClassVar[str]
@@ -121,7 +122,7 @@ class Workload(abc.ABC):
 
     @abc.abstractmethod
     def synthetic_batch(self, batch_size: int, rng: Any) -> Batch:
-        """A random training batch with AlgoPerf's shapes and dtypes, for benchmarks and shape tests."""
+        """A random training batch of AlgoPerf's shapes and dtypes, for benchmarks."""
 
     # What they share.
 
@@ -139,7 +140,7 @@ class Workload(abc.ABC):
         return bool(eval_result[f"{split}/{self.target_metric_name}"] >= target)
 
     def init_model_fn(self, rng: Any) -> tuple[nn.Module, None]:
-        """A freshly initialised model on the device, from ``rng`` alone (its first word, as AlgoPerf)."""
+        """A new model on the device, from the first word of ``rng`` alone (as AlgoPerf)."""
         with _seeded(seed_words(rng)[0], torch.device("cpu")):
             model = self._new_model()
         return model.to(self.device), None
@@ -154,7 +155,7 @@ class Workload(abc.ABC):
         model.train()
         if not dropout_rate:
             return self._forward(model, batch, 0.0), None
-        # Dropout follows ``rng``, not torch's global state, so that a resumed run repeats to the bit.
+        # Dropout follows ``rng``, not torch's global state: a resumed run repeats to the bit.
         first, *rest = seed_words(rng)
         with _seeded(first << 32 | (rest[0] if rest else 0), self.device):
             return self._forward(model, batch, dropout_rate), None
@@ -171,17 +172,18 @@ class Workload(abc.ABC):
     ) -> Iterator[Batch]:
         """Batches of a split, tensors on the device.
 
-        "train" is endless and can ``skip(n)``; "eval_train", "validation" and "test" are one pass in a
-        fixed order, repeated if ``repeat_final_dataset``.
+        "train" is endless and can ``skip(n)``; "eval_train", "validation" and "test" are one pass
+        in a fixed order, repeated if ``repeat_final_dataset``.
 
         Raises:
-          UserError: full size (its data pipeline is AlgoPerf's), unknown split, missing or broken data.
+          UserError: full size (its data pipeline is AlgoPerf's), unknown split, missing or broken
+            data.
         """
         del cache  # everything is in memory already
         if not self.is_mini:
             raise UserError(
-                f"{self.name}: full-size training runs under AlgoPerf's own harness, which owns its "
-                "data pipeline; use HARNESS=algoperf, or SIZE=mini here"
+                f"{self.name}: full-size training runs under AlgoPerf's own harness, which owns "
+                "its data pipeline; use HARNESS=algoperf, or SIZE=mini here"
             )
         if split != "train" and split not in EVAL_SPLITS:
             known = ", ".join(("train", *EVAL_SPLITS))

@@ -1,4 +1,4 @@
-"""Reading workloads_config/<workload>.json: every key known, present and of the right type, or a clear error."""
+"""Reading workloads_config/<workload>.json: every key known, present and of the right type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from algoperf_shampoo.errors import UserError
 DEFAULT_DIR = Path(__file__).resolve().parents[2] / "workloads_config"
 DEFAULT_VERSION = "v0.6"
 
-# A schema maps a key to a type, to a nested schema, or to a one-item list [type] for a list of them.
+# A schema maps a key to a type, to a nested schema, or to [type] for a list of that type.
 Schema = Mapping[str, Any]
 
 COUNTS: Schema = {
@@ -91,7 +91,8 @@ def check_keys(source: Path, prefix: str, found: Any, schema: Schema) -> dict[st
     """Checks an object against a schema.
 
     Raises:
-      UserError: names the file, the key and the value at the first unknown or missing key or wrong type.
+      UserError: names the file, the key and the value at the first unknown or missing key or wrong
+        type.
     """
     if not isinstance(found, dict):
         raise UserError(f"{source}: {prefix or 'the file'} is {found!r}; it must be an object")
@@ -163,6 +164,4 @@ def read_config(
     for key in ("validation_target_value", "test_target_value"):
         if chosen[key] > 1:
             raise UserError(f"{source}: {key} is {chosen[key]!r}; it must be at most 1")
-    return WorkloadConfig(
-        source=source, target_metric_name=checked["target_metric_name"], **chosen
-    )
+    return WorkloadConfig(source=source, target_metric_name=checked["target_metric_name"], **chosen)

@@ -1,4 +1,4 @@
-"""Reading the mini data: one compressed archive of arrays a workload, checked against its checksum."""
+"""Reading the mini data: one archive of arrays a workload, checked against its checksum."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from algoperf_shampoo.errors import UserError
 SHIPPED = Path(__file__).parent / "data"
 
 
-def read_arrays(
-    data_dir: str | Path | None, file_name: str, sha256: str
-) -> dict[str, np.ndarray]:
+def read_arrays(data_dir: str | Path | None, file_name: str, sha256: str) -> dict[str, np.ndarray]:
     """Reads every array of ``file_name``.
 
     Args:

@@ -1,4 +1,4 @@
-"""FastMRI: a U-Net removes the aliasing from under-sampled magnetic resonance images. L1 loss, SSIM."""
+"""FastMRI: a U-Net reconstructs under-sampled magnetic resonance images. L1 loss, SSIM."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def centre_crop(images: Tensor, size: int) -> Tensor:
 def make_examples(images: Tensor, volumes: Tensor, masks: Tensor, size: int) -> Batch:
     """Inputs, targets and what undoes their normalisation, as AlgoPerf's pipeline makes them.
 
-    Input and target are shifted and scaled by the input's own mean and standard deviation and clipped at
-    six; "volume_max" is the largest target value of the example's volume.
+    Input and target are shifted and scaled by the input's own mean and standard deviation and
+    clipped at six; "volume_max" is the largest target value of the example's volume.
 
     Args:
       images: float32 [N, H, W] magnitudes over the whole field of view.
@@ -92,10 +92,10 @@ def make_examples(images: Tensor, volumes: Tensor, masks: Tensor, size: int) -> 
 class FastMRI(Workload):
     """Mini: slices of one head train, another head validates, a third tests.
 
-    What differs from fastMRI's knees: k-space is simulated from magnitude images of heads (no phase, no
-    noise of its own) at 128 x 128, 2 mm, in three orientations, and the central crop is 64 x 64 instead
-    of 320 x 320. As in AlgoPerf, a training slice keeps its mask throughout a run, and evaluations use
-    one fixed mask.
+    What differs from fastMRI's knees: k-space is simulated from magnitude images of heads (no
+    phase, no noise of its own) at 128 x 128, 2 mm, in three orientations, and the central crop is
+    64 x 64 instead of 320 x 320. As in AlgoPerf, a training slice keeps its mask throughout a run;
+    evaluations use one fixed mask (in AlgoPerf those on validation and test data).
     """
 
     full_name = "fastmri"
@@ -142,7 +142,7 @@ class FastMRI(Workload):
         mask_batch: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Mean absolute error of each image [B]; label smoothing has no meaning here and is ignored."""
+        """Mean absolute error of each image [B]; label smoothing is ignored, as in AlgoPerf."""
         del label_smoothing
         losses = F.l1_loss(logits_batch, label_batch, reduction="none").mean(dim=(1, 2))
         return self._masked(losses, mask_batch)

@@ -1,10 +1,10 @@
-"""ImageNet ViT: a vision transformer of the S/16 family classifies images. Cross entropy, accuracy."""
+"""ImageNet ViT: a vision transformer of the S/16 family. Cross entropy, accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algoperf_shampoo.workloads.base import Batch, LossType, Workload
+from algoperf_shampoo.workloads.config import Schema
 from algoperf_shampoo.workloads.data import read_arrays
 from algoperf_shampoo.workloads.models import ViT
+from algoperf_shampoo.workloads.queues import generator
 
 FULL_IMAGE_SIZE = 224
 MINI_IMAGE_SIZE = 28
@@ -25,8 +27,8 @@ FULL_MIXUP_ALPHA = 0.2
 class ImagenetViT(Workload):
     """Mini: Fashion-MNIST, ten classes, one channel, 28 x 28, in place of ImageNet.
 
-    Normalised by the training images' mean and standard deviation, as ImageNet is. No augmentation and
-    no mixup (AlgoPerf crops at random, flips, applies RandAugment and mixes).
+    Normalised by the training images' mean and standard deviation, as ImageNet is. No augmentation
+    and no mixup (AlgoPerf crops at random, flips, applies RandAugment and mixes).
     """
 
     full_name = "imagenet_vit"
@@ -40,7 +42,7 @@ class ImagenetViT(Workload):
         "mlp_dim": int,
         "num_heads": int,
     }
-    data_schema: dict[str, Any] = {}
+    data_schema: ClassVar[Schema] = {}
 
     def _check(self) -> None:
         model = self.config.model
@@ -53,7 +55,9 @@ class ImagenetViT(Workload):
                 "model.num_heads", model["num_heads"], f"it must divide width {model['width']}"
             )
         if model["width"] % 4 or model["width"] < 8:
-            raise self._complain("model.width", model["width"], "it must be a multiple of 4, from 8")
+            raise self._complain(
+                "model.width", model["width"], "it must be a multiple of 4, from 8"
+            )
 
     @property
     def _image_size(self) -> int:
@@ -122,7 +126,7 @@ class ImagenetViT(Workload):
         return self._mean_over_examples(model, batches, score, rng)
 
     def synthetic_batch(self, batch_size: int, rng: Any) -> Batch:
-        """Full-size targets are mixed pairs of classes [B, classes], as AlgoPerf's mixup makes them."""
+        """Full-size targets are mixed pairs of classes [B, classes], as from AlgoPerf's mixup."""
         source = self._torch_generator(rng)
         classes, channels = self.config.model["num_classes"], self.config.model["in_channels"]
         size = self._image_size
@@ -130,7 +134,7 @@ class ImagenetViT(Workload):
         targets = torch.randint(classes, (batch_size,), generator=source)
         if not self.is_mini:
             one_hot = F.one_hot(targets, classes).float()
-            weight = np.random.default_rng(source.initial_seed()).beta(*[FULL_MIXUP_ALPHA] * 2)
+            weight = generator(rng, 1).beta(FULL_MIXUP_ALPHA, FULL_MIXUP_ALPHA)
             inputs = weight * inputs + (1 - weight) * inputs.roll(1, dims=0)
             targets = weight * one_hot + (1 - weight) * one_hot.roll(1, dims=0)
         return {"inputs": inputs.to(self.device), "targets": targets.to(self.device)}

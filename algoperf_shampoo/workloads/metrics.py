@@ -17,14 +17,12 @@ def _window_mean(images: Tensor) -> Tensor:
     return F.avg_pool2d(columns, (1, WINDOW), stride=1).squeeze(1)
 
 
-def ssim(
-    outputs: Tensor, targets: Tensor, mean: Tensor, std: Tensor, volume_max: Tensor
-) -> Tensor:
+def ssim(outputs: Tensor, targets: Tensor, mean: Tensor, std: Tensor, volume_max: Tensor) -> Tensor:
     """Structural similarity of each image, averaged over its windows.
 
-    SSIM = (2 ux uy + c1) (2 vxy + c2) / ((ux^2 + uy^2 + c1) (vx + vy + c2)), with uniform 7x7 windows,
-    sample (co)variances, c1 = (0.01 L)^2, c2 = (0.03 L)^2 and L the volume's maximum (Wang et al. 2004;
-    fastMRI, Zbontar et al. 2018). Windows that cross an edge do not count.
+    SSIM = (2 ux uy + c1) (2 vxy + c2) / ((ux^2 + uy^2 + c1) (vx + vy + c2)), with uniform 7x7
+    windows, sample (co)variances, c1 = (0.01 L)^2, c2 = (0.03 L)^2 and L the volume's maximum
+    (Wang et al. 2004; fastMRI, Zbontar et al. 2018). Windows that cross an edge do not count.
 
     Args:
       outputs, targets: [B, H, W] normalised images, H and W at least 7.
@@ -69,8 +67,8 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
 def mean_average_precision(labels: np.ndarray, logits: np.ndarray, mask: np.ndarray) -> float:
     """Mean of the tasks' average precisions, over the tasks that have both classes.
 
-    OGB's and AlgoPerf's definition, with one difference: a task's classes are counted among its known
-    labels only (AlgoPerf counts a missing label, filled with 0, as a negative there).
+    OGB's and AlgoPerf's definition, with one difference: a task's classes are counted among its
+    known labels only (AlgoPerf counts a missing label, filled with 0, as a negative there).
 
     Args:
       labels, logits, mask: [N, tasks]; mask is false where a label is missing.

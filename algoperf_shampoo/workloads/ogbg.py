@@ -1,11 +1,11 @@
-"""OGBG: a message-passing network predicts properties of molecules. Masked cross entropy, mean average precision."""
+"""OGBG: message passing over molecules. Masked binary cross entropy, mean average precision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from algoperf_shampoo.workloads.base import Batch, ForwardPassMode, LossType, Workload
+from algoperf_shampoo.workloads.config import Schema
 from algoperf_shampoo.workloads.data import read_arrays
 from algoperf_shampoo.workloads.metrics import mean_average_precision
 from algoperf_shampoo.workloads.models import GNN, GraphsTuple
@@ -64,9 +65,8 @@ class GraphStore:
         first_bond = n_bond.cumsum(0) - n_bond
         both = torch.stack([first_bond, first_bond], dim=1).flatten()
         bond = runs(both, n_bond.repeat_interleave(2))  # each graph's run of bonds, twice
-        reverse = torch.tensor([False, True]).repeat(len(n_bond)).repeat_interleave(
-            n_bond.repeat_interleave(2)
-        )
+        reverse = torch.tensor([False, True]).repeat(len(n_bond))
+        reverse = reverse.repeat_interleave(n_bond.repeat_interleave(2))
         start, stop = ends[bond].long().unbind(dim=1)
         n_edge = 2 * n_bond
         return cls(
@@ -91,10 +91,10 @@ class GraphStore:
         offset = n_node.cumsum(0) - n_node
         offset = offset.repeat_interleave(n_edge, output_size=len(edges))
         return GraphsTuple(
-            nodes=self.nodes[nodes],
-            edges=self.edges[edges],
-            receivers=self.receivers[edges] + offset,
-            senders=self.senders[edges] + offset,
+            nodes=self.nodes.index_select(0, nodes),
+            edges=self.edges.index_select(0, edges),
+            receivers=self.receivers.index_select(0, edges) + offset,
+            senders=self.senders.index_select(0, edges) + offset,
             globals=None,
             n_node=n_node,
             n_edge=n_edge,
@@ -102,10 +102,10 @@ class GraphStore:
 
 
 class OGBG(Workload):
-    """Mini: 35,245 molecules of ChEMBL bioactivities, 30 targets, one bit each, most of them missing.
+    """Mini: molecules of ChEMBL bioactivities, 30 targets, one bit each, most of them missing.
 
-    Node and edge features are the numbers of OGB's featuriser. Batches hold whole graphs, as many as
-    asked for (AlgoPerf fills fixed budgets of nodes and edges and pads).
+    Node and edge features are the numbers of OGB's featuriser. Batches hold whole graphs, as many
+    as asked for (AlgoPerf fills fixed budgets of nodes and edges and pads).
     """
 
     full_name = "ogbg"
@@ -116,7 +116,7 @@ class OGBG(Workload):
         "hidden_dims": [int],
         "num_message_passing_steps": int,
     }
-    data_schema: dict[str, Any] = {}
+    data_schema: ClassVar[Schema] = {}
 
     def _check(self) -> None:
         pass
@@ -153,7 +153,7 @@ class OGBG(Workload):
         mask_batch: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Binary cross entropy of each label [B, tasks], 0 where the mask is; without one all count.
+        """Binary cross entropy of each label [B, tasks], 0 where the mask is; no mask, all count.
 
         "n_valid_examples" counts labels, not graphs. Label smoothing s replaces the label y by
         (1 - s) y + s / tasks, AlgoPerf's rule (for a single binary label one would expect s / 2).
@@ -196,10 +196,14 @@ class OGBG(Workload):
                 self.config.model["num_outputs"],
                 f"the data has {labels.shape[1]} tasks",
             )
+        features, sizes = (
+            ("node_features", "bond_features", "bond_ends"),
+            ("num_nodes", "num_bonds"),
+        )
         store = GraphStore.from_bonds(
-            *(torch.from_numpy(arrays[key].T) for key in ("node_features", "bond_features", "bond_ends")),
-            *(torch.from_numpy(arrays[key]).long() for key in ("num_nodes", "num_bonds")),
-        ).to(self.device)  # fmt: skip
+            *(torch.from_numpy(arrays[key].T) for key in features),
+            *(torch.from_numpy(arrays[key]).long() for key in sizes),
+        ).to(self.device)
         known = (labels != MISSING).to(self.device)
         targets = labels.clamp(min=0).float().to(self.device)
         where = torch.from_numpy(members).to(self.device)
@@ -215,7 +219,7 @@ class OGBG(Workload):
         return self._check_count(source, len(members)), make_batch
 
     def _evaluate(self, model: nn.Module, batches: list[Batch], rng: Any) -> dict[str, float]:
-        """"loss" is the mean over known labels (AlgoPerf's also counts the missing ones, as zeros)."""
+        """The loss is averaged over known labels (AlgoPerf: over all, missing ones as 0)."""
         loss, count = 0.0, 0
         parts: list[tuple[np.ndarray, ...]] = []
         for batch in batches:
@@ -232,7 +236,7 @@ class OGBG(Workload):
         }
 
     def synthetic_batch(self, batch_size: int, rng: Any) -> Batch:
-        """Random molecule-like graphs: about 26 nodes, 56 directed edges; an eighth of labels missing."""
+        """Random graphs of about 26 nodes and 56 directed edges; an eighth of labels missing."""
         source = self._torch_generator(rng)
         n_node = torch.randint(MEAN_NODES - 12, MEAN_NODES + 13, (batch_size,), generator=source)
         n_bond = n_node + 2  # a tree with three rings closed
@@ -254,4 +258,3 @@ class OGBG(Workload):
             "targets": targets.float().to(self.device),
             "weights": known.to(self.device),
         }
-

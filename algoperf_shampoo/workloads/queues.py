@@ -24,8 +24,9 @@ def generator(rng: Any, *stream: int) -> np.random.Generator:
 class TrainQueue:
     """Endless batches over a fresh permutation of the examples each epoch.
 
-    The epochs' permutations are laid end to end and cut into batches, so every example is seen equally
-    often and no batch is short. Batch t depends on ``rng`` and t alone: ``skip`` costs nothing.
+    The epochs' permutations are laid end to end and cut into batches, so every example is seen
+    equally often and no batch is short. Batch t depends on ``rng`` and t alone: ``skip`` costs
+    nothing.
     """
 
     def __init__(self, num_examples: int, batch_size: int, rng: Any, make_batch: MakeBatch) -> None:
@@ -69,7 +70,7 @@ class TrainQueue:
 def evaluation_batches(
     num_examples: int, available: int, batch_size: int, make_batch: MakeBatch
 ) -> Iterator[Batch]:
-    """One pass over ``num_examples`` spread evenly over the ``available`` ones; the last may be short."""
+    """One pass over ``num_examples`` spread evenly over the available; the last may be short."""
     chosen = np.arange(num_examples) * available // num_examples
     for start in range(0, num_examples, batch_size):
         yield make_batch(chosen[start : start + batch_size])

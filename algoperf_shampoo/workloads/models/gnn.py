@@ -34,8 +34,8 @@ class GraphsTuple(NamedTuple):
 
 def sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
     """Sums rows [N, C] into [size, C]: row i is added to ``index[i]``."""
-    expanded = index.unsqueeze(-1).expand_as(rows)
-    return rows.new_zeros(size, rows.shape[-1]).scatter_add_(0, expanded, rows)
+    # index_add, not scatter_add: its backward is a row gather, twice as fast on a CPU.
+    return rows.new_zeros(size, rows.shape[-1]).index_add_(0, index, rows)
 
 
 def dense(in_features: int, hidden_dims: tuple[int, ...]) -> Chain:
@@ -53,9 +53,7 @@ def dense(in_features: int, hidden_dims: tuple[int, ...]) -> Chain:
 class MessagePassing(nn.Module):
     """One round: edges from their ends, nodes from their edges, the graph's row from both."""
 
-    def __init__(
-        self, edge: int, node: int, graph: int, hidden_dims: tuple[int, ...]
-    ) -> None:
+    def __init__(self, edge: int, node: int, graph: int, hidden_dims: tuple[int, ...]) -> None:
         """``edge``, ``node`` and ``graph`` are the widths that enter the round."""
         super().__init__()
         out = hidden_dims[-1]
@@ -75,11 +73,16 @@ class MessagePassing(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes and returns node, edge and graph features; ``*_graph`` name each one's graph."""
         senders, receivers = graph.senders, graph.receivers
-        ends = [edges, nodes[senders], nodes[receivers], rows[edge_graph]]
+        ends = [
+            edges,
+            nodes.index_select(0, senders),
+            nodes.index_select(0, receivers),
+            rows.index_select(0, edge_graph),
+        ]
         edges = self.update_edge_fn(torch.cat(ends, dim=-1), rate)
         sent = sum_rows(edges, senders, len(nodes))
         received = sum_rows(edges, receivers, len(nodes))
-        around = [nodes, sent, received, rows[node_graph]]
+        around = [nodes, sent, received, rows.index_select(0, node_graph)]
         nodes = self.update_node_fn(torch.cat(around, dim=-1), rate)
         pooled = [
             sum_rows(nodes, node_graph, len(rows)),
@@ -112,8 +115,7 @@ class GNN(nn.Module):
         out = hidden_dims[-1]
         first = MessagePassing(latent_dim, latent_dim, num_outputs, hidden_dims)
         later = [
-            MessagePassing(out, out, out, hidden_dims)
-            for _ in range(num_message_passing_steps - 1)
+            MessagePassing(out, out, out, hidden_dims) for _ in range(num_message_passing_steps - 1)
         ]
         self.graph_network = nn.ModuleList([first, *later])
         self.decoder = nn.Linear(out, num_outputs)

@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Standard deviation of a unit normal cut off at two deviations: dividing by it restores variance one.
+# Standard deviation of a unit normal cut off at two deviations; dividing by it restores one.
 TRUNCATED_NORMAL_STD = 0.87962566103423978
 
 

@@ -1,4 +1,4 @@
-"""U-Net for image reconstruction (Ronneberger et al. 2015; fastMRI's baseline, Zbontar et al. 2018)."""
+"""U-Net for image reconstruction (Ronneberger et al. 2015; Zbontar et al. 2018)."""
 
 from __future__ import annotations
 

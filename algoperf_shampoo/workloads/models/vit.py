@@ -1,4 +1,4 @@
-"""Vision transformer of the SimpleViT kind (Beyer et al. 2022): fixed sin-cos positions, mean pooling."""
+"""Vision transformer of the SimpleViT kind: sin-cos positions, mean pooling (Beyer et al. 2022)."""
 
 from __future__ import annotations
 
