@@ -54,7 +54,8 @@ def main() -> int:
     failed = launch.launch(wanted, own_flags, echo=echo)
     if not wanted.dry_run:
         trials = [logs.read_trial(r.run_dir) for r in wanted.runs if logs.is_trial(r.run_dir)]
-        print("\n" + tables.to_text(tables.of_runs(trials, wanted.size, ROOT)))
+        for table in tables.of_runs(trials, ROOT):
+            print("\n" + tables.to_text(table))
     return 1 if failed else 0
 
 

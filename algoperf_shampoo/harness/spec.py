@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+MINI = "_mini"
+"""Ends the name of a workload whose model and data are both small (embedded harness)."""
+MINIDATA = "_minidata"
+"""Ends the name of AlgoPerf's own workload, its model unchanged, on little data."""
+
 
 class ForwardPassMode(enum.Enum):
     """Passed to ``model_fn``. AlgoPerf has an enum of the same names: compare ``mode.name``."""

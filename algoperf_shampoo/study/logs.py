@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness.spec import MINI, MINIDATA
 
 _FRAMEWORKS = ("pytorch", "jax")
 
@@ -125,16 +126,23 @@ def read_trial(path: Path) -> Trial:
     )
 
 
+def size_of(workload: str) -> str:
+    """ "mini", "minidata" or "full", by the ending of a workload's name."""
+    return {MINI: "mini", MINIDATA: "minidata"}.get(workload[workload.rfind("_") :], "full")
+
+
 def benchmark_version(
     workload: str, step_hint: int | None, target: float | None, config_dir: Path
 ) -> str:
-    """The AlgoPerf version whose settings a run logged: "v0.6", "mini", or "unknown".
+    """The AlgoPerf version whose settings a run logged, "v0.6" say, or "unknown".
+
+    Runs on small data have targets of their own and are "mini" or "minidata".
 
     Versions are told apart by ``step_hint`` and validation target, which
     ``workloads_config/<workload>.json`` lists for each.
     """
-    if workload.endswith(("_mini", "_minidata")):
-        return "mini"
+    if size_of(workload) != "full":
+        return size_of(workload)
     path = config_dir / f"{workload}.json"
     if path.is_file():
         versions = json.loads(path.read_text(encoding="utf-8"))["full"]["versions"]

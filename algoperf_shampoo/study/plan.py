@@ -13,8 +13,7 @@ from typing import Any
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import hparams, submission_loader
-from algoperf_shampoo.harness.algoperf import minidata
-from algoperf_shampoo.harness.spec import RunSpec
+from algoperf_shampoo.harness.spec import MINI, MINIDATA, RunSpec
 
 WORKLOADS = ("fastmri", "imagenet_vit", "ogbg")
 SIZES = ("mini", "full")
@@ -106,10 +105,12 @@ def make_plan(
         for base in workloads:
             name = base
             if size == "mini":
-                name += "_mini" if small_models else minidata.SUFFIX
+                name += MINI if small_models else MINIDATA
             points = [
                 hparams.override(point, new_f, new_tau, where=f"{_shown(path, root)} ({name})")
-                for point in hparams.read_points(path, number_of_trials, minidata.base_name(name))
+                for point in hparams.read_points(
+                    path, number_of_trials, name.removesuffix(MINIDATA)
+                )
             ]
             runs += [
                 RunSpec(

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from algoperf_shampoo.study.logs import Trial, benchmark_version
+from algoperf_shampoo.harness.spec import MINI, MINIDATA
+from algoperf_shampoo.study.logs import Trial, benchmark_version, size_of
 
 # The embedded harness's small models, and AlgoPerf's models on little data.
-_SMALL = ("_mini", "_minidata")
 _WORKLOADS = {"fastmri": "FastMRI", "imagenet_vit": "ImageNet ViT", "ogbg": "OGBG"}
 
 
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one size; ``size`` is "mini" or "full"."""
+    """Rows of one size: "mini", "minidata" (AlgoPerf's workloads on little data) or "full"."""
 
     size: str
     caption: str
@@ -97,12 +97,12 @@ def build(
         groups.setdefault((trial.workload, version, trial.label, point), []).append(trial)
     tables = []
     for size in sizes:
-        suffix = "_mini" if size == "mini" else ""
-        own = {k: g for k, g in groups.items() if k[0].endswith(_SMALL) == (size == "mini")}
+        suffix = {"mini": MINI, "minidata": MINIDATA}.get(size, "")
+        own = {k: g for k, g in groups.items() if size_of(k[0]) == size}
         rows: list[Row] = []
         for base, title in _WORKLOADS.items():
             here = {k: g for k, g in own.items() if k[0] == base + suffix}
-            for entry in (e for e in paper if e["workload"] == base):
+            for entry in (e for e in paper if e["workload"] == base and size != "minidata"):
                 matching = [k for k in here if _is_of(here[k][0], entry, size)]
                 rows += [_row(title, here.pop(k), k[1], entry, root) for k in matching]
                 if not matching:
@@ -117,16 +117,19 @@ def build(
 
 
 def table1(trials: Sequence[Trial], root: Path) -> list[Table]:
-    """Both sizes, every row of the paper's Table 1; ``root`` is the repository."""
+    """Every row of the paper's Table 1 at both sizes, and minidata runs, if any, in their own.
+
+    ``root`` is the repository.
+    """
     paper = read_paper(root / "results" / "paper" / "table1.json")
-    return build(trials, paper, ("mini", "full"), root / "workloads_config", root)
+    extra = ["minidata"] if any(size_of(trial.workload) == "minidata" for trial in trials) else []
+    return build(trials, paper, ["mini", *extra, "full"], root / "workloads_config", root)
 
 
-def of_runs(trials: Sequence[Trial], size: str, root: Path) -> Table:
-    """The table of some runs alone, without the rows that no run of theirs belongs to."""
-    paper = read_paper(root / "results" / "paper" / "table1.json")
-    table = build(trials, paper, (size,), root / "workloads_config", root)[0]
-    return replace(table, rows=[row for row in table.rows if row.runs])
+def of_runs(trials: Sequence[Trial], root: Path) -> list[Table]:
+    """Tables of some runs alone, without the rows that no run of theirs belongs to."""
+    made = [replace(t, rows=[r for r in t.rows if r.runs]) for t in table1(trials, root)]
+    return [table for table in made if table.rows]
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -215,6 +218,12 @@ def _row(
 
 
 def _caption(size: str, rows: list[Row], own: dict[tuple[Any, ...], list[Trial]]) -> str:
+    if size == "minidata":
+        return (
+            "AlgoPerf's own workloads and harness on little data (minidata): checks that the "
+            "machinery runs. Targets are those of the data's manifest; nothing here is comparable "
+            "with Table 1."
+        )
     if size == "mini":
         targets = sorted({(k[0], g[0].metric, g[0].target) for k, g in own.items()}, key=str)
         shown = ", ".join(f"{w} {metric} {target:g}" for w, metric, target in targets if target)
@@ -234,7 +243,7 @@ def _caption(size: str, rows: list[Row], own: dict[tuple[Any, ...], list[Trial]]
 
 
 def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
-    unit, scale, digits = ("s", 1.0, 1) if table.size == "mini" else ("min", 60.0, 2)
+    unit, scale, digits = ("min", 60.0, 2) if table.size == "full" else ("s", 1.0, 1)
     header = [
         *("Workload", "Variant", "Runs", "Hits", "Steps", f"Time [{unit}]"),
         *("Paper's", "hits", "steps", "time [min]"),

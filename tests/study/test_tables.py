@@ -57,6 +57,16 @@ def test_mini_and_full_never_meet(tmp_path):
     assert "own small models" in mini.caption
 
 
+def test_minidata_runs_are_in_a_table_of_their_own(tmp_path):
+    made_trial(tmp_path, [(1, 1.0, 0.1), (9, 9.0, 0.6)])
+    folder = tmp_path / "label" / "study_1"
+    (folder / "w_pytorch").rename(folder / "ogbg_minidata_pytorch")
+    mini, minidata, full = tables.table1(logs.find_trials([tmp_path]), ROOT)
+    assert [len(row.runs) for row in minidata.rows] == [1] and minidata.rows[0].paper is None
+    assert not any(row.runs for table in (mini, full) for row in table.rows)
+    assert [t.size for t in tables.of_runs(logs.find_trials([tmp_path]), ROOT)] == ["minidata"]
+
+
 def test_other_hyperparameters_are_another_row(tmp_path):
     trials = published_trials(tmp_path)
     changed = tmp_path / "shampoo_grafting" / "study_2" / "fastmri_pytorch" / "trial_1"
