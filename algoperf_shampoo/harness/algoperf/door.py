@@ -1,0 +1,379 @@
+"""``make submit-<variant> HARNESS=algoperf``: one process group of AlgoPerf's runner per run.
+
+The runner is started with ``--resume_last_run`` always: in a new folder it starts from scratch, in
+one with a checkpoint it goes on; neither its question on the terminal nor ``--overwrite``, which
+deletes, can come up. Every seed has its own ``--rng_seed`` and study folder, every point of the
+search space its own process, because AlgoPerf's OGBG leaks threads until it dies.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import run_folder, submission_loader
+from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata
+from algoperf_shampoo.harness.spec import RunSpec
+from algoperf_shampoo.study.plan import Plan
+
+_RUNNER = "submission_runner"
+_OWN_RUNNER = "algoperf_shampoo.harness.algoperf.runner"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a command line may say besides the plan.
+
+    ``max_steps`` is AlgoPerf's ``--max_global_steps``; ``processes`` a number of processes to start
+    where there is no GPU.
+    """
+
+    max_steps: int | None = None
+    wandb: bool = False
+    processes: int | None = None
+
+    @classmethod
+    def of(cls, flags: dict[str, Any]) -> Options:
+        """From a dict of flags by name; others in it are of no concern here."""
+        return cls(
+            max_steps=_count("STEPS", flags.get("steps")),
+            wandb=bool(flags.get("wandb")),
+            processes=_count("PROCESSES", flags.get("processes")),
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where runs go: the number of processes, and the GPUs they are shown (None on a CPU)."""
+
+    processes: int
+    visible: str | None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A process to start: program and arguments, and what its environment has besides ours."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+
+    def shown(self, cwd: Path) -> str:
+        """The command as a line for a shell."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([f"cd {shlex.quote(str(cwd))} &&", *settings, shlex.join(self.arguments)])
+
+
+def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = print) -> int:
+    """Check everything, then train the runs one after another; the number that failed.
+
+    With ``plan.dry_run`` the commands are printed instead; what is missing is then a note.
+
+    Raises:
+        UserError: something is missing or wrong; no run has been started then.
+    """
+    options = Options.of(flags)
+    found = [path for run in plan.runs for path in folder.checkpoints(run.run_dir)]
+    environment = env.look(plan.root, found)
+    place = choose_place(plan.gpus, options.processes, environment)
+    missing = env.missing_message(environment)
+    if missing is None and options.wandb and not environment.wandb:
+        missing = f"WANDB=1: {environment.executable}: no wandb: install it there"
+    complain = _fail if not plan.dry_run else (lambda message: echo(f"note: {message}"))
+    if missing:
+        complain(missing)
+    if plan.data_dir is None:
+        _fail("DATA_DIR= is needed: AlgoPerf's data; `make data-algoperf-mini` makes a small set")
+    data = {}
+    for workload in dict.fromkeys(run.workload for run in plan.runs):
+        try:
+            data[workload] = find_data(plan, workload, environment, check=not missing)
+        except UserError as error:
+            complain(str(error))
+    commands = []
+    for run in plan.runs:
+        if run.workload not in data:
+            continue
+        limit = step_limit(run, data[run.workload], options)
+        state = folder.examine(run, environment.checkpoints, limit)
+        _check_batch_sizes(plan, run, data[run.workload], place.processes)
+        command = compose(plan, run, data[run.workload], place, environment, options)
+        commands.append((run, state, command))
+    if plan.dry_run:
+        for run, _, command in commands:
+            path = run.run_dir / folder.SEARCH_SPACE
+            echo(f"# {path}: {json.dumps(_points(plan, run))}")
+            echo(command.shown(plan.root))
+        return 0
+    if place.visible is None and plan.size == "full":
+        echo("note: no GPU here; full-size models on a CPU are for trying things out")
+    failed = []
+    for run, state, command in commands:
+        if not _train(plan, run, state, command, environment, echo):
+            failed.append(run.name)
+    if failed:
+        echo(f"{len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
+    return len(failed)
+
+
+def choose_place(gpus: int | None, processes: int | None, environment: env.Environment) -> Place:
+    """Processes and GPUs of a run.
+
+    Raises:
+        UserError: more GPUs asked for than there are, or processes where there are GPUs.
+    """
+    present = len(environment.gpus)
+    if gpus is not None and gpus > present:
+        remedy = "leave GPUS out" + (", PROCESSES= sets the processes on a CPU" * (not present))
+        raise UserError(f"GPUS={gpus}: torch {environment.torch} finds {present} here; {remedy}")
+    if not present:
+        return Place(processes or 1, None)
+    if processes is not None:
+        raise UserError(f"PROCESSES={processes}: for machines without a GPU; use GPUS=")
+    count = gpus or present
+    # The runner counts every GPU it can see, whatever torchrun starts: show it just these.
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(present)))
+    return Place(count, ",".join(shown.split(",")[:count]))
+
+
+def find_data(plan: Plan, workload: str, environment: env.Environment, check: bool) -> Path:
+    """The folder of a workload's data, checked in AlgoPerf's own Python.
+
+    Raises:
+        UserError: it is not there, or not as it should be.
+    """
+    assert plan.data_dir is not None
+    base = minidata.base_name(workload)
+    place = data_check.locate(base, plan.data_dir)
+    arguments = [base, str(place)]
+    if workload.endswith(minidata.SUFFIX):
+        arguments.append(json.dumps(minidata.read(place, workload).on_disk))
+    if base == "imagenet_vit":
+        data_check.locate_imagenet_v2(place)
+    if check:
+        done = subprocess.run(
+            [environment.executable, "-m", data_check.__name__, *arguments],
+            cwd=plan.root,
+            env={**os.environ, "PYTHONPATH": env.python_path(plan.root)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["the data check failed"])[-1]
+            raise UserError(f"DATA_DIR={plan.data_dir}: {last.removeprefix('error: ')}")
+    return place
+
+
+def step_limit(run: RunSpec, data: Path, options: Options) -> int | None:
+    """``--max_global_steps``: STEPS, else a mini data set's own, else none."""
+    if options.max_steps is not None or not run.workload.endswith(minidata.SUFFIX):
+        return options.max_steps
+    return minidata.read(data, run.workload).max_global_steps
+
+
+def compose(
+    plan: Plan,
+    run: RunSpec,
+    data: Path,
+    place: Place,
+    environment: env.Environment,
+    options: Options,
+) -> Command:
+    """The process of one run."""
+    own = (
+        place.visible is None
+        or run.workload.endswith(minidata.SUFFIX)
+        or not environment.cpu_freq
+    )
+    start = [environment.executable]
+    if place.processes > 1:
+        # What the program `torchrun` of this environment calls.
+        start += ["-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+        start += [f"--nproc_per_node={place.processes}"]
+    study = run.run_dir.parent.parent
+    arguments = {
+        "workload": run.workload,
+        "framework": "pytorch",
+        "submission_path": f"submissions/{run.variant}/submission.py",
+        "tuning_ruleset": "external",
+        "tuning_search_space": run.run_dir / folder.SEARCH_SPACE,
+        "num_tuning_trials": run.trial,
+        "hparam_start_index": run.trial - 1,
+        "hparam_end_index": run.trial,
+        "data_dir": data,
+        "experiment_dir": study.parent,
+        "experiment_name": study.name,
+        "rng_seed": run.seed,
+    }
+    if minidata.base_name(run.workload) == "imagenet_vit":
+        arguments["imagenet_v2_data_dir"] = data_check.locate_imagenet_v2(data)
+    limit = step_limit(run, data, options)
+    if limit is not None:
+        arguments["max_global_steps"] = limit
+    flags = [f"--{name}={value}" for name, value in arguments.items()] + ["--resume_last_run"]
+    if place.visible is None:
+        flags.append("--notorch_compile")
+    settings = {"PYTHONPATH": env.python_path(plan.root)}
+    if place.visible is not None:
+        settings["CUDA_VISIBLE_DEVICES"] = place.visible
+    if options.wandb:
+        flags.append("--use_wandb")
+        settings |= _wandb_settings(run)
+    return Command((*start, "-m", _OWN_RUNNER if own else _RUNNER, *flags), settings)
+
+
+def _wandb_settings(run: RunSpec) -> dict[str, str]:
+    """A fixed id per run folder, so that a resumed run goes on in the same record."""
+    return {
+        "WANDB_RUN_ID": hashlib.sha256(str(run.run_dir).encode()).hexdigest()[:16],
+        "WANDB_RESUME": "allow",
+        "WANDB_NAME": run.name.replace(" ", "-"),
+        "WANDB_RUN_GROUP": run.label,
+    }
+
+
+def _check_batch_sizes(plan: Plan, run: RunSpec, data: Path, processes: int) -> None:
+    if run.workload.endswith(minidata.SUFFIX):
+        entry = minidata.read(data, run.workload)
+        sizes = entry.global_batch_size, int(entry.properties["eval_batch_size"])
+    else:
+        # Imported here: torch takes seconds.
+        from algoperf_shampoo import workloads
+
+        submission = submission_loader.load(plan.root, run.variant)
+        workload = workloads.load(run.workload, config_dir=plan.config_dir)
+        sizes = submission.batch_size(run.workload), workload.eval_batch_size
+    for name, size in zip(("batch size", "evaluation batch size"), sizes, strict=True):
+        if size % processes:
+            raise UserError(
+                f"GPUS={processes}: {run.workload}: the global {name}, {size}, is not a multiple"
+            )
+
+
+def _train(
+    plan: Plan,
+    run: RunSpec,
+    state: folder.State,
+    command: Command,
+    environment: env.Environment,
+    echo: Callable[[str], None],
+) -> bool:
+    if state.ended:
+        echo(f"{run.name}: complete already ({state.ended}, step {state.step})")
+        return True
+    with run_folder.lock(run.run_dir):
+        for note in folder.prepare(run, state, _points(plan, run)):
+            echo(f"{run.name}: {note}")
+        if state.step:
+            echo(f"{run.name}: going on from step {state.step}; AlgoPerf's data starts over")
+        record = {
+            "arguments": command.arguments,
+            "environment": command.environment,
+            "from_step": state.step,
+            "started": _now(),
+            "python": environment.python,
+            "torch": environment.torch,
+            "cuda": environment.cuda,
+            "gpus": environment.gpus,
+            "algoperf": environment.algoperf,
+            "algoperf_commit": environment.algoperf_commit,
+            "ended": None,
+            "exit_code": None,
+        }
+        launches = [*folder.read_launches(run.run_dir), record]
+        folder.write_json(run.run_dir / folder.LAUNCHES, launches)
+        try:
+            record["exit_code"] = _run(plan.root, run.run_dir, command)
+        finally:
+            record["ended"] = _now()
+            folder.write_json(run.run_dir / folder.LAUNCHES, launches)
+    if record["exit_code"]:
+        echo(f"{run.name}: exit code {record['exit_code']}; see {run.run_dir / folder.CONSOLE}")
+    return record["exit_code"] == 0
+
+
+def _run(root: Path, run_dir: Path, command: Command) -> int:
+    """Start it, show and keep what it prints, and wait; its exit code."""
+    with (run_dir / folder.CONSOLE).open("a", encoding="utf-8") as log, _terminated_on_sigterm():
+        process = subprocess.Popen(
+            command.arguments,
+            cwd=root,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **command.environment},
+            stdin=subprocess.DEVNULL,  # should it ask something after all, it fails at once
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+
+        def copy() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                sys.stdout.write(line)
+                log.write(line)
+                log.flush()
+                if "Saved checkpoint to" in line:
+                    folder.prune_checkpoints(run_dir)
+
+        reader = threading.Thread(target=copy, daemon=True)
+        reader.start()
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        reader.join(timeout=10)  # a data-loading process left behind may hold the pipe open
+        return code
+
+
+@contextmanager
+def _terminated_on_sigterm() -> Iterator[None]:
+    """Leave by an exception on SIGTERM (Slurm, Docker), so that the child is ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _points(plan: Plan, run: RunSpec) -> list[dict[str, Any]]:
+    """The search space as the runner reads it: the points of this study up to this trial."""
+    study = run.run_dir.parent
+    return [r.hparams for r in plan.runs if r.run_dir.parent == study and r.trial <= run.trial]
+
+
+def _count(word: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    if not (str(value).isascii() and str(value).isdecimal()) or int(value) < 1:
+        raise UserError(f"{word}={value}: an integer of at least 1")
+    return int(value)
+
+
+def _fail(message: str) -> None:
+    raise UserError(message)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

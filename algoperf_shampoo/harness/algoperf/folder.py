@@ -1,0 +1,186 @@
+"""A trial folder that AlgoPerf's runner wrote: may it be resumed, and is it fit to be?
+
+The runner resumes whatever it finds: it takes the hyperparameters from the folder's hparams.json
+instead of the search space, fails on a checkpoint cut short by a kill, does no step at all when the
+run had ended by its step limit, and writes the rows of repeated steps a second time. All of that is
+settled here, before it starts; nothing is deleted, what is in the way is set aside.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness.spec import RunSpec
+
+LAUNCHES = "launches.json"
+SEARCH_SPACE = "search_space.json"
+CONSOLE = "console.log"
+_CHECKPOINT = re.compile(r"checkpoint_(\d+)$")
+_TABLES = ("measurements.csv", "eval_measurements.csv")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a trial folder holds. ``checkpoint`` is the newest readable one's facts, or None."""
+
+    run_dir: Path
+    checkpoint: dict[str, Any] | None
+    unreadable: tuple[Path, ...]
+
+    @property
+    def step(self) -> int:
+        """Step that a launch goes on from."""
+        return self.checkpoint["global_step"] if self.checkpoint else 0
+
+    @property
+    def ended(self) -> str | None:
+        """Why the run is over for AlgoPerf, None if it is not."""
+        if self.checkpoint is None:
+            return None
+        if self.checkpoint["goals_reached"]:
+            return "both targets reached"
+        if not self.checkpoint["is_time_remaining"]:
+            return "time budget spent"
+        if self.checkpoint["training_complete"]:
+            return "step limit reached"
+        return None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints in the folder, newest first."""
+    found = []
+    for path in run_dir.glob("checkpoint_*") if run_dir.is_dir() else ():
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def examine(run: RunSpec, facts: dict[str, dict[str, Any]], max_steps: int | None) -> State:
+    """Compare a trial folder with the run that is to go into it. Writes nothing.
+
+    Args:
+        facts: of the checkpoints, by path, as :func:`.probe.checkpoint` gives them.
+        max_steps: the step limit now, None for none.
+
+    Raises:
+        UserError: the folder is of another run, or of one that AlgoPerf cannot continue.
+    """
+    own = checkpoints(run.run_dir)
+    readable = [path for path in own if facts.get(str(path), {}).get("readable")]
+    newest = facts[str(readable[0])] if readable else None
+    broken = tuple(own[: own.index(readable[0])] if readable else own)
+    state = State(run.run_dir, newest, broken)
+    if (run.run_dir / "run.json").exists():
+        raise UserError(f"{run.run_dir}: holds a run of the embedded harness; set OUT=")
+    _same_hparams(run)
+    if state.ended == "step limit reached" and (max_steps is None or max_steps > state.step):
+        raise UserError(
+            f"{run.run_dir}: ended at step {state.step} by its step limit, and AlgoPerf does no "
+            "further step of such a run; set OUT= to another folder for a longer one"
+        )
+    return state
+
+
+def prepare(run: RunSpec, state: State, points: list[dict[str, Any]]) -> list[str]:
+    """Make the folder fit to start or resume from; the lines to tell the user.
+
+    ``points`` are the search space up to this trial, written there as the runner's input.
+    """
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    notes = []
+    for path in state.unreadable:
+        notes.append(f"{path.name} cannot be read (a save was cut short?): set aside")
+        _set_aside(path)
+    hparams = run.run_dir / "hparams.json"
+    if hparams.exists() and _read_json(hparams) is None:
+        notes.append("hparams.json cannot be read: set aside")
+        _set_aside(hparams)
+    for name in _TABLES:
+        rows = _drop_rows_after(run.run_dir / name, state.step)
+        if rows:
+            notes.append(f"{name}: {rows} rows after step {state.step} set aside, they come again")
+    write_json(run.run_dir / SEARCH_SPACE, points)
+    return notes
+
+
+def prune_checkpoints(run_dir: Path, keep: int = 2) -> None:
+    """Remove all but the newest checkpoints; two, because a kill can spoil the newest."""
+    for path in checkpoints(run_dir)[keep:]:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write and rename, so that a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_launches(run_dir: Path) -> list[dict[str, Any]]:
+    """The launches recorded so far."""
+    value = _read_json(run_dir / LAUNCHES)
+    return value if isinstance(value, list) else []
+
+
+def _same_hparams(run: RunSpec) -> None:
+    path = run.run_dir / "hparams.json"
+    there = _read_json(path)
+    if there is None:
+        return
+    here = json.loads(json.dumps(run.hparams))
+    for key in [*here, *(key for key in there if key not in here)]:
+        if key not in there or key not in here or there[key] != here[key]:
+            raise UserError(
+                f"{path}: {key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} "
+                "now, and AlgoPerf would resume with the old point; set OUT= to another folder"
+            )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def _set_aside(path: Path) -> None:
+    number = 1
+    while (target := path.with_name(f"set_aside_{number}_{path.name}")).exists():
+        number += 1
+    path.rename(target)
+
+
+def _drop_rows_after(path: Path, step: int) -> int:
+    """Move the rows of later steps to a file of their own; their number."""
+    if not path.is_file():
+        return 0
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    if "global_step" not in header:
+        return 0
+    column = header.index("global_step")
+    late = [row for row in rows if len(row) <= column or float(row[column] or "nan") > step]
+    if not late:
+        return 0
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([header, *late])
+    number = 1
+    while (target := path.with_name(f"set_aside_{number}_{path.name}")).exists():
+        number += 1
+    target.write_text(text.getvalue(), encoding="utf-8")
+    kept = io.StringIO(newline="")
+    csv.writer(kept, lineterminator="\n").writerows(
+        [header, *(row for row in rows if row not in late)]
+    )
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(kept.getvalue(), encoding="utf-8")
+    temporary.replace(path)
+    return len(late)

@@ -1,0 +1,246 @@
+"""Acceptance of the submissions under AlgoPerf's own runner on a CPU. Takes minutes a workload.
+
+``ALGOPERF_PYTHON=... python tests/algoperf/acceptance.py --data DIR --work DIR --out DIR`` runs,
+for each variant and workload, on ``make data-algoperf-mini``'s data:
+
+* two processes, batches recorded from AlgoPerf's pipeline;
+* the same batches again, both processes killed half way and the run resumed;
+* the same global batches in one process, half by half, also killed and resumed;
+* with ``--controls``, one process on the batches joined, and joined the other way round: what
+  rounding alone does to a run. Eigenvectors of a singular factor are arbitrary in its null space,
+  so from the first refresh on it does much, and equal gradients are what a comparison needs.
+
+What it measured goes to ``<out>/<variant>_<workload>.json`` and ``.csv`` (losses by step).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = Path(__file__).with_name("instrumented_runner.py")
+FOLDERS = {
+    "mnist": ".",
+    "fastmri_minidata": "fastmri",
+    "imagenet_vit_minidata": "imagenet/pytorch",
+    "ogbg_minidata": "ogbg",
+}
+SETTINGS = {  # global batch, seconds between evaluations
+    "mnist": ("64", "3"),
+    "fastmri_minidata": ("2", "20"),
+    "imagenet_vit_minidata": ("8", "40"),
+    "ogbg_minidata": ("32", "20"),
+}
+PYTHON = os.environ.get("ALGOPERF_PYTHON", sys.executable)
+
+
+class Case:
+    """One variant on one workload."""
+
+    def __init__(self, args: argparse.Namespace, variant: str, workload: str) -> None:
+        self.args, self.variant, self.workload = args, variant, workload
+        self.work = args.work / f"{variant}_{workload}"
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir(parents=True)
+        point = json.loads((ROOT / "search_spaces" / f"{variant}.json").read_text())[0]
+        point["precondition_frequency"] = args.frequency
+        if args.tau is not None and "tau" in point:
+            point["tau"] = args.tau
+        (self.work / "space.json").write_text(json.dumps([point]))
+        self.point = point
+
+    def run(self, name: str, processes: int, **environment: str) -> int:
+        """One launch of the runner into the folder of ``name``; its exit code."""
+        batch, period = SETTINGS[self.workload]
+        data = self.args.data / FOLDERS[self.workload]
+        steps = self.args.steps
+        start = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+        start = [*start, f"--nproc_per_node={processes}"] if processes > 1 else []
+        flags = {
+            "framework": "pytorch",
+            "workload": self.workload,
+            "submission_path": self.args.submission.format(variant=self.variant),
+            "tuning_search_space": self.work / "space.json",
+            "data_dir": data,
+            "experiment_dir": self.work,
+            "experiment_name": name,
+            "rng_seed": 1,
+            "max_global_steps": steps,
+        }
+        if "imagenet" in self.workload:
+            flags["imagenet_v2_data_dir"] = data
+        switches = ["--resume_last_run", "--notorch_compile"]
+        if environment.get("HALVES") in ("joined", "swapped"):
+            switches.append("--skip_evals")
+        settings = {
+            # The schedule ends at 0.6 of the step hint: past the run.
+            "STEP_HINT": str(math.ceil(steps / 0.6) + 20),
+            "EVAL_PERIOD": period,
+            "BATCH": batch,
+            "TRACE": str(self.work / name),
+            "OMP_NUM_THREADS": "1",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            **environment,
+        }
+        with (self.work / f"{name}.log").open("a") as log:
+            return subprocess.run(
+                [PYTHON, *start, str(TOOL), *(f"--{k}={v}" for k, v in flags.items()), *switches],
+                cwd=self.args.cwd,
+                env={**os.environ, "PYTHONPATH": self.args.pythonpath, **settings},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            ).returncode
+
+    def trace(self, name: str, rank: int = 0) -> dict[int, dict[str, Any]]:
+        """Losses and hashes by step; a step that was done again counts as it was the last time."""
+        path = self.work / f"{name}.{rank}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {line["step"]: line for line in lines}
+
+    def folder(self, name: str) -> Path:
+        """Trial folder of a run."""
+        return self.work / name / f"{self.workload}_pytorch" / "trial_1"
+
+    def distance(self, one: str, other: str) -> tuple[float, float]:
+        """Relative distance of the final parameters: of all together, and the largest tensor's."""
+        code = (
+            "import sys, torch\n"
+            "a, b = (torch.load(p, map_location='cpu')['model_params'] for p in sys.argv[1:])\n"
+            "d = {k: (a[k].double() - b[k].double()).norm().item() for k in a}\n"
+            "n = {k: a[k].double().norm().item() for k in a}\n"
+            "total = lambda v: sum(x * x for x in v.values()) ** 0.5\n"
+            "print(total(d) / total(n), max(d[k] / n[k] for k in a if n[k] > 0))\n"
+        )
+        paths = [self.folder(name) / f"checkpoint_{self.args.steps}" for name in (one, other)]
+        out = subprocess.run(
+            [PYTHON, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True
+        )
+        whole, worst = out.stdout.split()
+        return float(whole), float(worst)
+
+
+def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, Any]:
+    """All runs of one case, and what came of them."""
+    case = Case(args, variant, workload)
+    batches = case.work / "batches"
+    batches.mkdir()
+    middle = str(args.steps // 2 + 1)
+    codes = {"two": case.run("two", 2, RECORD=str(batches))}
+    replay = {"REPLAY": str(batches)}
+    codes["two_killed"] = case.run("two_resumed", 2, KILL_AT=middle, **replay)
+    codes["two_resumed"] = case.run("two_resumed", 2, **replay)
+    codes["one_killed"] = case.run("one_resumed", 1, KILL_AT=middle, HALVES="apart", **replay)
+    codes["one_resumed"] = case.run("one_resumed", 1, HALVES="apart", **replay)
+    runs = ["two", "two_resumed", "one_resumed"]
+    if args.controls:
+        for halves in ("joined", "swapped"):
+            codes[halves] = case.run(halves, 1, HALVES=halves, **replay)
+            runs.append(halves)
+    traces = {name: case.trace(name) for name in runs}
+    last = args.steps - 1
+    losses = [entry["loss"] for _, entry in sorted(traces["two"].items())]
+    tenth = max(3, len(losses) // 10)
+    result: dict[str, Any] = {
+        "variant": variant,
+        "workload": workload,
+        "point": case.point,
+        "steps": args.steps,
+        "global_batch_size": int(SETTINGS[workload][0]),
+        "vit_variant": os.environ.get("VIT_VARIANT", "S/16") if "vit" in workload else None,
+        "exit_codes": codes,
+        "loss_first_last": [sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth],
+        "replicas_equal_at_every_step": {
+            name: all(
+                case.trace(name, 1)[step]["hash"] == entry["hash"]
+                for step, entry in traces[name].items()
+            )
+            for name in runs
+            if name.startswith("two")
+        },
+        "steps_seen": {name: len(trace) for name, trace in traces.items()},
+        "resumed_equals_unbroken_two_bitwise": traces["two"][last]["hash"]
+        == traces["two_resumed"][last]["hash"],
+        "distance_resumed_unbroken_two": case.distance("two", "two_resumed"),
+        "distance_one_two": case.distance("two", "one_resumed"),
+        "eigenbasis": _last_counts(case.folder("two") / "measurements.csv"),
+        "evaluations": _rows(case.folder("two_resumed") / "eval_measurements.csv"),
+        "checkpoints": sorted(p.name for p in case.folder("two_resumed").glob("checkpoint_*")),
+    }
+    if args.controls:
+        result["distance_one_joined_two"] = case.distance("two", "joined")
+        result["distance_one_joined_swapped"] = case.distance("joined", "swapped")
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = f"{args.prefix}{variant}_{workload}"
+    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    with (args.out / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", *runs])
+        for step in range(args.steps):
+            writer.writerow([step, *(f"{traces[name][step]['loss']:.9g}" for name in runs)])
+    shutil.rmtree(batches)
+    if not args.keep:
+        for path in case.work.rglob("checkpoint_*"):
+            path.unlink()
+    return result
+
+
+def _last_counts(path: Path) -> list[dict[str, float]]:
+    """The eigenbasis counters in the log: step, checks, refreshes, failures."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("eigenbasis_checks")]
+    names = ("global_step", "eigenbasis_checks", "eigenbasis_refreshes", "eigenbasis_failures")
+    return [{name: float(row[name]) for name in names} for row in rows]
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keep = ("global_step", "preemption_count", "train/loss", "validation/loss")
+    return [{name: float(row[name]) for name in keep} for row in rows]
+
+
+def main() -> int:
+    """Run the cases; 1 if one did not even run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variants", default="eshampoo_adaptive,eshampoo_fixed,shampoo_grafting")
+    parser.add_argument("--workloads", default=",".join(FOLDERS))
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--frequency", type=int, default=5)
+    parser.add_argument("--tau", type=float)
+    parser.add_argument("--controls", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
+    parser.add_argument("--prefix", default="", help="of the names of the files in --out")
+    parser.add_argument("--submission", default="submissions/{variant}/submission.py")
+    parser.add_argument("--cwd", default=str(ROOT))
+    parser.add_argument("--pythonpath", default=str(ROOT))
+    args = parser.parse_args()
+    failed = 0
+    for workload in args.workloads.split(","):
+        for variant in args.variants.split(","):
+            try:
+                result = accept(args, variant, workload)
+            except Exception as error:  # the other cases are still to be run
+                failed += 1
+                print(f"{variant} {workload}: {type(error).__name__}: {error}", flush=True)
+                continue
+            shown = ("exit_codes", "loss_first_last", "replicas_equal_at_every_step")
+            print(variant, workload, {key: result[key] for key in shown}, flush=True)
+            print({k: v for k, v in result.items() if k.startswith(("distance", "resumed"))})
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
