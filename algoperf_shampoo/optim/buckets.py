@@ -7,6 +7,7 @@ dtype of the parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ class Stack:
         state: named tensors [B, ...] of the rule (moments, D, ...).
         factors: per mode, [B, d_i, d_i]; empty where the rule keeps none.
         operators: per mode, [B, d_i, d_i]: eigenbases Q, or inverse roots.
+        g: [B, *shape], gradients and then update directions of the current step.
         ready: per row, whether any of its operators was computed; until then they are the identity.
     """
 
@@ -48,6 +50,7 @@ class Stack:
     factors: list[Tensor] = field(default_factory=list)
     operators: list[Tensor] = field(default_factory=list)
     ready: list[bool] = field(default_factory=list)
+    g: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -58,13 +61,35 @@ class Stack:
     def __len__(self) -> int:
         return len(self.members)
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have the same step count."""
+        return self.steps.count(self.steps[0]) == len(self.steps)
+
+    def rows(self, present: Sequence[bool]) -> list[int]:
+        """Rows whose parameter has a gradient."""
+        if all(present):
+            return list(range(len(self)))
+        return [r for r, member in enumerate(self.members) if present[member.param]]
+
+    def count(self, rows: Sequence[int]) -> None:
+        """One step more for these rows."""
+        for r in rows:
+            self.steps[r] += 1
+
+    def due(self, rows: list[int], frequency: int) -> list[int]:
+        """Those of the rows whose step count is a multiple of ``frequency``."""
+        if self.uniform:
+            return [] if self.steps[0] % frequency else rows
+        return [r for r in rows if self.steps[r] % frequency == 0]
+
     def zeros(self, *shape: int) -> Tensor:
         """A zero tensor [B, *shape] in the stack's dtype."""
         return torch.zeros(len(self), *shape, dtype=self.dtype, device=self.device)
 
     def bias_correction(self, beta: float) -> float | Tensor:
         """1 - beta^t: a number while all rows have the same t, else a tensor [B, 1, ..., 1]."""
-        if len(set(self.steps)) == 1:
+        if self.uniform:
             return 1 - beta ** self.steps[0]
         values = torch.tensor([1 - beta**t for t in self.steps], dtype=torch.float64)
         shape = [len(self)] + [1] * len(self.shape)
@@ -83,87 +108,148 @@ class Stack:
             factors=[x.index_select(0, index) for x in self.factors],
             operators=[x.index_select(0, index) for x in self.operators],
             ready=[self.ready[r] for r in rows],
+            g=self.g.index_select(0, index),
         )
 
     def put(self, rows: Sequence[int], part: Stack) -> None:
-        """Write rows made by :meth:`select` back (state and factors; operators are never changed
-        through a selection)."""
+        """Write rows made by :meth:`select` back (all but operators, which are never changed through
+        a selection)."""
         index = torch.tensor(rows, device=self.device)
+        self.g.index_copy_(0, index, part.g)
         for name, x in part.state.items():
             self.state[name].index_copy_(0, index, x)
         for whole, x in zip(self.factors, part.factors, strict=True):
             whole.index_copy_(0, index, x)
 
 
+class Cuts:
+    """The blocks of one parameter as views of a tensor in its merged shape."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.merged = blocks[0].merged
+        self._steps = [
+            [
+                (dim, start, length)
+                for dim, (start, length) in enumerate(zip(b.start, b.shape, strict=True))
+                if length != self.merged[dim]
+            ]
+            for b in blocks
+        ]
+
+    def of(self, merged: Tensor) -> list[Tensor]:
+        """Views of the blocks, in their order."""
+        views = []
+        for steps in self._steps:
+            view = merged
+            for dim, start, length in steps:
+                view = view.narrow(dim, start, length)
+            views.append(view)
+        return views
+
+
 class Layout:
     """How the parameters of one group lie in stacks, and the copies between the two.
+
+    Gradients are gathered into one buffer, block by block in stack order; the rules replace them there
+    by update directions, which are scattered from it.
 
     Raises:
         ValueError: an empty, sparse or complex parameter.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        blocks: Callable[[Tensor], list[Block]],
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], blocks: Callable[[Tensor], list[Block]]) -> None:
         self.params = list(params)
         self.blocks = [blocks(p) for p in self.params]
-        by_shape: dict[tuple[object, ...], list[Member]] = {}
+        by_shape: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Member]] = {}
         for i, p in enumerate(self.params):
             if p.is_sparse or p.is_complex():
                 raise ValueError(f"parameter {i} is sparse or complex; only dense real ones work")
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             for j, block in enumerate(self.blocks[i]):
-                key = (block.shape, dtype, p.device)
-                by_shape.setdefault(key, []).append(Member(i, j, block))
+                by_shape.setdefault((block.shape, dtype, p.device), []).append(Member(i, j, block))
         self.stacks = [
-            Stack(shape=key[0], members=members, dtype=key[1], device=key[2])  # type: ignore[arg-type]
-            for key, members in by_shape.items()
+            Stack(shape, members, dtype, device)
+            for (shape, dtype, device), members in by_shape.items()
         ]
+        self._cuts = [Cuts(blocks) for blocks in self.blocks]
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
 
-    def gather(self, stack: Stack, rows: Sequence[int]) -> Tensor:
-        """Gradients of the given rows, [len(rows), *shape], in the stack's dtype."""
-        out = torch.empty(len(rows), *stack.shape, dtype=stack.dtype, device=stack.device)
-        fast_to, fast_from = [], []
-        for slot, row in enumerate(rows):
-            member = stack.members[row]
-            grad = self.params[member.param].grad
-            assert grad is not None
-            if grad.is_sparse:
-                raise ValueError(f"parameter {member.param} has a sparse gradient")
-            piece = _piece(grad, member.block)
-            if piece.dtype == out.dtype and piece.is_contiguous():
-                fast_to.append(out[slot])
-                fast_from.append(piece)
-            else:
-                out[slot].copy_(piece)
-        if fast_to:
-            torch._foreach_copy_(fast_to, fast_from)
-        return out
-
-    def scatter(self, stack: Stack, rows: Sequence[int], update: Tensor, alpha: float) -> None:
-        """parameter <- parameter + alpha * update, block by block; update [len(rows), *shape]."""
-        fast_to, fast_from = [], []
-        for slot, row in enumerate(rows):
-            member = stack.members[row]
-            param = self.params[member.param].detach()
-            if not param.is_contiguous():
-                # A view in the merged shape does not exist: add in the parameter's own shape.
-                whole = torch.zeros(member.block.merged, dtype=update.dtype, device=update.device)
-                whole[member.block.slices] = update[slot]
-                param.add_(whole.reshape(param.shape), alpha=alpha)
+    def gather(self, present: Sequence[bool]) -> None:
+        """Copy the gradients of the parameters that have one into ``stack.g`` of all stacks."""
+        if not self._pieces:
+            self._allocate()
+        to, source = [], []
+        for p, rows, cuts, here in zip(
+            self.params, self._pieces, self._cuts, present, strict=True
+        ):
+            if not here:
                 continue
-            piece = _piece(param, member.block)
-            if piece.dtype == update.dtype and piece.is_contiguous():
-                fast_to.append(piece)
-                fast_from.append(update[slot])
-            else:
-                piece.add_(update[slot], alpha=alpha)
-        if fast_to:
-            torch._foreach_add_(fast_to, fast_from, alpha=alpha)
+            if len(rows) == 1:
+                to.append(rows[0])
+                source.append(p.grad)
+                continue
+            assert p.grad is not None
+            merged = p.grad.reshape(cuts.merged)
+            for row, piece in zip(rows, cuts.of(merged), strict=True):
+                # One strided pair would send the whole foreach call down its slow path.
+                if piece.is_contiguous():
+                    to.append(row)
+                    source.append(piece)
+                else:
+                    row.copy_(piece)
+        if to:
+            torch._foreach_copy_(to, source)
 
+    def scatter(self, present: Sequence[bool], alpha: float) -> None:
+        """parameter <- parameter + alpha * (its rows of the buffer), for those present."""
+        to, source = [], []
+        for p, rows, cuts, here in zip(
+            self.params, self._pieces, self._cuts, present, strict=True
+        ):
+            if not here:
+                continue
+            if len(rows) == 1:
+                to.append(p)
+                source.append(rows[0])
+            elif p.is_contiguous():
+                for row, piece in zip(rows, cuts.of(p.view(cuts.merged)), strict=True):
+                    if piece.is_contiguous():
+                        to.append(piece)
+                        source.append(row)
+                    else:
+                        piece.add_(row, alpha=alpha)
+            else:  # a view in the merged shape does not exist
+                whole = torch.empty(cuts.merged, dtype=rows[0].dtype, device=p.device)
+                for row, piece in zip(rows, cuts.of(whole), strict=True):
+                    piece.copy_(row)
+                p.add_(whole.view(p.shape), alpha=alpha)
+        if to:
+            torch._foreach_add_(to, source, alpha=alpha)
 
-def _piece(x: Tensor, block: Block) -> Tensor:
-    """The part of a parameter-shaped tensor that a block covers, as a view where possible."""
-    return x.reshape(block.merged)[block.slices]
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply the whole buffer by a tensor with one entry."""
+        for flat in self._buffers.values():
+            flat.mul_(factor)
+
+    @property
+    def buffer(self) -> Tensor:
+        """The memory of all rows ``stack.g`` of the largest dtype and device, flat."""
+        return max(self._buffers.values(), key=lambda x: x.numel())
+
+    def _allocate(self) -> None:
+        """One flat buffer per dtype and device, and the views of it that are ever needed."""
+        kinds = {(stack.dtype, stack.device) for stack in self.stacks}
+        for dtype, device in kinds:
+            mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
+            sizes = [len(s) * math.prod(s.shape) for s in mine]
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+            self._buffers[dtype, device] = flat
+            for stack, part in zip(mine, flat.split(sizes), strict=True):
+                stack.g = part.view(len(stack), *stack.shape)
+        self._pieces = [[torch.empty(0)] * len(blocks) for blocks in self.blocks]
+        for stack in self.stacks:
+            for row, member in enumerate(stack.members):
+                whole = len(self.blocks[member.param]) == 1
+                shape = self.params[member.param].shape if whole else stack.shape
+                self._pieces[member.param][member.index] = stack.g[row].view(shape)

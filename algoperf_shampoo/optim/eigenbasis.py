@@ -7,9 +7,8 @@ and one host read, and a refresh gathers just those that fail.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,12 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .buckets import Stack
-from .eigensolvers import CHUNK_ENTRIES, Solver
+from .eigensolvers import Job, Result, Solver, put, take
 from .linalg import largest_entry, relative_off_diagonal
 from .precision import matmul_precision
 from .preconditioners.base import Rule
 
-log = logging.getLogger(__name__)
+# Criterion and bookkeeping work on pieces of at most this many matrix entries (32 MiB in float32), so
+# that a refresh takes bounded memory whatever the model.
+CHUNK_ENTRIES = 2**23
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class FactorSet:
     refreshes: list[int] = field(default_factory=list)
     failures: list[int] = field(default_factory=list)
 
-    def due(self, rows: dict[int, Sequence[int]]) -> list[int]:
+    def due(self, rows: Mapping[int, Sequence[int]]) -> list[int]:
         """Indices of the factors of given rows; rows: id(stack) -> row numbers."""
         return [s.start + r for s in self.spans for r in rows.get(id(s.stack), ())]
 
@@ -94,19 +95,6 @@ def chunks(indices: Sequence[int], n: int) -> Iterable[list[int]]:
         yield list(indices[start : start + size])
 
 
-def take(x: Tensor, indices: Sequence[int]) -> Tensor:
-    """x[indices] along the first dimension: a view when they are consecutive, else a copy."""
-    first, count = indices[0], len(indices)
-    if list(indices) == list(range(first, first + count)):
-        return x[first : first + count]
-    return x[torch.tensor(indices, device=x.device)]
-
-
-def put(x: Tensor, indices: Sequence[int], value: Tensor) -> None:
-    """x[indices] = value along the first dimension."""
-    x.index_copy_(0, torch.tensor(indices, device=x.device), value)
-
-
 @torch.no_grad()
 def scores(factor_set: FactorSet, indices: Sequence[int], tau: float) -> Tensor:
     """Per factor, a number that exceeds tau when it needs a new operator: [len(indices)], float64.
@@ -131,29 +119,35 @@ def scores(factor_set: FactorSet, indices: Sequence[int], tau: float) -> Tensor:
 @torch.no_grad()
 def refresh(
     factor_sets: Sequence[FactorSet],
-    rows: dict[int, Sequence[int]],
+    rows: Mapping[int, Sequence[int]],
     rule: Rule,
     beta2: float,
     tau: float,
     solver: Solver,
+    scratch: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-) -> None:
+) -> bool:
     """Check the factors of the rows that are due, and give those that fail a new operator.
 
     Args:
         rows: id(stack) -> rows due now (t mod F = 0).
         group: with replicas in a process group, rank 0's decision is broadcast, so that replicas
             cannot part over rounding near the threshold.
+        scratch: memory that may be overwritten, and is if the result is True.
+
+    Returns:
+        Whether any operator is new.
     """
     due = [(s, indices) for s in factor_sets if (indices := s.due(rows))]
     if not due:
-        return
+        return False
     devices = {s.factors.device for s, _ in due}
     values = torch.cat([scores(s, i, tau).to(max(devices, key=str)) for s, i in due])
     if group is not None:
         dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
     read = values.tolist()  # the one host read
     position = 0
+    jobs: list[tuple[FactorSet, Job]] = []
     for factor_set, indices in due:
         score = read[position : position + len(indices)]
         position += len(indices)
@@ -164,37 +158,49 @@ def refresh(
                 failing.append(i)
             elif math.isnan(s):
                 factor_set.failures[i] += 1
-        for chunk in chunks(failing, factor_set.n):
-            _refresh_chunk(factor_set, chunk, rule, beta2, tau, solver)
+        if failing:
+            jobs.append((factor_set, Job(factor_set.factors, factor_set.operators, failing)))
+    if not jobs:
+        return False
+    for factor_set, job in jobs:
+        _move(factor_set, job.indices, rule.leave)
+    results = solver.solve([job for _, job in jobs], tau, scratch)
+    for (factor_set, job), result in zip(jobs, results, strict=True):
+        _finish(factor_set, job.indices, result, rule, beta2)
+        _move(factor_set, job.indices, rule.enter)
+    return True
 
 
-def _refresh_chunk(
-    factor_set: FactorSet, chunk: list[int], rule: Rule, beta2: float, tau: float, solver: Solver
+def _move(
+    factor_set: FactorSet,
+    indices: Sequence[int],
+    hook: Callable[[Stack, int, list[int], Tensor], None],
 ) -> None:
-    a = take(factor_set.factors, chunk)
-    old = take(factor_set.operators, chunk)
-    values, vectors, converged = solver.solve(a, old, tau)
-    if not all(converged):
-        for i, ok in zip(chunk, converged, strict=True):
-            factor_set.failures[i] += not ok
-        keep = [p for p, ok in enumerate(converged) if ok]
-        log.warning("%d factors of size %d keep their old basis", len(chunk) - len(keep), a.shape[-1])
-        if not keep:
-            return
-        chunk = [chunk[p] for p in keep]
-        old, values, vectors = (take(x, keep) for x in (old, values, vectors))
-    order = torch.empty(len(chunk), dtype=a.dtype)
-    correction = torch.empty(len(chunk), dtype=torch.float64)
-    for span, span_rows, positions in factor_set.spans_of(chunk):
-        for r, p in zip(span_rows, positions, strict=True):
+    """Call a rule's leave or enter hook for all blocks whose factors are among ``indices``."""
+    for chunk in chunks(indices, factor_set.n):
+        for span, rows, positions in factor_set.spans_of(chunk):
+            hook(span.stack, span.mode, rows, take(factor_set.operators, [chunk[p] for p in positions]))
+
+
+def _finish(
+    factor_set: FactorSet, indices: Sequence[int], result: Result, rule: Rule, beta2: float
+) -> None:
+    """Count, mark rows as ready, and turn eigenvectors into the rule's operators."""
+    for i, ok in zip(indices, result.converged, strict=True):
+        factor_set.refreshes[i] += ok
+        factor_set.failures[i] += not ok
+    order, correction = [0] * len(indices), [0.0] * len(indices)
+    for span, rows, positions in factor_set.spans_of(indices):
+        for r, p in zip(rows, positions, strict=True):
             order[p] = len(span.stack.shape)
             correction[p] = 1 - beta2 ** span.stack.steps[r]
             span.stack.ready[r] = True
-    new = rule.operator(
-        values, vectors, order.to(a.device), correction.to(a.dtype).to(a.device)
-    )
-    for span, span_rows, positions in factor_set.spans_of(chunk):
-        rule.rebase(span.stack, span.mode, span_rows, take(old, positions), take(new, positions))
-    for i in chunk:
-        factor_set.refreshes[i] += 1
-    put(factor_set.operators, chunk, new)
+    position = 0
+    for chunk in chunks(indices, factor_set.n):
+        part = slice(position, position + len(chunk))
+        position += len(chunk)
+        values = result.values[part]
+        vectors = take(factor_set.operators, chunk)
+        new = rule.operator(values, vectors, values.new_tensor(order[part]), values.new_tensor(correction[part]))
+        if new is not vectors:
+            put(factor_set.operators, chunk, new)

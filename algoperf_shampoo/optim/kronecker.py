@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from .blocking import Block, cut
 from .buckets import Layout, Stack
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .eigensolvers import Solver
+from .graphs import Recorder
 from .precision import MATMUL_PRECISIONS
 from .preconditioners import Adam, EShampoo, GraftedShampoo, Hyper, Rule
 
@@ -28,6 +30,7 @@ class Group:
     rules: list[tuple[Stack, Rule]]
     factor_sets: list[FactorSet]
     rule: Rule
+    recorder: Recorder | None
 
 
 class Kronecker(torch.optim.Optimizer):
@@ -52,6 +55,8 @@ class Kronecker(torch.optim.Optimizer):
         matmul_precision: of the rotations on a GPU, "highest" or "high" (TF32); Grams and
             criterion are always float32-accurate.
         solver: how factors are decomposed.
+        cuda_graph: on a GPU, replay ordinary steps (no check due, all gradients there) as a recorded
+            graph; see :mod:`.graphs`.
         process_group: set when the processes of the group hold replicas that see equal gradients.
 
     Raises:
@@ -75,6 +80,7 @@ class Kronecker(torch.optim.Optimizer):
         one_dim: str = "full",
         matmul_precision: str = "highest",
         solver: Solver | None = None,
+        cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         frequency = precondition_frequency
@@ -94,6 +100,7 @@ class Kronecker(torch.optim.Optimizer):
         self.one_dim = one_dim
         self.matmul_precision = matmul_precision
         self.solver = solver or Solver()
+        self.cuda_graph = cuda_graph
         self.process_group = process_group
         self._groups: list[Group] = []
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nadam=nadam)
@@ -108,7 +115,9 @@ class Kronecker(torch.optim.Optimizer):
         sets = build_factor_sets([stack for stack, rule in rules if rule.has_factors])
         for stack, rule in rules:
             rule.init(stack)
-        self._groups.append(Group(layout, rules, sets, self.rule))
+        cuda = all(s.device.type == "cuda" and s.dtype == layout.stacks[0].dtype for s in layout.stacks)
+        recorder = Recorder() if cuda and self.cuda_graph else None
+        self._groups.append(Group(layout, rules, sets, self.rule, recorder))
 
     def _blocks(self, param: Tensor) -> list[Block]:
         return cut(tuple(param.shape), self.max_preconditioner_dim)
@@ -119,9 +128,12 @@ class Kronecker(torch.optim.Optimizer):
         return Adam() if plain else self.rule
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step on the parameters that have gradients. No host synchronisation unless a check
-        is due (t mod F = 0); then one read for all factors, and more where factors are refreshed."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on the parameters that have gradients.
+
+        No host synchronisation unless a check is due (t mod F = 0): then one read for all factors,
+        and more only where factors are refreshed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -131,48 +143,83 @@ class Kronecker(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, settings: dict[str, Any], group: Group) -> None:
-        h = self._hyper(settings)
-        present = [p.grad is not None for p in group.layout.params]
-        work = []
+        layout = group.layout
+        present = [p.grad is not None for p in layout.params]
+        if not any(present):
+            return
+        rows = {id(stack): stack.rows(present) for stack, _ in group.rules}
+        due = {}
         for stack, rule in group.rules:
-            rows = [r for r, member in enumerate(stack.members) if present[member.param]]
-            if rows:
-                for r in rows:
-                    stack.steps[r] += 1
-                work.append((stack, rule, rows, group.layout.gather(stack, rows)))
+            here = rows[id(stack)]
+            stack.count(here)
+            if rule.has_factors:
+                due[id(stack)] = stack.due(here, self.precondition_frequency)
+        layout.gather(present)
+        h = self._hyper(settings)
+        run = functools.partial(self._arithmetic, group, rows, present)
+        if group.recorder is not None and not any(due.values()) and _in_step(layout, present):
+            group.recorder.run(run, layout, h)
+        else:
+            run(h, due)
+
+    def _arithmetic(
+        self,
+        group: Group,
+        rows: dict[int, list[int]],
+        present: list[bool],
+        h: Hyper,
+        due: dict[int, list[int]] | None = None,
+    ) -> None:
+        """Everything between gathered gradients and updated parameters."""
         if group.rule.statistics_first:
-            self._statistics(group, work, h)
+            self._statistics(group, rows, present, h, due)
         if h.weight_decay != 0:
             decayed = [p for p, here in zip(group.layout.params, present, strict=True) if here]
             torch._foreach_mul_(decayed, 1 - h.lr * h.weight_decay)
-        for stack, rule, rows, g in work:
-            part = _part(stack, rows)
-            update = rule.update(part, g, h)
-            _write_back(stack, rows, part)
-            group.layout.scatter(stack, rows, update, -h.lr)
+        for stack, rule in group.rules:
+            if rows[id(stack)]:
+                part = _part(stack, rows[id(stack)])
+                if isinstance(h.lr, float):
+                    c1, c2 = part.bias_correction(h.beta1), part.bias_correction(h.beta2)
+                    rule.update(part, part.g, h._replace(c1=c1, c2=c2))
+                else:
+                    rule.update(part, part.g, h)
+                _write_back(stack, rows[id(stack)], part)
+        if isinstance(h.lr, float):
+            group.layout.scatter(present, -h.lr)
+        else:
+            group.layout.scale_(h.lr)
+            group.layout.scatter(present, -1.0)
         if not group.rule.statistics_first:
-            self._statistics(group, work, h)
+            group.layout.gather(present)
+            self._statistics(group, rows, present, h, due)
 
     def _statistics(
-        self, group: Group, work: list[tuple[Stack, Rule, list[int], Tensor]], h: Hyper
+        self,
+        group: Group,
+        rows: dict[int, list[int]],
+        present: list[bool],
+        h: Hyper,
+        due: dict[int, list[int]] | None,
     ) -> None:
-        due = {}
-        for stack, rule, rows, g in work:
-            if not rule.has_factors:
-                continue
-            part = _part(stack, rows)
-            rule.accumulate(part, g, h)
-            _write_back(stack, rows, part)
-            due[id(stack)] = [r for r in rows if stack.steps[r] % self.precondition_frequency == 0]
-        refresh(
-            group.factor_sets,
-            due,
-            group.rule,
-            h.beta2,
-            self.tau,
-            self.solver,
-            self.process_group,
-        )
+        for stack, rule in group.rules:
+            if rule.has_factors and rows[id(stack)]:
+                part = _part(stack, rows[id(stack)])
+                rule.accumulate(part, part.g, h)
+                _write_back(stack, rows[id(stack)], part)
+        if due and any(due.values()):
+            overwritten = refresh(
+                group.factor_sets,
+                due,
+                group.rule,
+                h.beta2,
+                self.tau,
+                self.solver,
+                group.layout.buffer,
+                self.process_group,
+            )
+            if overwritten:
+                group.layout.gather(present)
 
     def _hyper(self, settings: dict[str, Any]) -> Hyper:
         beta1, beta2 = settings["betas"]
@@ -209,6 +256,12 @@ class Kronecker(torch.optim.Optimizer):
         """All factor sets, for telemetry and tests."""
         for group in self._groups:
             yield from group.factor_sets
+
+
+def _in_step(layout: Layout, present: list[bool]) -> bool:
+    """Whether all parameters have gradients and all blocks the same step count."""
+    step = layout.stacks[0].steps[0]
+    return all(present) and all(s.uniform and s.steps[0] == step for s in layout.stacks)
 
 
 def _part(stack: Stack, rows: list[int]) -> Stack:

@@ -1,8 +1,8 @@
 """Batched matrix routines on stacked blocks. Pure functions; shapes in comments.
 
-A block of order k is a tensor [d_1, ..., d_k]; B blocks of one shape are stacked to [B, d_1, ..., d_k].
-Each mode i has a factor and a basis [B, d_i, d_i]. For a matrix (k = 2) mode 0 is the paper's L, mode
-1 its R; a vector (k = 1) has one factor, that of full-matrix Adam.
+A block of order k is a tensor [d_1, ..., d_k]; B blocks of one shape are stacked to
+[B, d_1, ..., d_k]. Each mode i has a factor and a basis [B, d_i, d_i]. For a matrix (k = 2) mode 0 is
+the paper's L, mode 1 its R; a vector (k = 1) has one factor, that of full-matrix Adam.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .fused import off_diagonal_and_norm
+
 
 def rotate(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
     """Q_1' x_1 ... Q_k' x_k: coordinates of every block in its bases (Algorithm 2, line 10).
 
     x: [B, d_1, ..., d_k]; bases[i]: [B, d_i, d_i]. Returns a contiguous tensor like x.
 
-    Each product contracts the leading mode and appends it at the back, so after k products the modes
-    stand in their first order again and nothing is ever permuted in memory.
+    Each product contracts the leading mode and appends it at the back, so after k products the
+    modes stand in their first order again and nothing is ever permuted in memory.
     """
     shape = x.shape
     for q in bases:
@@ -27,12 +29,20 @@ def rotate(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
     return x.reshape(shape)
 
 
-def rotate_back(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
-    """Q_1 x_1 ... Q_k x_k: the inverse of :func:`rotate` for orthogonal bases."""
+def rotate_back(x: Tensor, bases: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """Q_1 x_1 ... Q_k x_k: the inverse of :func:`rotate` for orthogonal bases.
+
+    out: contiguous, like x but other memory; receives the result.
+    """
     shape = x.shape
-    for q in bases:
+    for q in bases[:-1]:
         x = x.reshape(shape[0], q.shape[-1], -1).mT @ q.mT
-    return x.reshape(shape)
+    q = bases[-1]
+    x = x.reshape(shape[0], q.shape[-1], -1).mT
+    if out is None:
+        return (x @ q.mT).reshape(shape)
+    torch.bmm(x, q.mT, out=out.view(shape[0], -1, q.shape[-1]))
+    return out
 
 
 def rotate_mode(x: Tensor, q: Tensor, mode: int) -> Tensor:
@@ -75,18 +85,10 @@ def relative_off_diagonal(a: Tensor, q: Tensor) -> Tensor:
     No eps * I is added to the factor (facebookresearch/optimizers does): with small gradients eps
     would dominate, the criterion would always hold and the basis would never move.
     """
-    scale = largest_entry(a)[:, None, None]
+    scale = largest_entry(a)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    aq = a @ q
-    rayleigh = (q * aq).sum(-2, keepdim=True)  # [N, 1, n]
-    residual = torch.linalg.vector_norm(aq.sub_(q * rayleigh).div_(scale), dim=(-2, -1))
-    norm = torch.linalg.vector_norm(a / scale, dim=(-2, -1))
-    return torch.where(norm > 0, residual / norm, norm)
-
-
-def rayleigh_quotients(a: Tensor, q: Tensor) -> Tensor:
-    """diag(Q'AQ): [N, n, n] x2 -> [N, n]."""
-    return (q * (a @ q)).sum(-2)
+    off, norm = off_diagonal_and_norm(a, q, a @ q, scale)
+    return torch.where(norm > 0, off / norm, norm)
 
 
 def inverse_root(

@@ -16,7 +16,8 @@ VARIANTS = {
 
 
 def _without_factors(settings):
-    return {k: v for k, v in settings.items() if k in ("lr", "betas", "weight_decay", "nadam", "eps")}
+    known = ("lr", "betas", "weight_decay", "nadam", "eps", "cuda_graph")
+    return {k: v for k, v in settings.items() if k in known}
 
 
 def make(variant, params, **overrides):

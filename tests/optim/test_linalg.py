@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algoperf_shampoo.optim import linalg, reference
-from algoperf_shampoo.optim.eigensolvers import Solver
+from algoperf_shampoo.optim.eigensolvers import ORTHOGONALIZATIONS, Job, Solver, exact
 
 SHAPES = [(5,), (4, 6), (3, 4, 5), (2, 3, 2, 4)]
 
@@ -92,7 +92,7 @@ def test_eigh_residual_and_orthogonality(scale):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(4, 32, 8, generator=g)
     a = scale * (x @ x.mT)  # rank 8 of 32
-    values, vectors, converged = Solver().solve(a, torch.eye(32).repeat(4, 1, 1), 0.0)
+    values, vectors, converged = exact(a)
     assert all(converged)
     assert (values.diff(dim=-1) >= -1e-5 * values[:, -1:]).all()
     a, values = a / scale, values / scale  # the norm of 1e-24 would underflow here too
@@ -104,10 +104,64 @@ def test_eigh_residual_and_orthogonality(scale):
 def test_one_matrix_without_eigenvectors_spares_the_others():
     a = torch.eye(3).repeat(3, 1, 1) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
     a[1] = torch.nan
-    values, vectors, converged = Solver().solve(a, a, 0.0)
+    values, vectors, converged = exact(a)
     assert converged == [True, False, True]
     torch.testing.assert_close(values[2], torch.full((3,), 3.0))
-    torch.testing.assert_close(vectors[0].abs(), torch.eye(3))
+    for vector in vectors:  # the identity where there is no answer
+        torch.testing.assert_close(vector.abs(), torch.eye(3))
+
+
+def near(n, count, rank, generator):
+    """Factors, and the eigenvectors of slightly different ones."""
+    x = torch.randn(count, n, rank, generator=generator)
+    y = x + 0.2 * torch.randn(count, n, rank, generator=generator)
+    decay = torch.linspace(1, 0.05, rank)
+    a, b = ((z * decay) @ (z * decay).mT for z in (x, y))
+    return a, torch.linalg.eigh(b).eigenvectors
+
+
+@pytest.mark.parametrize("orthogonalization", ORTHOGONALIZATIONS)
+@pytest.mark.parametrize("rank", [10, 96, 300])
+@pytest.mark.parametrize("scale", [1e-20, 1.0])
+def test_warm_start_ends_below_tau(orthogonalization, rank, scale):
+    a, old = near(96, 3, rank, torch.Generator().manual_seed(rank))
+    a = scale * a
+    assert (linalg.relative_off_diagonal(a, old) > 0.1).all()
+    solver = Solver(method="warm", orthogonalization=orthogonalization, max_iterations=10)
+    factors = torch.stack([a[0], a[0], *a[1:]])
+    operators = torch.stack([old[0], torch.eye(96), *old[1:]])
+    untouched = operators[1].clone()
+    (result,) = solver.solve([Job(factors, operators, [0, 2, 3])], 0.1)
+    q = operators[[0, 2, 3]]
+    assert all(result.converged)
+    assert torch.equal(operators[1], untouched)
+    assert (linalg.relative_off_diagonal(a, q) <= 0.1).all()
+    assert (result.values.diff() >= 0).all()
+    assert (q.mT @ q - torch.eye(96)).abs().max() < 1e-5
+
+
+def test_warm_start_falls_back_when_it_does_not_converge():
+    a, old = near(96, 2, 96, torch.Generator().manual_seed(1))
+    solver = Solver(method="warm", max_iterations=1, tolerance=1e-6)
+    operators = old.clone()
+    (result,) = solver.solve([Job(a, operators, [0, 1])], 0.0)
+    assert all(result.converged)
+    assert (linalg.relative_off_diagonal(a, operators) < 1e-5).all()  # eigh's accuracy
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "lanczos"},
+        {"orthogonalization": "gram"},
+        {"max_iterations": 0},
+        {"tolerance": 0.0},
+        {"workspace_mib": 0},
+    ],
+)
+def test_bad_solver_settings_are_named(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Solver(**settings)
 
 
 def test_inverse_root_by_hand_and_against_the_reference():

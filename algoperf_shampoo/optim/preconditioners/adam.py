@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..buckets import Stack
-from .base import Hyper, Rule, adam_direction
+from ..fused import adam_
+from .base import Hyper, Rule
 
 
 class Adam(Rule):
@@ -17,5 +18,6 @@ class Adam(Rule):
         stack.state["exp_avg"] = stack.zeros(*stack.shape)  # M
         stack.state["exp_avg_sq"] = stack.zeros(*stack.shape)  # D
 
-    def update(self, stack: Stack, g: Tensor, h: Hyper) -> Tensor:
-        return adam_direction(stack.state["exp_avg"], stack.state["exp_avg_sq"], g, stack, h)
+    def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
+        m, d = stack.state["exp_avg"], stack.state["exp_avg_sq"]
+        adam_(g, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from ..buckets import Stack
+from ..eigensolvers import put, take
+from ..fused import adam_
 from ..linalg import rotate, rotate_back, rotate_mode
 from ..precision import matmul_precision
-from .base import Hyper, Rule, adam_direction
+from .base import Hyper, Rule
 
 
 class EShampoo(Rule):
     """U = Q_L ((Q_L' M^ Q_R) / (sqrt(D^) + eps)) Q_R', D the average of (Q_L' G Q_R)^2 (Eq. 18).
 
     M is kept in the basis: rotating is linear, so the average of rotated gradients is the rotated
-    average of gradients for as long as Q stands, and :meth:`rebase` rotates it over when Q changes.
+    average of gradients for as long as Q stands, and M is rotated over when Q changes.
     That saves one of the four rotations of a step and is Algorithm 2's update exactly (SOAP's
     code keeps M in the basis too, but there it is the algorithm).
 
@@ -28,21 +27,26 @@ class EShampoo(Rule):
         stack.state["exp_avg"] = stack.zeros(*stack.shape)  # Q_L' M Q_R
         stack.state["exp_avg_sq"] = stack.zeros(*stack.shape)  # D
 
-    def update(self, stack: Stack, g: Tensor, h: Hyper) -> Tensor:
+    def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
         m, d = stack.state["exp_avg"], stack.state["exp_avg_sq"]
         if not any(stack.ready):
-            return adam_direction(m, d, g, stack, h)
+            adam_(g, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)
+            return
         with matmul_precision(h.matmul_precision):
-            u = adam_direction(m, d, rotate(g, stack.operators), stack, h)
-            return rotate_back(u, stack.operators)
+            x = rotate(g, stack.operators)
+            adam_(x, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)
+            rotate_back(x, stack.operators, out=g)
 
-    def rebase(self, stack: Stack, mode: int, rows: Sequence[int], old: Tensor, new: Tensor) -> None:
-        """M moves with the basis; D stays where it is, by index (Algorithm 2; D.2 finds that
+    def leave(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:
+        """M leaves the old basis; D stays where it is, by index (Algorithm 2; D.2 finds that
         rotating it hurts)."""
+        self._rotate(stack, mode, rows, operator.mT)
+
+    def enter(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:
+        self._rotate(stack, mode, rows, operator)
+
+    @staticmethod
+    def _rotate(stack: Stack, mode: int, rows: list[int], q: Tensor) -> None:
         m = stack.state["exp_avg"]
         with matmul_precision("highest"):
-            if len(rows) == len(stack):
-                m.copy_(rotate_mode(m, old.mT @ new, mode))
-            else:
-                index = torch.tensor(rows, device=m.device)
-                m.index_copy_(0, index, rotate_mode(m[index], old.mT @ new, mode))
+            put(m, rows, rotate_mode(take(m, rows), q, mode))

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..buckets import Stack
+from ..fused import adam_
 from ..linalg import inverse_root, rotate
 from ..precision import matmul_precision
-from .base import Hyper, Rule, adam_direction
+from .base import Hyper, Rule
 
 
 class GraftedShampoo(Rule):
@@ -26,11 +27,13 @@ class GraftedShampoo(Rule):
     """
 
     def __init__(self, eps: float, grafting_eps: float, exponent_multiplier: float = 1.0) -> None:
-        for name, value in (("eps", eps), ("grafting_eps", grafting_eps)):
+        for name, value in (
+            ("eps", eps),
+            ("grafting_eps", grafting_eps),
+            ("exponent_multiplier", exponent_multiplier),
+        ):
             if not value >= 0:
                 raise ValueError(f"{name} must be >= 0, got {value!r}")
-        if not exponent_multiplier >= 0:
-            raise ValueError(f"exponent_multiplier must be >= 0, got {exponent_multiplier!r}")
         self.eps = eps
         self.grafting_eps = grafting_eps
         self.exponent_multiplier = exponent_multiplier
@@ -39,24 +42,26 @@ class GraftedShampoo(Rule):
         stack.state["exp_avg"] = stack.zeros(*stack.shape)  # M
         stack.state["exp_avg_sq"] = stack.zeros(*stack.shape)  # D, of the grafting
 
-    def update(self, stack: Stack, g: Tensor, h: Hyper) -> Tensor:
+    def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
         m, v = stack.state["exp_avg"], stack.state["exp_avg_sq"]
-        a = adam_direction(m, v, g, stack, h, eps=self.grafting_eps)
-        if not any(stack.ready):
-            return a
-        numerator = torch.lerp(g, m, h.beta1) if h.nadam else m
+        ready = any(stack.ready)
+        gradient = g.clone() if ready and h.nadam else g
+        adam_(g, m, v, h.c1, h.c2, h.beta1, h.beta2, self.grafting_eps, h.nadam)  # g is now A
+        if not ready:
+            return
+        # The bias correction of M scales S alone, and the norm takes it out again.
+        numerator = gradient.lerp_(m, h.beta1) if h.nadam else m
         with matmul_precision(h.matmul_precision):
-            # Roots are symmetric, so `rotate` (by the transpose) applies them as they are. The
-            # bias correction of M scales S alone, which the norm takes out again.
+            # Roots are symmetric: `rotate`, by the transpose, applies them as they are.
             s = rotate(numerator, stack.operators)
         dims = tuple(range(1, s.ndim))
         norm = torch.linalg.vector_norm
-        ratio = norm(a, dim=dims, keepdim=True) / (norm(s, dim=dims, keepdim=True) + 1e-16)
-        s.mul_(ratio)
-        if not all(stack.ready):  # rows whose first root is still to come stay with Adam
-            ready = torch.tensor(stack.ready, device=s.device).reshape([-1] + [1] * len(dims))
-            s = torch.where(ready, s, a)
-        return s
+        s.mul_(norm(g, dim=dims, keepdim=True) / (norm(s, dim=dims, keepdim=True) + 1e-16))
+        if all(stack.ready):
+            g.copy_(s)
+        else:  # rows whose first root is still to come stay with Adam
+            index = torch.tensor([r for r, x in enumerate(stack.ready) if x], device=g.device)
+            g.index_copy_(0, index, s[index])
 
     def operator(
         self, eigenvalues: Tensor, eigenvectors: Tensor, order: Tensor, correction: Tensor

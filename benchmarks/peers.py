@@ -1,0 +1,91 @@
+"""Contenders of the benchmarks: ours, torch's AdamW, and public optimizers from a path given.
+
+Peers are not part of this project and are not installed by it: check out facebookresearch/optimizers
+and nikhilvyas/SOAP yourself and name the folders on the command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from algoperf_shampoo.optim import eshampoo, shampoo_grafting
+from algoperf_shampoo.optim.eigensolvers import Solver
+
+# The paper's point, as far as all contenders know it.
+POINT: dict[str, Any] = dict(lr=1.4e-3, betas=(0.9747, 0.9749), weight_decay=2e-4)
+
+Build = Callable[[list[torch.nn.Parameter], int], torch.optim.Optimizer]
+
+
+def ours(**settings: Any) -> Build:
+    """EShampoo with the paper's point and ``settings``."""
+    fixed = {**POINT, "nadam": True, **settings}
+    return lambda params, F: eshampoo(params, precondition_frequency=F, **fixed)
+
+
+def _check_only(params: list[torch.nn.Parameter], F: int) -> torch.optim.Optimizer:
+    """Refreshes once, at step F; afterwards every check finds all factors good enough."""
+    optimizer = ours()(params, F)
+    steps = iter(range(1, F + 1))
+
+    def after_step(*_: Any) -> None:
+        if next(steps, F) == F:
+            optimizer.tau = 0.999  # type: ignore[attr-defined]
+
+    optimizer.register_step_post_hook(after_step)
+    return optimizer
+
+
+def contenders(meta: str | None, soap: str | None) -> dict[str, Build]:
+    """Name -> how to build it for (parameters, F)."""
+    warm = Solver(method="warm")
+    table: dict[str, Build] = {
+        "ours, fp32": ours(),
+        "ours, TF32 rotations": ours(matmul_precision="high"),
+        "ours, fp32, warm": ours(solver=warm),
+        "ours, TF32 rotations, warm": ours(matmul_precision="high", solver=warm),
+        "ours, fp32, 1 GiB workspace": ours(solver=Solver(workspace_mib=1024)),
+        "ours, fp32, no graph": ours(cuda_graph=False),
+        "ours, fp32, 1-D by Adam": ours(one_dim="adam"),
+        "ours, fp32, check only": _check_only,
+        "our Shampoo + grafting, fp32": lambda p, F: shampoo_grafting(
+            p, precondition_frequency=F, nadam=True, **POINT
+        ),
+        "torch AdamW": lambda p, F: torch.optim.AdamW(p, **POINT, fused=p[0].is_cuda or None),
+    }
+    if meta:
+        table["public EShampoo"] = _meta(meta, "DefaultEigenvalueCorrectedShampooConfig")
+    if soap:
+        table["SOAP"] = _soap(soap)
+    return table
+
+
+def _meta(path: str, config: str) -> Build:
+    sys.path.insert(0, path)
+    module = importlib.import_module("distributed_shampoo")
+
+    def build(params: list[torch.nn.Parameter], F: int) -> torch.optim.Optimizer:
+        return module.DistributedShampoo(
+            params,
+            **POINT,
+            epsilon=1e-8,
+            max_preconditioner_dim=1024,
+            precondition_frequency=F,
+            grafting_config=None,
+            preconditioner_config=getattr(module, config),
+        )
+
+    return build
+
+
+def _soap(path: str) -> Build:
+    sys.path.insert(0, path)
+    module = importlib.import_module("soap")
+    return lambda params, F: module.SOAP(
+        params, **POINT, eps=1e-8, precondition_frequency=F, precondition_1d=True
+    )

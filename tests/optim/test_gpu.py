@@ -1,0 +1,158 @@
+"""The same promises on a GPU: back ends, precision settings, recorded steps. Run by `make test-gpu`."""
+
+import pytest
+import torch
+
+from algoperf_shampoo.optim import cusolver, eigensolvers, eshampoo
+from algoperf_shampoo.optim.eigensolvers import Solver
+from algoperf_shampoo.optim.linalg import relative_off_diagonal
+
+from .support import SETTINGS, VARIANTS, ReferenceParameter, bases_of, gradients, make
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [
+        (torch.float64, "highest", 1e-10),
+        (torch.float32, "highest", 1e-4),
+        (torch.float32, "high", 2e-3),  # TF32 rotations: 3e-4 each, of updates of 1e-2
+    ],
+)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "adamw"])
+@pytest.mark.parametrize(("shape", "max_dim"), [((32, 20), 16), ((8, 4, 3, 3), 12), ((96, 64), 96)])
+def test_hundred_steps(variant, shape, max_dim, dtype, precision, tolerance):
+    start = next(gradients(shape, 1, seed=7))
+    parameter = torch.nn.Parameter(start.to("cuda", dtype))
+    optimizer = make(
+        variant,
+        [parameter],
+        max_preconditioner_dim=max_dim,
+        matmul_precision=precision,
+        nadam=True,
+    )
+    expected = ReferenceParameter(variant, start, max_dim=max_dim, nadam=True)
+    given = variant != "shampoo_grafting"
+    for gradient in gradients(shape, 100, dtype=dtype):
+        parameter.grad = gradient.cuda()
+        optimizer.step()
+        bases = [[q.cpu() for q in block] for block in bases_of(optimizer)] if given else None
+        expected.step(gradient, bases=bases)
+    assert expected.relative_error(parameter.cpu()) < tolerance
+
+
+def factors(n, count, rank):
+    g = torch.Generator("cuda").manual_seed(n)
+    x = torch.randn(count, n, rank, device="cuda", generator=g).double()
+    return (x * torch.linspace(1, 0.01, rank, device="cuda")) @ x.mT
+
+
+@pytest.mark.parametrize("n", [1, 3, 9, 31, 128, 384, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["torch", "exact", "cusolver", "lanes", "scattered"])
+def test_back_ends_against_float64(n, dtype, method):
+    """Residual, orthogonality and eigenvalues, relative to the norm of the factor."""
+    if method not in ("torch", "exact") and not cusolver.available():
+        pytest.skip("this CUDA has no batched solver")
+    a = factors(n, 8, max(1, n // 2)).to(dtype)
+    truth = torch.linalg.eigvalsh(a.double().cpu())
+    if method == "torch":
+        values, vectors = torch.linalg.eigh(a)
+    elif method == "exact":
+        values, vectors, _ = eigensolvers.exact(a)
+    elif method == "cusolver":
+        vectors = a.clone()
+        values, _ = cusolver.eigh_(vectors, cusolver.workspace(n, dtype, a.device, 8))
+    else:  # as a refresh does: several batches in two lanes, in place or through copies
+        indices = list(range(8)) if method == "lanes" else [0, 1, 3, 4, 6, 7]
+        operators = torch.zeros_like(a)
+        scratch = torch.empty(20 * 2**20 // a.element_size(), dtype=dtype, device="cuda")
+        job = eigensolvers.Job(a, operators, indices)
+        (result,) = Solver(workspace_mib=20).solve([job], 0.0, scratch)
+        rows = torch.tensor(indices, device="cuda")
+        assert not operators[[i for i in range(8) if i not in indices]].any()
+        a, truth = a[rows], truth[indices]
+        values, vectors = result.values, operators[rows]
+    q, lam = vectors.double(), values.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    norm = torch.linalg.matrix_norm(a.double())
+    error = torch.linalg.matrix_norm((q * lam[:, None]) @ q.mT - a.double()) / norm
+    assert error.max() < tolerance
+    assert (q.mT @ q - torch.eye(n, device="cuda")).abs().max() < tolerance
+    assert ((lam.cpu() - truth).abs().amax(-1) / norm.cpu()).max() < tolerance
+
+
+@pytest.mark.parametrize("n", [9, 100, 384])
+@pytest.mark.parametrize("tau", [1e-3, 0.1])
+def test_criterion_against_float64(n, tau):
+    a = factors(n, 5, n).float()
+    g = torch.Generator("cuda").manual_seed(0)
+    skew = torch.randn(5, n, n, device="cuda", generator=g)
+    turn = torch.linalg.matrix_exp(tau * 0.3 / n**0.5 * (skew - skew.mT))
+    q = torch.linalg.eigh(a).eigenvectors @ turn
+    a[4] = 0
+    lam = q.double().mT @ a.double() @ q.double()
+    off = torch.linalg.matrix_norm(lam - torch.diag_embed(lam.diagonal(dim1=1, dim2=2)))
+    exact = (off / torch.linalg.matrix_norm(lam)).nan_to_num()
+    torch.testing.assert_close(relative_off_diagonal(a, q).double(), exact, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("orthogonalization", eigensolvers.ORTHOGONALIZATIONS)
+@pytest.mark.parametrize("rank", [20, 384])
+def test_warm_start_ends_below_tau(orthogonalization, rank):
+    a = factors(384, 4, rank).float()
+    old = torch.linalg.eigh(a + 0.05 * factors(384, 4, 384).float()).eigenvectors
+    solver = Solver(method="warm", orthogonalization=orthogonalization)
+    q = old.clone()
+    (result,) = solver.solve([eigensolvers.Job(a, q, [0, 1, 2, 3])], 0.1)
+    values = result.values
+    assert all(result.converged)
+    assert relative_off_diagonal(a, q).max() < 0.1
+    assert (values.diff() >= 0).all()
+    assert (q.mT @ q - torch.eye(384, device="cuda")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recorded_steps_equal_direct_ones(variant):
+    """To rounding: a recorded step multiplies by the learning rate before it adds."""
+    shapes = [(48, 32), (3,), (8, 4, 3, 3), (48, 32)]
+    limits = {} if variant == "adamw" else {"max_preconditioner_dim": 48}
+    results = []
+    for recorded in (True, False):
+        params = [
+            torch.nn.Parameter(next(gradients(s, 1, seed=i, dtype=torch.float32)).cuda())
+            for i, s in enumerate(shapes)
+        ]
+        optimizer = make(variant, params, cuda_graph=recorded, **limits)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 60)
+        for t in range(40):
+            for i, p in enumerate(params):
+                gradient = next(gradients(p.shape, 1, seed=50 * t + i, dtype=torch.float32))
+                p.grad = None if (t, i) == (23, 1) else gradient.cuda()
+            optimizer.step()
+            scheduler.step()
+            if t % 7 == 0:
+                torch._C._cuda_clearCublasWorkspaces()
+                torch.cuda.empty_cache()
+        results.append([p.detach().clone() for p in params])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_ordinary_step_does_not_wait_for_the_device():
+    params = [torch.nn.Parameter(torch.randn(64, 48, device="cuda")) for _ in range(3)]
+    optimizer = eshampoo(params, precondition_frequency=4, **SETTINGS)
+    for t in range(1, 16):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if t % 4 and t > 6:  # not while the graph is recorded
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in params)
