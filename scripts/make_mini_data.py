@@ -50,8 +50,8 @@ HYBRIDIZATION = ("SP", "SP2", "SP3", "SP3D", "SP3D2")
 BOND_TYPE = ("SINGLE", "DOUBLE", "TRIPLE", "AROMATIC")
 BOND_STEREO = ("STEREONONE", "STEREOZ", "STEREOE", "STEREOCIS", "STEREOTRANS", "STEREOANY")
 MAX_ATOMS = 64  # heavier molecules (peptides, 1% of all) are left out: they would dominate a batch
-POSITIVE_ABOVE = -1.0  # y = -log10(nM): more active than 10 nM
-VALIDATION_FROM, TEST_FROM = 0.75, 0.875  # bounds on the molecule's hash, as a fraction of 2**64
+DECOY_SEED = 20
+VALIDATION_FROM, TEST_FROM = 0.90, 0.95  # bounds on the molecule's hash, as a fraction of 2**64
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -122,8 +122,8 @@ def make_fastmri(pycortex: Path, nilearn: Path, colin27: Path, out: Path) -> Non
     arrays = {}
     for split, head, step in (
         ("train", train_head, 1),
-        ("validation", validation_head, 3),
-        ("test", test_head, 3),
+        ("validation", validation_head, 5),
+        ("test", test_head, 5),
     ):
         arrays[f"{split}_images"], arrays[f"{split}_orientations"] = head_slices(head, step)
         print(f"  {split}: {arrays[f'{split}_images'].shape}")
@@ -189,11 +189,11 @@ def bond_features(bond: Any) -> list[int]:
     ]
 
 
-def read_activities(wheel: Path) -> tuple[list[str], dict[str, dict[int, float]]]:
-    """Returns the targets and, per canonical SMILES, the activity y for each measured target."""
+def read_ligands(wheel: Path) -> tuple[list[str], dict[str, set[int]]]:
+    """Returns the targets and, per canonical SMILES, on which of them it was measured."""
     from rdkit import Chem  # type: ignore[import-not-found]
 
-    activities: dict[str, dict[int, float]] = {}
+    measured: dict[str, set[int]] = {}
     with zipfile.ZipFile(wheel) as archive:
         tables = sorted(
             n for n in archive.namelist() if n.startswith(MOLECULEACE_TABLES) and n.endswith(".csv")
@@ -202,27 +202,50 @@ def read_activities(wheel: Path) -> tuple[list[str], dict[str, dict[int, float]]
             rows = csv.DictReader(io.TextIOWrapper(archive.open(name), encoding="utf-8"))
             for row in rows:
                 smiles = Chem.CanonSmiles(row["smiles"])
-                activities.setdefault(smiles, {})[task] = float(row["y"])
-    return [Path(n).stem for n in tables], activities
+                measured.setdefault(smiles, set()).add(task)
+    return [Path(n).stem for n in tables], measured
+
+
+def draw_labels(ligand_of: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Labels int8 [molecules, tasks]: 1 a ligand of the target, 0 a decoy, -1 missing.
+
+    The tables hold measured ligands only, so a task's negatives are decoys: about as many molecules
+    as it has ligands, drawn among those measured on other targets alone. A molecule with a
+    stereoisomer among the ligands is never a decoy.
+
+    Args:
+      ligand_of: bool [molecules, tasks], measured on the target.
+      keys: uint64 [molecules], equal for stereoisomers.
+    """
+    _, group = np.unique(keys, return_inverse=True)
+    group_ligand_of = np.zeros((group.max() + 1, ligand_of.shape[1]), bool)
+    np.logical_or.at(group_ligand_of, group, ligand_of)
+    free = ~group_ligand_of[group]
+    wanted = ligand_of.sum(axis=0) / free.sum(axis=0)
+    draws = np.random.Generator(np.random.PCG64(DECOY_SEED)).random(ligand_of.shape)
+    labels = np.full(ligand_of.shape, -1, np.int8)
+    labels[free & (draws < wanted)] = 0
+    labels[ligand_of] = 1
+    return labels
 
 
 def make_ogbg(wheel: Path, out: Path) -> None:
-    """Molecules as graphs, one bit per target: positive when more active than 10 nM.
+    """Molecules as graphs, one bit per target: is it one of the target's ligands?
 
     A molecule's split is decided by the SHA-256 of its SMILES without stereochemistry, so
     stereoisomers, whose graphs hardly differ, are never on both sides of a split.
     """
     from rdkit import Chem
 
-    tasks, activities = read_activities(wheel)
+    tasks, measured = read_ligands(wheel)
     nodes: list[list[int]] = []
     bonds: list[list[int]] = []
     ends: list[tuple[int, int]] = []
-    labels: list[list[int]] = []
+    ligand_of: list[list[int]] = []
     n_nodes: list[int] = []
     n_bonds: list[int] = []
     keys: list[int] = []
-    for smiles in sorted(activities):
+    for smiles in sorted(measured):
         molecule = Chem.MolFromSmiles(smiles)
         if molecule.GetNumAtoms() > MAX_ATOMS:
             continue
@@ -234,10 +257,7 @@ def make_ogbg(wheel: Path, out: Path) -> None:
             ends.append((bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()))
         n_nodes.append(molecule.GetNumAtoms())
         n_bonds.append(molecule.GetNumBonds())
-        row = [-1] * len(tasks)
-        for task, y in activities[smiles].items():
-            row[task] = int(y > POSITIVE_ABOVE)
-        labels.append(row)
+        ligand_of.append([int(task in measured[smiles]) for task in range(len(tasks))])
     fractions = np.array(keys, np.float64) / 2.0**64
     splits = (fractions >= VALIDATION_FROM).astype(np.uint8) + (fractions >= TEST_FROM)
     arrays: dict[str, np.ndarray] = {
@@ -247,13 +267,13 @@ def make_ogbg(wheel: Path, out: Path) -> None:
         "bond_ends": np.array(ends, np.uint8).T,
         "num_nodes": np.array(n_nodes, np.uint8),
         "num_bonds": np.array(n_bonds, np.uint8),
-        "labels": np.array(labels, np.int8),
+        "labels": draw_labels(np.array(ligand_of, bool), np.array(keys, np.uint64)),
         "molecule_keys": np.array(keys, np.uint64),
         "splits": splits,
         "tasks": np.array(tasks),
     }
-    left_out = len(activities) - len(n_nodes)
-    print(f"  left out: {left_out} of {len(activities)} molecules, over {MAX_ATOMS} atoms")
+    left_out = len(measured) - len(n_nodes)
+    print(f"  left out: {left_out} of {len(measured)} molecules, over {MAX_ATOMS} atoms")
     for index, split in enumerate(SPLITS):
         print(f"  {split}: {np.count_nonzero(splits == index)} molecules")
     write_npz(out / "ogbg_mini.npz", arrays)

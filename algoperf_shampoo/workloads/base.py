@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.workloads.config import Schema, WorkloadConfig
 from algoperf_shampoo.workloads.queues import (
     Batch,
+    MakeBatch,
     TrainQueue,
     evaluation_batches,
     generator,
@@ -113,8 +113,11 @@ class Workload(abc.ABC):
     @abc.abstractmethod
     def _open_split(
         self, split: str, data_dir: str | Path | None, data_rng: Any
-    ) -> tuple[int, Callable[[np.ndarray], Batch]]:
-        """Loads a split of the mini data: how many examples, and what makes a batch of indices."""
+    ) -> tuple[int, MakeBatch]:
+        """Loads a split of the mini data: how many examples, and what makes a batch of indices.
+
+        A training batch may draw numbers from ``data_rng`` and its position alone.
+        """
 
     @abc.abstractmethod
     def _evaluate(self, model: nn.Module, batches: list[Batch], rng: Any) -> dict[str, float]:

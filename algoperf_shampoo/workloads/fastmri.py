@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,18 @@ from algoperf_shampoo.workloads import metrics
 from algoperf_shampoo.workloads.base import Batch, LossType, Workload
 from algoperf_shampoo.workloads.data import read_arrays
 from algoperf_shampoo.workloads.models import UNet
-from algoperf_shampoo.workloads.queues import generator
+from algoperf_shampoo.workloads.queues import MakeBatch, generator
 
 FULL_IMAGE_SIZE = 320
 CENTER_FRACTION = 0.08
 ACCELERATION = 4
 CLIP = 6.0  # in standard deviations
 EVAL_SEED = (0, 0)
+# Purposes for which numbers are drawn from the data's random state, beside the order.
+MASK_STREAM, MIRROR_STREAM = 1, 2
 
 
-def sampling_masks(num_masks: int, num_columns: int, rng: Any) -> Tensor:
+def sampling_masks(num_masks: int, num_columns: int, rng: Any, draw: int = 0) -> Tensor:
     """Which k-space columns are measured, float32 [num_masks, num_columns] of 0 and 1.
 
     fastMRI's random mask: the central 8% of the columns always, each other one with the probability
@@ -32,7 +33,8 @@ def sampling_masks(num_masks: int, num_columns: int, rng: Any) -> Tensor:
     """
     num_low = int(num_columns * CENTER_FRACTION)
     probability = (num_columns / ACCELERATION - num_low) / (num_columns - num_low)
-    masks = generator(rng).random((num_masks, num_columns)) < probability
+    draws = generator(rng, MASK_STREAM, draw).random((num_masks, num_columns))
+    masks = draws < probability
     start = (num_columns - num_low + 1) // 2
     masks[:, start : start + num_low] = True
     return torch.from_numpy(masks.astype(np.float32))
@@ -60,15 +62,22 @@ def centre_crop(images: Tensor, size: int) -> Tensor:
     return images[..., top : top + size, left : left + size]
 
 
-def make_examples(images: Tensor, volumes: Tensor, masks: Tensor, size: int) -> Batch:
+def largest_values(images: Tensor, volumes: Tensor) -> Tensor:
+    """The largest value in each image's volume, [N]; ``volumes`` int64 [N] says which that is."""
+    largest = torch.zeros(int(volumes.max()) + 1)
+    largest.scatter_reduce_(0, volumes, images.amax(dim=(1, 2)), "amax")
+    return largest[volumes]
+
+
+def make_examples(images: Tensor, volume_max: Tensor, masks: Tensor, size: int) -> Batch:
     """Inputs, targets and what undoes their normalisation, as AlgoPerf's pipeline makes them.
 
     Input and target are shifted and scaled by the input's own mean and standard deviation and
-    clipped at six; "volume_max" is the largest target value of the example's volume.
+    clipped at six.
 
     Args:
       images: float32 [N, H, W] magnitudes over the whole field of view.
-      volumes: int64 [N], which volume a slice belongs to.
+      volume_max: float32 [N], handed through: the metric's data range.
       masks: [N or 1, W], see ``sampling_masks``.
       size: side of the central crop that is learnt.
     """
@@ -77,15 +86,12 @@ def make_examples(images: Tensor, volumes: Tensor, masks: Tensor, size: int) -> 
     mean = inputs.mean(dim=(1, 2))
     std = inputs.std(dim=(1, 2), correction=0)
     shift, scale = mean.view(-1, 1, 1), std.view(-1, 1, 1)
-    largest = torch.zeros(int(volumes.max()) + 1).scatter_reduce_(
-        0, volumes, targets.amax(dim=(1, 2)), "amax"
-    )
     return {
         "inputs": ((inputs - shift) / scale).clamp(-CLIP, CLIP),
         "targets": ((targets - shift) / scale).clamp(-CLIP, CLIP),
         "mean": mean,
         "std": std,
-        "volume_max": largest[volumes],
+        "volume_max": volume_max,
     }
 
 
@@ -94,8 +100,9 @@ class FastMRI(Workload):
 
     What differs from fastMRI's knees: k-space is simulated from magnitude images of heads (no
     phase, no noise of its own) at 128 x 128, 2 mm, in three orientations, and the central crop is
-    64 x 64 instead of 320 x 320. As in AlgoPerf, a training slice keeps its mask throughout a run;
-    evaluations use one fixed mask (in AlgoPerf those on validation and test data).
+    64 x 64 instead of 320 x 320. Training draws a new mask, and whether to mirror the slice, each
+    time a slice comes up: AlgoPerf's 34,742 slices keep theirs, a few hundred of one head would be
+    learnt by heart. Evaluations use one fixed mask (in AlgoPerf those on validation and test).
     """
 
     full_name = "fastmri"
@@ -149,7 +156,7 @@ class FastMRI(Workload):
 
     def _open_split(
         self, split: str, data_dir: str | Path | None, data_rng: Any
-    ) -> tuple[int, Callable[[np.ndarray], Batch]]:
+    ) -> tuple[int, MakeBatch]:
         settings = self.config.data
         assert settings is not None
         arrays = read_arrays(data_dir, settings["file"], settings["sha256"])
@@ -161,16 +168,20 @@ class FastMRI(Workload):
             raise self._complain(
                 "data.crop", self._image_size, f"the slices have {images.shape[-1]} pixels"
             )
-        if split == "train":
-            masks = sampling_masks(count, images.shape[-1], data_rng)
-        else:
-            masks = sampling_masks(1, images.shape[-1], EVAL_SEED)
-        examples = make_examples(images, volumes, masks, self._image_size)
-        examples = {key: value.to(self.device) for key, value in examples.items()}
+        largest = largest_values(centre_crop(images, self._image_size), volumes)
+        images, largest = images.to(self.device), largest.to(self.device)
+        fixed = sampling_masks(1, images.shape[-1], EVAL_SEED).to(self.device)
 
-        def make_batch(indices: np.ndarray) -> Batch:
+        def make_batch(indices: np.ndarray, draw: int) -> Batch:
             chosen = torch.from_numpy(indices).to(self.device)
-            return {key: value[chosen] for key, value in examples.items()}
+            slices, masks = images[chosen], fixed
+            if split == "train":
+                masks = sampling_masks(len(chosen), images.shape[-1], data_rng, draw)
+                masks = masks.to(self.device)
+                mirrored = generator(data_rng, MIRROR_STREAM, draw).random(len(chosen)) < 0.5
+                which = torch.from_numpy(mirrored).to(self.device).view(-1, 1, 1)
+                slices = torch.where(which, slices.flip(-1), slices)
+            return make_examples(slices, largest[chosen], masks, self._image_size)
 
         return count, make_batch
 

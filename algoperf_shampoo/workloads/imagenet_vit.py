@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from algoperf_shampoo.workloads.base import Batch, LossType, Workload
 from algoperf_shampoo.workloads.config import Schema
 from algoperf_shampoo.workloads.data import read_arrays
 from algoperf_shampoo.workloads.models import ViT
-from algoperf_shampoo.workloads.queues import generator
+from algoperf_shampoo.workloads.queues import MakeBatch, generator
 
 FULL_IMAGE_SIZE = 224
 MINI_IMAGE_SIZE = 28
@@ -102,8 +101,8 @@ class ImagenetViT(Workload):
 
     def _open_split(
         self, split: str, data_dir: str | Path | None, data_rng: Any
-    ) -> tuple[int, Callable[[np.ndarray], Batch]]:
-        del data_rng  # no augmentation
+    ) -> tuple[int, MakeBatch]:
+        del data_rng
         settings = self.config.data
         assert settings is not None
         arrays = read_arrays(data_dir, settings["file"], settings["sha256"])
@@ -112,7 +111,8 @@ class ImagenetViT(Workload):
         labels = torch.from_numpy(arrays[f"{source}_labels"]).long().to(self.device)
         channels = self.config.model["in_channels"]
 
-        def make_batch(indices: np.ndarray) -> Batch:
+        def make_batch(indices: np.ndarray, draw: int) -> Batch:
+            del draw  # no augmentation
             chosen = torch.from_numpy(indices).to(self.device)
             inputs = (images[chosen].float() - MINI_MEAN) / MINI_STD
             return {"inputs": inputs.expand(-1, channels, -1, -1), "targets": labels[chosen]}

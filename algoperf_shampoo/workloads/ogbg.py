@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from algoperf_shampoo.workloads.config import Schema
 from algoperf_shampoo.workloads.data import read_arrays
 from algoperf_shampoo.workloads.metrics import mean_average_precision
 from algoperf_shampoo.workloads.models import GNN, GraphsTuple
+from algoperf_shampoo.workloads.queues import MakeBatch
 
 NODE_FEATURES, EDGE_FEATURES = 9, 3
 SPLITS = ("train", "validation", "test")
@@ -102,7 +102,7 @@ class GraphStore:
 
 
 class OGBG(Workload):
-    """Mini: molecules of ChEMBL bioactivities, 30 targets, one bit each, most of them missing.
+    """Mini: ligands of 30 targets from ChEMBL; which are they of? Most labels are missing.
 
     Node and edge features are the numbers of OGB's featuriser. Batches hold whole graphs, as many
     as asked for (AlgoPerf fills fixed budgets of nodes and edges and pads).
@@ -182,8 +182,8 @@ class OGBG(Workload):
 
     def _open_split(
         self, split: str, data_dir: str | Path | None, data_rng: Any
-    ) -> tuple[int, Callable[[np.ndarray], Batch]]:
-        del data_rng  # nothing is drawn but the order
+    ) -> tuple[int, MakeBatch]:
+        del data_rng
         settings = self.config.data
         assert settings is not None
         arrays = read_arrays(data_dir, settings["file"], settings["sha256"])
@@ -208,7 +208,8 @@ class OGBG(Workload):
         targets = labels.clamp(min=0).float().to(self.device)
         where = torch.from_numpy(members).to(self.device)
 
-        def make_batch(indices: np.ndarray) -> Batch:
+        def make_batch(indices: np.ndarray, draw: int) -> Batch:
+            del draw  # no augmentation
             chosen = torch.from_numpy(indices).to(self.device)
             return {
                 "inputs": store.batch(where[chosen]),

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 
 Batch = dict[str, Any]
-MakeBatch = Callable[[np.ndarray], Batch]
+# From the examples' indices and the batch's position in the queue.
+MakeBatch = Callable[[np.ndarray, int], Batch]
+
+
+ORDER_STREAM = 0
 
 
 def seed_words(rng: Any) -> list[int]:
@@ -41,9 +45,9 @@ class TrainQueue:
         return self
 
     def __next__(self) -> Batch:
-        indices = self.indices(self._next_batch)
+        position = self._next_batch
         self._next_batch += 1
-        return self._make_batch(indices)
+        return self._make_batch(self.indices(position), position)
 
     def skip(self, n_batches: int) -> None:
         """Leaves out the next ``n_batches`` batches without making them."""
@@ -62,7 +66,7 @@ class TrainQueue:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            order = generator(self._rng, epoch).permutation(self._num_examples)
+            order = generator(self._rng, ORDER_STREAM, epoch).permutation(self._num_examples)
             self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
         return self._orders[epoch]
 
@@ -72,5 +76,5 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """One pass over ``num_examples`` spread evenly over the available; the last may be short."""
     chosen = np.arange(num_examples) * available // num_examples
-    for start in range(0, num_examples, batch_size):
-        yield make_batch(chosen[start : start + batch_size])
+    for position, start in enumerate(range(0, num_examples, batch_size)):
+        yield make_batch(chosen[start : start + batch_size], position)
