@@ -7,6 +7,7 @@ number of GPUs as they load. Results on a CPU are for trying things out, never f
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import types
@@ -34,7 +35,7 @@ def apply_after_import() -> None:
 
 def tolerate_unknown_cpu_frequency() -> None:
     """``psutil.cpu_freq()`` is None in many containers, and AlgoPerf reads ``.current`` of it."""
-    import psutil
+    psutil: Any = importlib.import_module("psutil")
 
     if psutil.cpu_freq() is None:
         psutil.cpu_freq = lambda *_: types.SimpleNamespace(current=0.0, min=0.0, max=0.0)
@@ -59,7 +60,7 @@ def _import_torchvision() -> None:
     import torch
 
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
@@ -69,7 +70,7 @@ def _import_torchvision() -> None:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _keep_alive.append(library)
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
 
 
 _keep_alive: list[Any] = []  # a torch Library takes its definitions with it when collected
@@ -108,10 +109,13 @@ def _distributed_on_gloo() -> None:
         ) -> None:
             super().__init__(module, **options)
 
-    dist.init_process_group = init_process_group
-    dist.broadcast = broadcast
-    torch.nn.parallel.DistributedDataParallel = OnCpu  # type: ignore[misc,assignment]
-    distributed.DistributedDataParallel = OnCpu  # type: ignore[misc,assignment]
+    for module, name, value in (
+        (dist, "init_process_group", init_process_group),
+        (dist, "broadcast", broadcast),
+        (torch.nn.parallel, "DistributedDataParallel", OnCpu),
+        (distributed, "DistributedDataParallel", OnCpu),
+    ):
+        setattr(module, name, value)
 
 
 def _plain_loader(self: Any) -> Iterator[tuple[Any, Any]]:

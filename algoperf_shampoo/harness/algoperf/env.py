@@ -15,7 +15,6 @@ from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.algoperf import probe
 
 COMMIT = "2c90454fc05d5bdf3598b0c7651e611f132a7060"
-URL = f"git+https://github.com/mlcommons/algorithmic-efficiency.git@{COMMIT}"
 HOW_TO_INSTALL = "run `make algoperf-env` (docs/algoperf.md), or set ALGOPERF_PYTHON="
 PYTHON_VARIABLE = "ALGOPERF_PYTHON"
 FOLDER = ".venv-algoperf"

@@ -123,10 +123,11 @@ def _fastmri(out: Path, amounts: Amounts) -> dict[str, Any]:
     per = amounts.slices_per_volume
     picked = _spread(arrays["train_images"], train)
     volumes = [picked[start : start + per] for start in range(0, train, per)]
-    for number, images in enumerate(volumes):
-        _volume(folders["train"] / f"file{1_000_001 + number}.h5", images)
-    held_out = _spread(arrays["validation_images"], validation), _spread(arrays["test_images"], test)
-    for number, image in enumerate(np.concatenate(held_out)):
+    for number, volume in enumerate(volumes):
+        _volume(folders["train"] / f"file{1_000_001 + number}.h5", volume)
+    held_out = [("validation", validation), ("test", test)]
+    images = [_spread(arrays[f"{split}_images"], count) for split, count in held_out]
+    for number, image in enumerate(np.concatenate(images)):
         _volume(folders["val"] / f"file{1_000_000 + number}.h5", image[None])
     return {
         "folder": "fastmri",

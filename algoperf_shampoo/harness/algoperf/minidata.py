@@ -16,8 +16,9 @@ from types import ModuleType
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness.spec import MINIDATA
 
-SUFFIX = "_minidata"
+SUFFIX = MINIDATA
 MANIFEST = "minidata.json"
 
 # Properties of an AlgoPerf workload that depend on the amount of data, and their types.
@@ -76,7 +77,7 @@ def register(data_dir: Path, workload: str, submission: ModuleType | None = None
         submission: the submission's module, whose ``get_batch_size`` then answers this workload.
     """
     entry = read(data_dir, workload)
-    registry = importlib.import_module("algoperf.workloads.workloads")
+    registry: Any = importlib.import_module("algoperf.workloads.workloads")
     registry.WORKLOADS[workload] = dict(registry.WORKLOADS[base_name(workload)])
     original = registry.import_workload
 
@@ -95,8 +96,11 @@ def register(data_dir: Path, workload: str, submission: ModuleType | None = None
 
 def with_properties(cls: type, values: dict[str, int | float]) -> type:
     """A subclass of a workload class whose properties have these values."""
-    body = {name: property(lambda self, value=value: value) for name, value in values.items()}
-    return type(cls.__name__, (cls,), body)
+    return type(cls.__name__, (cls,), {name: _constant(value) for name, value in values.items()})
+
+
+def _constant(value: int | float) -> property:
+    return property(lambda self: value)
 
 
 def _parse(folder: Path, base: str) -> Entry:

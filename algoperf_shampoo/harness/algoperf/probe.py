@@ -6,6 +6,7 @@ because the launcher's own environment may have another torch, or none.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -58,8 +59,7 @@ def environment() -> dict[str, Any]:
             count = torch.cuda.device_count()
             facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(count)]
     if "psutil" not in facts["missing"]:
-        import psutil
-
+        psutil: Any = importlib.import_module("psutil")
         facts["cpu_freq"] = psutil.cpu_freq() is not None
     return facts
 
