@@ -1,0 +1,285 @@
+"""Commands of the runner: which flags, which processes, and what is refused before launch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness.algoperf import data_check, door, env, folder, minidata
+from algoperf_shampoo.study.plan import make_plan
+from tests.contract import record
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = json.loads(record.PATH.read_text(encoding="utf-8"))["flags"]
+
+
+def environment(gpus: int = 0, **changes: Any) -> env.Environment:
+    facts: dict[str, Any] = {
+        "executable": "/venv/bin/python",
+        "python": "3.11.2",
+        "torch": "2.13.0",
+        "cuda": "13.0",
+        "algoperf": "0.6",
+        "algoperf_commit": env.COMMIT,
+        "missing": (),
+        "gpus": ("H200",) * gpus,
+        "wandb": True,
+        "cpu_freq": True,
+        "checkpoints": {},
+    }
+    return env.Environment(**{**facts, **changes})
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder that looks like AlgoPerf's data, with the manifest of a mini data set."""
+    root = tmp_path / "data"
+    for path in (
+        "fastmri/knee_singlecoil_train",
+        "imagenet/pytorch/train",
+        "imagenet/pytorch/imagenet_v2/matched-frequency",
+        "ogbg/ogbg_molpcba",
+    ):
+        (root / path).mkdir(parents=True)
+    entry = {
+        "folder": "ogbg",
+        "global_batch_size": 64,
+        "max_global_steps": 60,
+        "on_disk": {"train": 3},
+        "properties": {name: 8 for name in minidata._PROPERTIES},
+    }
+    (root / minidata.MANIFEST).write_text(json.dumps({"workloads": {"ogbg": entry}}))
+    return root
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The door with an environment of our choosing and data that passes its check."""
+    state: dict[str, Any] = {"environment": environment(gpus=2)}
+    monkeypatch.setattr(env, "look", lambda root, checkpoints=(): state["environment"])
+    real = door.find_data
+    monkeypatch.setattr(door, "find_data", lambda p, w, e, check: real(p, w, e, check=False))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    return state
+
+
+def plan(data: Path | None, tmp_path: Path, **words: Any) -> Any:
+    words = {"workload": "ogbg", "size": "full", "seeds": "3", **words}
+    return make_plan(
+        ROOT,
+        ["eshampoo_adaptive"],
+        harness="algoperf",
+        data_dir=str(data) if data else None,
+        out=str(tmp_path / "out"),
+        dry_run=words.pop("dry_run", True),
+        **words,
+    )
+
+
+def commands(plan: Any, flags: dict[str, Any] | None = None) -> list[str]:
+    lines: list[str] = []
+    assert door.launch(plan, flags or {}, echo=lines.append) == 0
+    return [line for line in lines if not line.startswith("#")]
+
+
+def flags_of(command: str) -> dict[str, str]:
+    words = [word for word in command.split() if word.startswith("--")]
+    pairs = [word.removeprefix("--").partition("=") for word in words]
+    return {name: value for name, _, value in pairs}
+
+
+def test_every_flag_is_the_runners_own(data: Path, tmp_path: Path, fake: dict[str, Any]) -> None:
+    lines = commands(plan(data, tmp_path, workload="all"), {"steps": "7", "wandb": True})
+    torchrun = {"standalone", "nnodes", "nproc_per_node"}
+    for line in lines:
+        own = set(flags_of(line)) - torchrun
+        assert own <= set(FLAGS) | {f"no{name}" for name, kind in FLAGS.items() if kind == "bool"}
+
+
+def test_each_seed_has_its_own_seed_and_study(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    found = [flags_of(line) for line in commands(plan(data, tmp_path, f="20", tau="0.05"))]
+    assert [f["rng_seed"] for f in found] == ["1", "2", "3"]
+    assert [f["experiment_name"] for f in found] == ["study_1", "study_2", "study_3"]
+    assert {Path(f["experiment_dir"]).name for f in found} == {"eshampoo_adaptive_F20_tau0.05"}
+
+
+def test_the_prompt_and_the_removal_cannot_come_up(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    for line in commands(plan(data, tmp_path, workload="all")):
+        assert "resume_last_run" in flags_of(line)
+        assert "overwrite" not in flags_of(line)
+
+
+def test_torchrun_and_visible_gpus(data: Path, tmp_path: Path, fake: dict[str, Any]) -> None:
+    one, two = (commands(plan(data, tmp_path, gpus=n, seeds="1"))[0] for n in ("1", "2"))
+    assert "torch.distributed.run" not in one and "CUDA_VISIBLE_DEVICES=0 " in one
+    assert "--nproc_per_node=2" in two and "CUDA_VISIBLE_DEVICES=0,1 " in two
+    assert "-m submission_runner" in one and "-m submission_runner" in two
+
+
+def test_gpus_given_by_a_scheduler_are_kept(
+    data: Path, tmp_path: Path, fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert "CUDA_VISIBLE_DEVICES=5 " in commands(plan(data, tmp_path, gpus="1"))[0]
+
+
+def test_cpu_goes_through_our_runner(data: Path, tmp_path: Path, fake: dict[str, Any]) -> None:
+    fake["environment"] = environment(gpus=0)
+    line = commands(plan(data, tmp_path), {"processes": "2"})[0]
+    assert f"-m {door._OWN_RUNNER}" in line and "--nproc_per_node=2" in line
+    assert "notorch_compile" in flags_of(line)
+
+
+def test_mini_data_runs_under_its_own_name(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    found = flags_of(commands(plan(data, tmp_path, size="mini"))[0])
+    assert found["workload"] == "ogbg_minidata"
+    assert found["max_global_steps"] == "60"
+
+
+def test_points_of_the_search_space_are_run_one_by_one(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    space = tmp_path / "space.json"
+    point = json.loads((ROOT / "search_spaces" / "eshampoo_adaptive.json").read_text())[0]
+    space.write_text(json.dumps([point, {**point, "tau": 0.2}]))
+    asked = plan(data, tmp_path, seeds="1", trials="2", search_space=str(space))
+    found = [flags_of(line) for line in commands(asked)]
+    indices = [(f["hparam_start_index"], f["hparam_end_index"]) for f in found]
+    assert indices == [("0", "1"), ("1", "2")]
+    assert [f["num_tuning_trials"] for f in found] == ["1", "2"]
+    assert [p["tau"] for p in door._points(asked, asked.runs[1])] == [0.1, 0.2]
+
+
+def test_wandb_resumes_the_same_record(data: Path, tmp_path: Path, fake: dict[str, Any]) -> None:
+    first, second = (commands(plan(data, tmp_path), {"wandb": True})[0] for _ in range(2))
+    assert first == second
+    assert "use_wandb" in flags_of(first) and "WANDB_RESUME=allow" in first
+
+
+@pytest.mark.parametrize(
+    ("gpus", "present", "flags", "words"),
+    [
+        ("3", 2, {}, "GPUS=3"),
+        ("1", 0, {}, "GPUS=1"),
+        (None, 2, {"processes": "2"}, "PROCESSES=2"),
+        (None, 2, {"steps": "0"}, "STEPS=0"),
+        (None, 3, {}, "is not a multiple"),
+    ],
+)
+def test_refused_in_one_line(
+    data: Path,
+    tmp_path: Path,
+    fake: dict[str, Any],
+    gpus: str | None,
+    present: int,
+    flags: dict[str, Any],
+    words: str,
+) -> None:
+    fake["environment"] = environment(gpus=present)
+    with pytest.raises(UserError, match=words) as caught:
+        door.launch(plan(data, tmp_path, gpus=gpus), flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_algoperf_and_missing_data(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    fake["environment"] = environment(gpus=2, missing=("algoperf", "submission_runner"))
+    with pytest.raises(UserError, match="make algoperf-env"):
+        door.launch(plan(data, tmp_path, dry_run=False), {})
+    assert any("note: " in line for line in commands(plan(data, tmp_path)))
+    fake["environment"] = environment(gpus=2)
+    with pytest.raises(UserError, match="make data-algoperf-mini"):
+        door.launch(plan(None, tmp_path), {})
+    with pytest.raises(UserError, match="no fastmri data"):
+        data_check.locate("fastmri", tmp_path)
+
+
+# What a folder of an earlier launch allows.
+
+
+def facts(path: Path, step: int, **changes: Any) -> dict[str, Any]:
+    own = {
+        "path": str(path),
+        "readable": True,
+        "global_step": step,
+        "preemption_count": 0,
+        "training_complete": False,
+        "goals_reached": False,
+        "is_time_remaining": True,
+    }
+    return {str(path): {**own, **changes}}
+
+
+@pytest.fixture
+def run(data: Path, tmp_path: Path) -> Any:
+    """The plan's first run with a folder that a killed launch left."""
+    own = plan(data, tmp_path).runs[0]
+    own.run_dir.mkdir(parents=True)
+    (own.run_dir / "hparams.json").write_text(json.dumps(own.hparams))
+    for step in (1, 9, 10):
+        (own.run_dir / f"checkpoint_{step}").write_bytes(b"x")
+    rows = ["global_step,score", "1,0.5", "10,5.0", "12,6.0"]
+    (own.run_dir / "eval_measurements.csv").write_text("\n".join(rows) + "\n")
+    return own
+
+
+def test_resumes_from_the_newest_readable_checkpoint(run: Any) -> None:
+    newest, older = run.run_dir / "checkpoint_10", run.run_dir / "checkpoint_9"
+    known = {str(newest): {"readable": False}, **facts(older, 9)}
+    state = folder.examine(run, known, None)
+    assert (state.step, state.unreadable, state.ended) == (9, (newest,), None)
+    notes = folder.prepare(run, state, [run.hparams])
+    assert not newest.exists() and (run.run_dir / "set_aside_1_checkpoint_10").exists()
+    assert folder.checkpoints(run.run_dir)[0] == older
+    assert len(notes) == 2
+
+
+def test_rows_of_steps_to_come_again_are_set_aside(run: Any) -> None:
+    state = folder.examine(run, facts(run.run_dir / "checkpoint_10", 10), None)
+    folder.prepare(run, state, [run.hparams])
+    kept = (run.run_dir / "eval_measurements.csv").read_text().splitlines()
+    aside = (run.run_dir / "set_aside_1_eval_measurements.csv").read_text().splitlines()
+    assert kept == ["global_step,score", "1,0.5", "10,5.0"]
+    assert aside == ["global_step,score", "12,6.0"]
+    assert json.loads((run.run_dir / folder.SEARCH_SPACE).read_text()) == [run.hparams]
+
+
+def test_another_point_is_not_resumed(run: Any) -> None:
+    other = {**run.hparams, "tau": 0.5}
+    (run.run_dir / "hparams.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="tau is 0.5 there"):
+        folder.examine(run, {}, None)
+
+
+def test_a_run_ended_by_its_step_limit_is_not_continued(run: Any) -> None:
+    known = facts(run.run_dir / "checkpoint_10", 10, training_complete=True)
+    assert folder.examine(run, known, 10).ended == "step limit reached"
+    for limit in (20, None):
+        with pytest.raises(UserError, match="ended at step 10"):
+            folder.examine(run, known, limit)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"goals_reached": True}, "targets"), ({"is_time_remaining": False}, "time budget")],
+)
+def test_a_finished_run_is_left_alone(run: Any, change: dict[str, bool], why: str) -> None:
+    state = folder.examine(run, facts(run.run_dir / "checkpoint_10", 10, **change), None)
+    assert why in str(state.ended)
+
+
+def test_two_checkpoints_are_kept(run: Any) -> None:
+    folder.prune_checkpoints(run.run_dir)
+    assert [p.name for p in folder.checkpoints(run.run_dir)] == ["checkpoint_10", "checkpoint_9"]

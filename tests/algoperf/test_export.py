@@ -1,0 +1,117 @@
+"""An exported submission: complete, without this package, the same optimizer."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import submission_loader
+from algoperf_shampoo.study import export
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = submission_loader.variants(ROOT)
+
+# Trains a small net and prints its parameters; {module} is where the functions come from.
+TRAIN = """
+import collections, importlib, json, sys, types
+import torch
+s = importlib.import_module("{module}")
+point = json.load(open(sys.argv[1]))[0]
+if "precondition_frequency" in point: point["precondition_frequency"] = 2
+point = collections.namedtuple("Hyperparameters", point)(**point)
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+x, y = torch.randn(32, 6), torch.randn(32, 4)
+def model_fn(params, augmented_and_preprocessed_input_batch, model_state, mode, rng,
+             update_batch_norm, dropout_rate=0.1):
+    return params(augmented_and_preprocessed_input_batch["inputs"]), None
+def loss_fn(label_batch, logits_batch, mask_batch=None, label_smoothing=0.0):
+    loss = (logits_batch - label_batch).square().mean(1)
+    return dict(summed=loss.sum(), n_valid_examples=torch.tensor(len(loss)), per_example=loss)
+w = types.SimpleNamespace(step_hint=50, model_fn=model_fn, loss_fn=loss_fn, metrics_logger=None)
+state = s.init_optimizer_state(w, model, None, point, None)
+queue = iter([dict(inputs=x, targets=y)] * 9)
+for step in range(5):
+    batch = s.data_selection(w, queue, state, model, None, point, step, None)
+    state, model, _ = s.update_params(
+        workload=w, current_param_container=model, current_params_types=None, model_state=None,
+        hyperparameters=point, batch=batch, loss_type=None, optimizer_state=state,
+        eval_results=[], global_step=step, rng=None)
+assert not any(name.split(".")[0] == "algoperf_shampoo" for name in sys.modules) or {package}
+print(json.dumps([p.tolist() for p in model.parameters()]))
+"""
+
+
+def parameters(module: str, folder: Path, space: Path, package: bool) -> list:
+    code = TRAIN.format(module=module, package=package)
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(space)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_import_of_the_package_is_left(variant: str, tmp_path: Path) -> None:
+    folder = export.export(ROOT, variant.replace("_", "-"), tmp_path)
+    assert folder == tmp_path / "external_tuning" / variant
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module or "")
+            assert not any(name.split(".")[0] == export.PACKAGE for name in names), path
+    for name in ("tuning_search_space.json", "submission_info.yml", "LICENSE", "__init__.py"):
+        assert (folder / name).is_file()
+    assert not (folder / export.COPIES / "workloads").exists()
+
+
+def test_the_same_steps_as_in_the_package(tmp_path: Path) -> None:
+    variant = "eshampoo_adaptive"
+    folder = export.export(ROOT, variant, tmp_path / "somewhere")
+    space = folder / "tuning_search_space.json"
+    ours = parameters(f"submissions.{variant}.submission", ROOT, space, package=True)
+    inside = f"somewhere.external_tuning.{variant}.submission"
+    assert parameters(inside, tmp_path, space, package=False) == ours
+    assert parameters("submission", folder, space, package=False) == ours
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    folder = export.export(ROOT, "nadamw", tmp_path)
+    (folder / "old.py").write_text("")
+    export.export(ROOT, "nadamw", tmp_path, authors="A. Author")
+    assert not (folder / "old.py").exists()
+    assert 'authors: "A. Author"' in (folder / "submission_info.yml").read_text()
+    (folder / export.RECORD).unlink()
+    with pytest.raises(UserError, match="is not an export"):
+        export.export(ROOT, "nadamw", tmp_path)
+    with pytest.raises(UserError, match="unknown variant"):
+        export.export(ROOT, "nadam", tmp_path)
+
+
+def test_modules_are_found_through_functions_and_parents(tmp_path: Path) -> None:
+    files = {
+        "__init__.py": "",
+        "a.py": "def f():\n    from .b.c import x\n",
+        "b/__init__.py": "",
+        "b/c.py": "from ..d import y\nfrom algoperf_shampoo.e import z\n",
+        "d.py": "",
+        "e.py": "",
+        "unused.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert export.modules_needed(tmp_path, ["a"]) == ["a", "b", "b.c", "d", "e"]
+    assert export._relative(files["b/c.py"], Path("b/c.py")).endswith("from ..e import z\n")
