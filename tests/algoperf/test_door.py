@@ -28,7 +28,7 @@ def environment(gpus: int = 0, **changes: Any) -> env.Environment:
         "missing": (),
         "gpus": ("H200",) * gpus,
         "wandb": True,
-        "cpu_freq": True,
+        "psutil_knows_machine": True,
         "checkpoints": {},
     }
     return env.Environment(**{**facts, **changes})

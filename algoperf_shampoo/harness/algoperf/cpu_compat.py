@@ -14,6 +14,13 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+# Functions of psutil that may answer None, and what AlgoPerf reads of the answer.
+PSUTIL_ANSWERS = {
+    "cpu_freq": ("current",),
+    "disk_io_counters": ("read_bytes", "write_bytes"),
+    "net_io_counters": ("bytes_sent", "bytes_recv"),
+}
+
 
 def apply() -> None:
     """Patch torch and torchvision for this process: call it before importing AlgoPerf."""
@@ -33,12 +40,16 @@ def apply_after_import() -> None:
     data_utils.PrefetchedWrapper.prefetched_loader = _plain_loader
 
 
-def tolerate_unknown_cpu_frequency() -> None:
-    """``psutil.cpu_freq()`` is None in many containers, and AlgoPerf reads ``.current`` of it."""
-    psutil: Any = importlib.import_module("psutil")
+def tolerate_unknown_machine() -> None:
+    """Let psutil answer zero where it knows nothing: containers often hide disks or CPU frequency.
 
-    if psutil.cpu_freq() is None:
-        psutil.cpu_freq = lambda *_: types.SimpleNamespace(current=0.0, min=0.0, max=0.0)
+    AlgoPerf reads fields of its answers without looking whether there is one.
+    """
+    psutil: Any = importlib.import_module("psutil")
+    for name, fields in PSUTIL_ANSWERS.items():
+        if getattr(psutil, name)() is None:
+            nothing = types.SimpleNamespace(**dict.fromkeys(fields, 0))
+            setattr(psutil, name, lambda nothing=nothing, **_: nothing)
 
 
 def _count_processes_as_gpus(world: int) -> None:

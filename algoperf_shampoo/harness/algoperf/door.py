@@ -196,7 +196,7 @@ def compose(
     own = (
         place.visible is None
         or run.workload.endswith(minidata.SUFFIX)
-        or not environment.cpu_freq
+        or not environment.psutil_knows_machine
     )
     start = [environment.executable]
     if place.processes > 1:

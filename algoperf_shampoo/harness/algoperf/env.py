@@ -33,7 +33,7 @@ class Environment:
     missing: tuple[str, ...]
     gpus: tuple[str, ...]
     wandb: bool
-    cpu_freq: bool
+    psutil_knows_machine: bool
     checkpoints: dict[str, dict[str, Any]] = field(hash=False)
 
 
@@ -80,7 +80,7 @@ def look(root: Path, checkpoints: Sequence[Path] = ()) -> Environment:
         missing=tuple(facts["missing"]),
         gpus=tuple(facts["gpus"]),
         wandb=facts["wandb"],
-        cpu_freq=facts["cpu_freq"],
+        psutil_knows_machine=facts["psutil_knows_machine"],
         checkpoints={entry["path"]: entry for entry in facts["checkpoints"]},
     )
 

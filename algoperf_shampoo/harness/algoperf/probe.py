@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo.harness.algoperf import cpu_compat
+
 # What the runner and the three workloads import, by module name.
 NEEDED = (
     "absl",
@@ -48,7 +50,7 @@ def environment() -> dict[str, Any]:
         "torch": None,
         "cuda": None,
         "gpus": [],
-        "cpu_freq": True,
+        "psutil_knows_machine": True,
     }
     if "torch" not in facts["missing"]:
         import torch
@@ -60,7 +62,8 @@ def environment() -> dict[str, Any]:
             facts["gpus"] = [torch.cuda.get_device_name(index) for index in range(count)]
     if "psutil" not in facts["missing"]:
         psutil: Any = importlib.import_module("psutil")
-        facts["cpu_freq"] = psutil.cpu_freq() is not None
+        answers = [getattr(psutil, name)() for name in cpu_compat.PSUTIL_ANSWERS]
+        facts["psutil_knows_machine"] = None not in answers
     return facts
 
 
