@@ -3,7 +3,8 @@
 A gradient of shape [m, n] is U_t diag(s) Z_t diag(r) V_t' with Z_t white, s_i = i^-decay (the same
 for r), and U_t, V_t orthogonal matrices that turn by a fixed angle per step within pairs of their
 columns. So E[G G'] has eigenvectors U_t and a power-law spectrum, as gradients of trained networks
-do, and a basis that was right at one check is a little wrong at the next. 1-D parameters: U_t diag(s) z.
+do, and a basis that was right at one check is a little wrong at the next. 1-D parameters: U_t
+diag(s) z.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Time and memory of one optimizer step, ours beside peers, on a workload's exact parameter shapes.
 
-    python benchmarks/optimizer_step.py --workload imagenet_vit --meta DIR --soap DIR --json out.json
+    python benchmarks/optimizer_step.py --workload imagenet_vit --meta DIR --soap DIR --json
+    out.json
 
-All contenders get the same gradients (benchmarks/gradients.py), one step each in turn. Every F-th step
-refreshes; those are timed apart. Memory is the peak over a refresh, parameters and gradients included.
+All contenders get the same gradients (benchmarks/gradients.py), one step each in turn. Every F-th
+step refreshes; those are timed apart. Memory is the peak over a refresh, parameters and gradients
+included.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ def floor(params: list[torch.nn.Parameter]) -> dict[str, float]:
     """Operations and bytes that an EShampoo step cannot do without.
 
     Operations: per block and mode d, 2 d * numel for each of Gram, rotation and rotation back (M is
-    averaged in the basis, so the gradient alone is rotated). Bytes: gradient, parameter, M and D read,
-    all but the gradient written; factors read and written, bases read.
+    averaged in the basis, so the gradient alone is rotated). Bytes: gradient, parameter, M and D
+    read, all but the gradient written; factors read and written, bases read.
     """
     flop = byte = 0.0
     for p in params:
@@ -59,7 +61,9 @@ def eigen_floor(params: list[torch.nn.Parameter], device: torch.device) -> float
         x = torch.randn(batch, n, 2 * n, device=device)
         a = x @ x.mT / n
         work = cusolver.workspace(n, a.dtype, device, batch)
-        times = [seconds(lambda a=a, w=work: cusolver.eigh_(a.clone(), w), device) for _ in range(3)]
+        times = [
+            seconds(lambda a=a, w=work: cusolver.eigh_(a.clone(), w), device) for _ in range(3)
+        ]
         total += min(times) * 1e3 * count / batch
     return total
 
@@ -85,7 +89,9 @@ def main() -> None:
     parser.add_argument("--workload", default="imagenet_vit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--frequency", type=int, default=10, help="F: every F-th step refreshes")
-    parser.add_argument("--rounds", type=int, default=4, help="refreshes timed; the first is warm-up")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="refreshes timed; the first is warm-up"
+    )
     parser.add_argument("--meta", help="checkout of facebookresearch/optimizers")
     parser.add_argument("--soap", help="checkout of nikhilvyas/SOAP")
     parser.add_argument("--only", help="comma-separated parts of contenders' names")

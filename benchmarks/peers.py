@@ -1,7 +1,7 @@
 """Contenders of the benchmarks: ours, torch's AdamW, and public optimizers from a path given.
 
-Peers are not part of this project and are not installed by it: check out facebookresearch/optimizers
-and nikhilvyas/SOAP yourself and name the folders on the command line.
+Peers are not part of this project and are not installed by it: check out
+facebookresearch/optimizers and nikhilvyas/SOAP yourself and name the folders on the command line.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .blocking import Block
 
+GRADIENT = "gradient"
+
 
 @dataclass(frozen=True)
 class Member:
@@ -83,10 +85,6 @@ class Stack:
             return [] if self.steps[0] % frequency else rows
         return [r for r in rows if self.steps[r] % frequency == 0]
 
-    def zeros(self, *shape: int) -> Tensor:
-        """A zero tensor [B, *shape] in the stack's dtype."""
-        return torch.zeros(len(self), *shape, dtype=self.dtype, device=self.device)
-
     def bias_correction(self, beta: float) -> float | Tensor:
         """1 - beta^t: a number while all rows have the same t, else a tensor [B, 1, ..., 1]."""
         if self.uniform:
@@ -112,8 +110,8 @@ class Stack:
         )
 
     def put(self, rows: Sequence[int], part: Stack) -> None:
-        """Write rows made by :meth:`select` back (all but operators, which are never changed through
-        a selection)."""
+        """Write rows made by :meth:`select` back (all but operators, which are never changed
+        through a selection)."""
         index = torch.tensor(rows, device=self.device)
         self.g.index_copy_(0, index, part.g)
         for name, x in part.state.items():
@@ -150,8 +148,8 @@ class Cuts:
 class Layout:
     """How the parameters of one group lie in stacks, and the copies between the two.
 
-    Gradients are gathered into one buffer, block by block in stack order; the rules replace them there
-    by update directions, which are scattered from it.
+    Gradients are gathered into one buffer, block by block in stack order; the rules replace them
+    there by update directions, which are scattered from it.
 
     Raises:
         ValueError: an empty, sparse or complex parameter.
@@ -172,7 +170,7 @@ class Layout:
             for (shape, dtype, device), members in by_shape.items()
         ]
         self._cuts = [Cuts(blocks) for blocks in self.blocks]
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
 
     def gather(self, present: Sequence[bool]) -> None:
@@ -180,16 +178,14 @@ class Layout:
         if not self._pieces:
             self._allocate()
         to, source = [], []
-        for p, rows, cuts, here in zip(
-            self.params, self._pieces, self._cuts, present, strict=True
-        ):
+        for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
             if not here:
                 continue
+            assert p.grad is not None
             if len(rows) == 1:
                 to.append(rows[0])
                 source.append(p.grad)
                 continue
-            assert p.grad is not None
             merged = p.grad.reshape(cuts.merged)
             for row, piece in zip(rows, cuts.of(merged), strict=True):
                 # One strided pair would send the whole foreach call down its slow path.
@@ -204,9 +200,7 @@ class Layout:
     def scatter(self, present: Sequence[bool], alpha: float) -> None:
         """parameter <- parameter + alpha * (its rows of the buffer), for those present."""
         to, source = [], []
-        for p, rows, cuts, here in zip(
-            self.params, self._pieces, self._cuts, present, strict=True
-        ):
+        for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
             if not here:
                 continue
             if len(rows) == 1:
@@ -229,24 +223,30 @@ class Layout:
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply the whole buffer by a tensor with one entry."""
-        for flat in self._buffers.values():
+        for flat in self.flat(GRADIENT):
             flat.mul_(factor)
 
-    @property
-    def buffer(self) -> Tensor:
-        """The memory of all rows ``stack.g`` of the largest dtype and device, flat."""
-        return max(self._buffers.values(), key=lambda x: x.numel())
+    def flat(self, name: str) -> list[Tensor]:
+        """The memory of a state tensor of all stacks: one flat tensor per dtype and device."""
+        return [buffer for (key, _, _), buffer in self._buffers.items() if key == name]
 
-    def _allocate(self) -> None:
-        """One flat buffer per dtype and device, and the views of it that are ever needed."""
-        kinds = {(stack.dtype, stack.device) for stack in self.stacks}
-        for dtype, device in kinds:
+    def allocate(self, name: str) -> None:
+        """Zeros [B, *shape] as ``stack.state[name]`` of every stack (``stack.g`` for GRADIENT)."""
+        for dtype, device in {(stack.dtype, stack.device) for stack in self.stacks}:
             mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
             sizes = [len(s) * math.prod(s.shape) for s in mine]
             flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
-            self._buffers[dtype, device] = flat
+            self._buffers[name, dtype, device] = flat
             for stack, part in zip(mine, flat.split(sizes), strict=True):
-                stack.g = part.view(len(stack), *stack.shape)
+                view = part.view(len(stack), *stack.shape)
+                if name == GRADIENT:
+                    stack.g = view
+                else:
+                    stack.state[name] = view
+
+    def _allocate(self) -> None:
+        """The gradient buffer, and the views of it that are ever needed."""
+        self.allocate(GRADIENT)
         self._pieces = [[torch.empty(0)] * len(blocks) for blocks in self.blocks]
         for stack in self.stacks:
             for row, member in enumerate(stack.members):

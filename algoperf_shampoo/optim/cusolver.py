@@ -1,8 +1,8 @@
-"""cuSOLVER's batched symmetric eigensolver (cusolverDnXsyevBatched), called where torch does not yet.
+"""cuSOLVER's batched symmetric eigensolver (cusolverDnXsyevBatched), the fast one on a GPU.
 
 torch.linalg.eigh loops over the matrices of a batch on CUDA up to torch 2.11 at least: 7.5 ms for a
-256 x 256 matrix against 0.09 ms in a batch. The library is the one torch itself has loaded; cuSOLVER
-has the routine since CUDA 12.6 Update 2.
+256 x 256 matrix against 0.09 ms in a batch. The library is the one torch itself has loaded;
+cuSOLVER has the routine since CUDA 12.6 Update 2.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def workspace(n: int, dtype: torch.dtype, device: torch.device, count: int) -> T
 
 
 def eigh_(a: Tensor, work: Tensor) -> tuple[Tensor, list[bool]]:
-    """Eigenvalues [N, n] ascending, and who converged; a is overwritten by the eigenvectors (columns).
+    """Eigenvalues [N, n] ascending, and who converged; a is overwritten by the eigenvectors
+    (columns).
 
     Args:
         a: symmetric [N, n, n], float32 or float64, contiguous, on CUDA. One triangle is read.

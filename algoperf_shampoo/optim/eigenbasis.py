@@ -21,8 +21,8 @@ from .linalg import largest_entry, relative_off_diagonal
 from .precision import matmul_precision
 from .preconditioners.base import Rule
 
-# Criterion and bookkeeping work on pieces of at most this many matrix entries (32 MiB in float32), so
-# that a refresh takes bounded memory whatever the model.
+# Criterion and bookkeeping work on pieces of at most this many matrix entries (32 MiB in float32),
+# so that a refresh takes bounded memory whatever the model.
 CHUNK_ENTRIES = 2**23
 
 
@@ -99,8 +99,8 @@ def chunks(indices: Sequence[int], n: int) -> Iterable[list[int]]:
 def scores(factor_set: FactorSet, indices: Sequence[int], tau: float) -> Tensor:
     """Per factor, a number that exceeds tau when it needs a new operator: [len(indices)], float64.
 
-    With tau > 0 the left side of Eq. 11. With tau = 0 (fixed frequency) infinity. Never for a factor
-    that is all zero (no direction to prefer) or not finite (nan compares false).
+    With tau > 0 the left side of Eq. 11. With tau = 0 (fixed frequency) infinity. Never for a
+    factor that is all zero (no direction to prefer) or not finite (nan compares false).
     """
     parts = []
     for chunk in chunks(indices, factor_set.n):
@@ -124,7 +124,8 @@ def refresh(
     beta2: float,
     tau: float,
     solver: Solver,
-    scratch: Tensor | None = None,
+    scratch: Sequence[Tensor] = (),
+    park: Sequence[Tensor] = (),
     group: dist.ProcessGroup | None = None,
 ) -> bool:
     """Check the factors of the rows that are due, and give those that fail a new operator.
@@ -133,7 +134,8 @@ def refresh(
         rows: id(stack) -> rows due now (t mod F = 0).
         group: with replicas in a process group, rank 0's decision is broadcast, so that replicas
             cannot part over rounding near the threshold.
-        scratch: memory that may be overwritten, and is if the result is True.
+        scratch, park: see :meth:`.eigensolvers.Solver.solve`; scratch is overwritten if the result
+            is True.
 
     Returns:
         Whether any operator is new.
@@ -164,7 +166,7 @@ def refresh(
         return False
     for factor_set, job in jobs:
         _move(factor_set, job.indices, rule.leave)
-    results = solver.solve([job for _, job in jobs], tau, scratch)
+    results = solver.solve([job for _, job in jobs], tau, scratch, park)
     for (factor_set, job), result in zip(jobs, results, strict=True):
         _finish(factor_set, job.indices, result, rule, beta2)
         _move(factor_set, job.indices, rule.enter)
@@ -179,7 +181,12 @@ def _move(
     """Call a rule's leave or enter hook for all blocks whose factors are among ``indices``."""
     for chunk in chunks(indices, factor_set.n):
         for span, rows, positions in factor_set.spans_of(chunk):
-            hook(span.stack, span.mode, rows, take(factor_set.operators, [chunk[p] for p in positions]))
+            hook(
+                span.stack,
+                span.mode,
+                rows,
+                take(factor_set.operators, [chunk[p] for p in positions]),
+            )
 
 
 def _finish(
@@ -201,6 +208,8 @@ def _finish(
         position += len(chunk)
         values = result.values[part]
         vectors = take(factor_set.operators, chunk)
-        new = rule.operator(values, vectors, values.new_tensor(order[part]), values.new_tensor(correction[part]))
+        new = rule.operator(
+            values, vectors, values.new_tensor(order[part]), values.new_tensor(correction[part])
+        )
         if new is not vectors:
             put(factor_set.operators, chunk, new)

@@ -1,22 +1,25 @@
-"""Eigendecompositions of stacks of symmetric matrices: the back ends, and who is asked in what order.
+"""Eigendecompositions of stacks of symmetric matrices: the back ends, and who is asked when.
 
-| method | what runs | ||A - Q Lambda Q'|| / ||A||, float32 |
+| method | what runs | relative error |
 |---|---|---|
-| "eigh" on a GPU | cuSOLVER's batched solver, then the CPU in float64; torch.linalg.eigh without it | 3e-6 |
-| "eigh" on a CPU | torch.linalg.eigh (LAPACK), then in float64 | 2e-6 |
+| "eigh", GPU | cuSOLVER in batches (or torch.linalg.eigh), then the CPU in float64 | 3e-6 |
+| "eigh", CPU | torch.linalg.eigh (LAPACK), then in float64 | 2e-6 |
 | "warm" | orthogonal iteration from the old basis until Eq. 11 holds, then "eigh" | tau |
 
-The order in which back ends are asked depends on device, size and versions alone, never on a timing, so
-that replicas agree.
+The error is ||A - Q Lambda Q'|| / ||A|| in float32.
+
+The order in which back ends are asked depends on device, size and versions alone, never on a
+timing, so that replicas agree.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +53,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """values: [len(indices), n] ascending; converged: per index. Where it is False the vectors are I."""
+    """values: [len(indices), n] ascending; converged: per index. Where it is False the vectors are
+    I."""
 
     values: Tensor
     converged: list[bool]
@@ -65,9 +69,10 @@ class Solver:
         orthogonalization: of "warm": "cholesky" (Cholesky-QR, twice) or "householder".
         max_iterations: of "warm"; what has not converged by then goes to "eigh".
         tolerance: of "warm" where tau = 0 (fixed frequency): Eq. 11 is brought below it.
-        workspace_mib: bound on the memory a refresh takes besides the gradient buffer, which it
-            uses as well. cuSOLVER needs 3 to 5 times the matrices it decomposes together, and takes
-            as long for five of size 1024 as for sixteen: more memory is faster.
+        workspace_mib: bound on the memory a refresh takes anew. cuSOLVER needs 3 to 5 times the
+            matrices it decomposes together, and takes as long for four of size 1024 as for sixteen,
+            so the gradient buffer and the moments' memory serve as well, the moments standing
+            aside on the host.
 
     Raises:
         ValueError: an unknown method or a number out of range.
@@ -77,7 +82,7 @@ class Solver:
     orthogonalization: str = "cholesky"
     max_iterations: int = 4
     tolerance: float = 0.01
-    workspace_mib: int = 256
+    workspace_mib: int = 88
 
     def __post_init__(self) -> None:
         for name, known in (("method", METHODS), ("orthogonalization", ORTHOGONALIZATIONS)):
@@ -91,19 +96,25 @@ class Solver:
             raise ValueError(f"tolerance must be in (0, 1), got {self.tolerance!r}")
 
     def solve(
-        self, jobs: Sequence[Job], tau: float, scratch: Tensor | None = None
+        self,
+        jobs: Sequence[Job],
+        tau: float,
+        scratch: Sequence[Tensor] = (),
+        park: Sequence[Tensor] = (),
     ) -> list[Result]:
         """Decompose all jobs' matrices, which must be symmetric, finite and not zero.
 
         Args:
             tau: threshold of Eq. 11.
-            scratch: a contiguous tensor that may be overwritten, used as workspace.
+            scratch: flat tensors that may be overwritten, used as workspace.
+            park: flat tensors used likewise where that helps; their contents are kept on the host
+                meanwhile and are there again afterwards.
         """
         if self.method == "warm":
             return [self._warm_job(job, tau or self.tolerance) for job in jobs]
         if jobs and jobs[0].factors.is_cuda and cusolver.available():
             _say_once("cuSOLVER XsyevBatched")
-            return _in_lanes(jobs, self.workspace_mib * 2**20, scratch)
+            return _in_lanes(jobs, self.workspace_mib * 2**20, scratch, park)
         _say_once("torch.linalg.eigh")
         return [_direct_job(job, self.workspace_mib * 2**20) for job in jobs]
 
@@ -121,7 +132,8 @@ class Solver:
         return Result(values, converged)
 
     def warm(self, a: Tensor, old: Tensor, tau: float) -> tuple[Tensor, Tensor, list[bool]]:
-        """Eigenvalues [N, n] ascending and vectors [N, n, n] of a such that Eq. 11 holds with tau."""
+        """Eigenvalues [N, n] ascending and vectors [N, n, n] of a such that Eq. 11 holds with
+        tau."""
         values = torch.empty_like(a[..., 0])
         vectors = torch.empty_like(a)
         converged = [True] * len(a)
@@ -171,15 +183,17 @@ def _chunks(indices: list[int], size: int) -> list[tuple[int, list[int]]]:
 
 
 def orthogonal_iteration(a: Tensor, x: Tensor, orthogonalization: str = "cholesky") -> Tensor:
-    """One sweep towards the eigenvectors of a [N, n, n] from orthogonal x, by descending eigenvalue.
+    """One sweep towards the eigenvectors of a [N, n, n] from orthogonal x, by descending
+    eigenvalue.
 
     Multiply by a (plus a small multiple of the identity), orthogonalize, then solve exactly in the
-    span of the leading quarter (Rayleigh-Ritz): simultaneous iteration alone separates close leading
-    eigenvalues slowly, and those are what Eq. 11 weighs.
+    span of the leading quarter (Rayleigh-Ritz): simultaneous iteration alone separates close
+    leading eigenvalues slowly, and those are what Eq. 11 weighs.
 
-    The shift, 1e-3 ||a||_F, bounds the condition of the product by 1e3 whatever the rank of a, which
-    Cholesky-QR in float32 needs (its Gram matrix has the square); it slows down only directions whose
-    eigenvalues are below it. A matrix for which Cholesky fails nevertheless comes back as nan.
+    The shift, 1e-3 ||a||_F, bounds the condition of the product by 1e3 whatever the rank of a,
+    which Cholesky-QR in float32 needs (its Gram matrix has the square); it slows down only
+    directions whose eigenvalues are below it. A matrix for which Cholesky fails nevertheless comes
+    back as nan.
     """
     n = a.shape[-1]
     lead = max(32, n // 4)
@@ -254,8 +268,8 @@ def _direct_job(job: Job, workspace: int) -> Result:
 
 
 def _cusolver_job(job: Job, lane: Tensor) -> Result:
-    """One batch by cuSOLVER: in place in ``operators`` where the indices are consecutive, else in the
-    lane's memory."""
+    """One batch by cuSOLVER: in place in ``operators`` where the indices are consecutive, else in
+    the lane's memory."""
     factors, first, count = job.factors, job.indices[0], len(job.indices)
     n = factors.shape[-1]
     index = torch.tensor(job.indices, device=factors.device)
@@ -291,31 +305,25 @@ def _mend(a: Tensor, values: Tensor, vectors: Tensor, converged: list[bool]) -> 
             converged[p] = ok
 
 
-def _in_lanes(jobs: Sequence[Job], workspace_bytes: int, scratch: Tensor | None) -> list[Result]:
-    """All jobs by cuSOLVER, in batches that fit the workspaces, two batches at a time.
+def _in_lanes(
+    jobs: Sequence[Job], workspace_bytes: int, scratch: Sequence[Tensor], park: Sequence[Tensor]
+) -> list[Result]:
+    """All jobs by cuSOLVER, in batches that fit the workspaces, several batches at a time.
 
-    A batch is thousands of short kernels one after the other, so batches on two streams overlap
+    A batch is thousands of short kernels one after the other, so batches on several streams overlap
     almost perfectly. Each stream ("lane") has a workspace, and a thread that launches.
     """
     device = jobs[0].factors.device
-    lanes = [torch.empty(workspace_bytes, dtype=torch.uint8, device=device)]
-    if scratch is not None and scratch.numel() * scratch.element_size() >= workspace_bytes // 2:
-        lanes.append(scratch.view(torch.uint8))
-    else:
-        lanes = list(lanes[0].split(_aligned(workspace_bytes // 2)))
-    largest = max(((j.factors.shape[-1], j.factors.dtype) for j in jobs), key=lambda x: x[0])
-    least = _aligned(cusolver.workspace_bytes(*largest, device, 1))
-    least += largest[0] ** 2 * largest[1].itemsize
-    lanes = [x if x.numel() >= least else x.new_empty(least) for x in lanes]
-    room = min(lane.numel() for lane in lanes)
-    pieces: deque[tuple[int, int, Job]] = deque()
-    for number, job in sorted(enumerate(jobs), key=lambda x: -x[1].factors.shape[-1]):
-        n, dtype = job.factors.shape[-1], job.factors.dtype
-        one = _aligned(cusolver.workspace_bytes(n, dtype, device, 1))
-        if job.indices[-1] - job.indices[0] >= len(job.indices):
-            one += n * n * dtype.itemsize  # not consecutive: copies stand in the lane too
-        for start, part in _chunks(job.indices, room // one):
-            pieces.append((number, start, Job(job.factors, job.operators, part)))
+    largest = max(jobs, key=lambda job: job.factors.shape[-1]).factors
+    least = _bytes_per_matrix(largest)
+    wanted = sum(_bytes_per_matrix(job.factors) * len(job.indices) for job in jobs)
+    own = torch.empty(max(least, min(workspace_bytes, wanted)), dtype=torch.uint8, device=device)
+    lanes = [own, *(flat for x in scratch if (flat := x.view(torch.uint8)).numel() >= least)]
+    lanes = lanes[: len(_streams(device.index))]
+    spare = len(_streams(device.index)) - len(lanes)
+    parked = [x for x in park if x.numel() * x.element_size() >= least][:spare]
+    if wanted <= sum(lane.numel() for lane in lanes):
+        parked = []  # there is room enough without
     results = [
         Result(
             job.factors.new_empty(len(job.indices), job.factors.shape[-1]),
@@ -323,6 +331,23 @@ def _in_lanes(jobs: Sequence[Job], workspace_bytes: int, scratch: Tensor | None)
         )
         for job in jobs
     ]
+    todo = deque(sorted(enumerate(jobs), key=lambda x: -x[1].factors.shape[-1]))
+    position = dict.fromkeys(range(len(jobs)), 0)
+    lock = threading.Lock()
+
+    def next_batch(room: int) -> tuple[int, int, Job] | None:
+        """(number of the job, position in it, as many of its matrices as fit)."""
+        with lock:
+            if not todo:
+                return None
+            number, job = todo[0]
+            start = position[number]
+            part = job.indices[start : start + max(1, room // _bytes_per_matrix(job.factors))]
+            position[number] = start + len(part)
+            if position[number] == len(job.indices):
+                todo.popleft()
+            return number, start, Job(job.factors, job.operators, part)
+
     errors: list[BaseException] = []
     caller = torch.cuda.current_stream(device)
 
@@ -330,23 +355,22 @@ def _in_lanes(jobs: Sequence[Job], workspace_bytes: int, scratch: Tensor | None)
         try:
             with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
                 stream.wait_stream(caller)
-                while pieces and not errors:
-                    number, start, piece = pieces.popleft()
+                while not errors and (batch := next_batch(lane.numel())) is not None:
+                    number, start, piece = batch
                     done = _cusolver_job(piece, lane)
                     stop = start + len(piece.indices)
                     results[number].values[start:stop] = done.values
                     results[number].converged[start:stop] = done.converged
-        except IndexError:  # the other lane took the last piece
-            pass
         except RuntimeError as error:
             errors.append(error)
 
-    with matmul_precision("highest"):
-        threads = []
-        for lane, stream in zip(lanes, _streams(device.index), strict=True):
-            threads.append(threading.Thread(target=work, args=(lane, stream)))
-            threads[-1].start()
-        for thread, stream in zip(threads, _streams(device.index), strict=True):
+    with _parked(parked):
+        lanes += [x.view(torch.uint8) for x in parked]
+        pairs = list(zip(lanes, _streams(device.index), strict=False))
+        threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread, (_, stream) in zip(threads, pairs, strict=True):
             thread.join()
             caller.wait_stream(stream)
     if errors:
@@ -354,9 +378,33 @@ def _in_lanes(jobs: Sequence[Job], workspace_bytes: int, scratch: Tensor | None)
     return results
 
 
+def _bytes_per_matrix(factors: Tensor) -> int:
+    """Workspace per matrix, and room for a copy of it."""
+    n, dtype = factors.shape[-1], factors.dtype
+    return _aligned(cusolver.workspace_bytes(n, dtype, factors.device, 1) + n * n * dtype.itemsize)
+
+
+@contextlib.contextmanager
+def _parked(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Tensors' contents stand aside in (pinned) host memory while their memory serves otherwise."""
+    hosts = [_pinned(i, x.numel(), x.dtype) for i, x in enumerate(tensors)]
+    for host, x in zip(hosts, tensors, strict=True):
+        host.copy_(x, non_blocking=True)
+    try:
+        yield
+    finally:
+        for host, x in zip(hosts, tensors, strict=True):
+            x.copy_(host, non_blocking=True)
+
+
 @functools.cache
-def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+def _pinned(number: int, numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(numel, dtype=dtype, pin_memory=True)
+
+
+@functools.cache
+def _streams(device: int) -> list[torch.cuda.Stream]:
+    return [torch.cuda.Stream(device) for _ in range(4)]
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """GPU kernels for the two places where torch operations would pass over memory many times.
 
-They need Triton, which torch's Linux CUDA wheels bring along; without it the same arithmetic runs as
-torch operations (22 passes over memory instead of 6 for Adam, 14 instead of 5 for the criterion).
+They need Triton, which torch's Linux CUDA wheels bring along; without it the same arithmetic runs
+as torch operations (22 passes over memory instead of 6 for Adam, 14 instead of 5 for the
+criterion).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ def _kernels() -> Any:
     """(adam, criterion), or None where Triton is missing. They compile at their first launch."""
     try:
         import triton
-        import triton.language as tl
+        from triton import language as tl
     except ImportError:
         return None
 
     @triton.jit
-    def adam(g_ptr, m_ptr, v_ptr, c1_ptr, c2_ptr, n, b1, b2, eps, NADAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    def adam(  # type: ignore[no-untyped-def]
+        g_ptr, m_ptr, v_ptr, c1_ptr, c2_ptr, n, b1, b2, eps, NADAM: tl.constexpr
+    ):
         offsets = tl.program_id(0).to(tl.int64) * 1024 + tl.arange(0, 1024)
         mask = offsets < n
         g = tl.load(g_ptr + offsets, mask=mask)
@@ -38,7 +41,9 @@ def _kernels() -> Any:
         tl.store(v_ptr + offsets, v, mask=mask)
 
     @triton.jit
-    def criterion(a_ptr, q_ptr, aq_ptr, scale_ptr, off_ptr, norm_ptr, n, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    def criterion(  # type: ignore[no-untyped-def]
+        a_ptr, q_ptr, aq_ptr, scale_ptr, off_ptr, norm_ptr, n, R: tl.constexpr, C: tl.constexpr
+    ):
         # One program per matrix and C of its columns; rows in tiles of R.
         matrix = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * C + tl.arange(0, C)
@@ -68,8 +73,10 @@ def _kernels() -> Any:
 
 
 def off_diagonal_and_norm(a: Tensor, q: Tensor, aq: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """||AQ - Q diag(Q'AQ)||_F / scale and ||A||_F / scale, of stacks [N, n, n]; scale [N]. aq = a @ q
-    may be overwritten. Returns two [N]."""
+    """||AQ - Q diag(Q'AQ)||_F / scale and ||A||_F / scale of stacks: two tensors [N].
+
+    a, q, aq = a @ q: [N, n, n], aq may be overwritten; scale: [N].
+    """
     contiguous = a.is_contiguous() and q.is_contiguous() and aq.is_contiguous()
     fits = a.is_cuda and a.dtype == torch.float32 and contiguous
     if fits and (kernels := _kernels()) is not None:

@@ -1,9 +1,9 @@
 """Ordinary steps as a CUDA graph: the arithmetic of a step recorded once and replayed.
 
-A step of a ViT is about 200 kernel launches; launched one by one from Python they take longer than the
-kernels. Recorded is everything between the gathered gradients and the updated parameters; gradients
-are gathered outside, because their addresses change. The learning rate and the bias corrections are
-inputs, read from memory at replay.
+A step of a ViT is about 200 kernel launches; launched one by one from Python they take longer than
+the kernels. Recorded is everything between the gathered gradients and the updated parameters;
+gradients are gathered outside, because their addresses change. The learning rate and the bias
+corrections are inputs, read from memory at replay.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 class Recorder:
     """Runs a step's arithmetic directly the first time, records it the second, then replays.
 
-    A recording holds for one set of parameter addresses, hyperparameters (but for the learning rate)
-    and readiness of the bases; anything else starts over. If recording fails, steps run directly.
+    A recording holds for one set of parameter addresses, hyperparameters (but for the learning
+    rate) and readiness of the bases; anything else starts over. If recording fails, steps run
+    directly.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,9 @@ class Recorder:
             tuple(any(stack.ready) for stack in layout.stacks),
             tuple(p.data_ptr() for p in layout.params),
         )
-        if key != self._key:  # first step of its kind: run it, so that kernels are compiled and loaded
+        if (
+            key != self._key
+        ):  # first step of its kind: run it, so that kernels are compiled and loaded
             self._key, self._graph = key, None
             arithmetic(on_device)
         elif self._graph is not None:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import state
 from .blocking import Block, cut
-from .buckets import Layout, Stack
+from .buckets import GRADIENT, Layout, Stack
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .eigensolvers import Solver
 from .graphs import Recorder
@@ -55,8 +55,8 @@ class Kronecker(torch.optim.Optimizer):
         matmul_precision: of the rotations on a GPU, "highest" or "high" (TF32); Grams and
             criterion are always float32-accurate.
         solver: how factors are decomposed.
-        cuda_graph: on a GPU, replay ordinary steps (no check due, all gradients there) as a recorded
-            graph; see :mod:`.graphs`.
+        cuda_graph: on a GPU, replay ordinary steps (no check due, all gradients there) as a
+            recorded graph; see :mod:`.graphs`.
         process_group: set when the processes of the group hold replicas that see equal gradients.
 
     Raises:
@@ -113,9 +113,11 @@ class Kronecker(torch.optim.Optimizer):
         layout = Layout(group["params"], self._blocks)
         rules = [(stack, self._rule_for(stack.shape)) for stack in layout.stacks]
         sets = build_factor_sets([stack for stack, rule in rules if rule.has_factors])
-        for stack, rule in rules:
-            rule.init(stack)
-        cuda = all(s.device.type == "cuda" and s.dtype == layout.stacks[0].dtype for s in layout.stacks)
+        for name in self.rule.moments:
+            layout.allocate(name)
+        cuda = all(
+            s.device.type == "cuda" and s.dtype == layout.stacks[0].dtype for s in layout.stacks
+        )
         recorder = Recorder() if cuda and self.cuda_graph else None
         self._groups.append(Group(layout, rules, sets, self.rule, recorder))
 
@@ -215,7 +217,8 @@ class Kronecker(torch.optim.Optimizer):
                 h.beta2,
                 self.tau,
                 self.solver,
-                group.layout.buffer,
+                group.layout.flat(GRADIENT),
+                [x for name in group.rule.moments for x in group.layout.flat(name)],
                 self.process_group,
             )
             if overwritten:
@@ -233,7 +236,7 @@ class Kronecker(torch.optim.Optimizer):
             self.matmul_precision,
         )
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Canonical: per parameter and per block, independent of stacking, device and back end.
 
         {"state": {i: {"step": t, "blocks": [{"start", "shape", "ready", name: tensor, ...}]}},
@@ -242,7 +245,7 @@ class Kronecker(torch.optim.Optimizer):
         """
         return state.pack(self.param_groups, [(g.layout, g.factor_sets) for g in self._groups])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, to the bit.
 
         Raises:
@@ -287,7 +290,8 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def eshampoo(params: ParamsT, **settings: Any) -> Kronecker:
-    """EShampoo (Algorithm 2). tau = 0: fixed frequency F; tau > 0: adaptive, checked every F steps."""
+    """EShampoo (Algorithm 2). tau = 0: fixed frequency F; tau > 0: adaptive, checked every F
+    steps."""
     return Kronecker(params, EShampoo(), **settings)
 
 

@@ -1,8 +1,8 @@
 """Batched matrix routines on stacked blocks. Pure functions; shapes in comments.
 
 A block of order k is a tensor [d_1, ..., d_k]; B blocks of one shape are stacked to
-[B, d_1, ..., d_k]. Each mode i has a factor and a basis [B, d_i, d_i]. For a matrix (k = 2) mode 0 is
-the paper's L, mode 1 its R; a vector (k = 1) has one factor, that of full-matrix Adam.
+[B, d_1, ..., d_k]. Each mode i has a factor and a basis [B, d_i, d_i]. For a matrix (k = 2) mode 0
+is the paper's L, mode 1 its R; a vector (k = 1) has one factor, that of full-matrix Adam.
 """
 
 from __future__ import annotations

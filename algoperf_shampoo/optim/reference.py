@@ -8,8 +8,8 @@ and 3 and Eq. 11, with three misprints mended:
 
 * Algorithm 2, line 6 reads "t mod F = 0 and Equation (11)". Eq. 11 says when the old basis is good
   *enough*, so a new one is computed when t mod F = 0 and Eq. 11 does **not** hold.
-* Algorithm 3 leaves out momentum, bias corrections and weight decay ("simplified"); here they are as
-  the winning AlgoPerf submission runs them.
+* Algorithm 3 leaves out momentum, bias corrections and weight decay ("simplified"); here they are
+  as the winning AlgoPerf submission runs them.
 * Algorithm 2 with tau = 0 is the fixed-frequency variant: every F steps, whatever Eq. 11 says. An
   all-zero factor has no basis to prefer and keeps the one it has.
 * Line 8 of Algorithm 1 rotates back with Q_R instead of its transpose.
@@ -31,7 +31,8 @@ def matricize(G: Tensor, mode: int) -> Tensor:
 
 
 def mode_product(G: Tensor, A: Tensor, mode: int) -> Tensor:
-    """Multiply every mode-``mode`` fibre of G by A: for matrices A @ G (mode 0), G @ A.T (mode 1)."""
+    """Multiply every mode-``mode`` fibre of G by A: for matrices A @ G (mode 0), G @ A.T (mode
+    1)."""
     return torch.tensordot(A, G, dims=([1], [mode])).movedim(0, mode)
 
 
@@ -127,8 +128,8 @@ class AdamW:
 class EShampoo:
     """Algorithm 2 for a tensor of any order k >= 1 (k = 1 is full-matrix Adam in its eigenbasis).
 
-    ``bases`` may be set from outside before a step: with equal Q two implementations must agree even
-    where the eigenvectors themselves are arbitrary (null spaces, equal eigenvalues).
+    ``bases`` may be set from outside before a step: with equal Q two implementations must agree
+    even where the eigenvectors themselves are arbitrary (null spaces, equal eigenvalues).
     """
 
     h: Hyperparameters
@@ -173,7 +174,8 @@ class ShampooGrafting:
     """Algorithm 3 as the winning submission runs it: Shampoo's direction, Adam's magnitude.
 
     Pure Adam before the first root (step F); the exponent is 1/(2k) per factor for a tensor of
-    order k; root and grafting use bias-corrected statistics; the norms are taken per tensor (block).
+    order k; root and grafting use bias-corrected statistics; the norms are taken per tensor
+    (block).
     """
 
     h: Hyperparameters

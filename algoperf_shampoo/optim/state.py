@@ -1,4 +1,4 @@
-"""The canonical state_dict: per parameter and per block, whatever the stacks, device or back end."""
+"""The canonical state_dict: per parameter and per block, whatever the stacks or the device."""
 
 from __future__ import annotations
 

@@ -115,7 +115,13 @@ def test_a_rotated_parameter_learns_as_the_unrotated_one():
     v = torch.linalg.qr(torch.randn(9, 9, generator=g, dtype=torch.float64)).Q
     plain = torch.nn.Parameter(torch.zeros(6, 9, dtype=torch.float64))
     turned = torch.nn.Parameter(torch.zeros(6, 9, dtype=torch.float64))
-    settings = dict(lr=0.1, precondition_frequency=1, max_preconditioner_dim=16, weight_decay=0.0, betas=(0.0, 0.9))
+    settings = dict(
+        lr=0.1,
+        precondition_frequency=1,
+        max_preconditioner_dim=16,
+        weight_decay=0.0,
+        betas=(0.0, 0.9),
+    )
     optimizers = [eshampoo([p], **settings) for p in (plain, turned)]
     # From the third step on the factors have full rank; the first two set an arbitrary null space.
     for t, gradient in enumerate(gradients((6, 9), 30)):

@@ -1,4 +1,5 @@
-"""One battery over all variants: what any torch optimizer must do, and what ours promise besides."""
+"""One battery over all variants: what any torch optimizer must do, and what ours promise
+besides."""
 
 import copy
 import io
@@ -19,7 +20,9 @@ def limits(variant, **settings):
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES):
-    return [torch.nn.Parameter(next(gradients(s, 1, seed=i, dtype=dtype))) for i, s in enumerate(shapes)]
+    return [
+        torch.nn.Parameter(next(gradients(s, 1, seed=i, dtype=dtype))) for i, s in enumerate(shapes)
+    ]
 
 
 def walk(optimizer, params, steps, start=0, missing=()):
@@ -181,7 +184,13 @@ def test_zero_gradients_and_a_nan_spare_the_rest(variant):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("lr", -1.0), ("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)), ("eps", -1e-8), ("weight_decay", -1)],
+    [
+        ("lr", -1.0),
+        ("betas", (1.0, 0.9)),
+        ("betas", (0.9, -0.1)),
+        ("eps", -1e-8),
+        ("weight_decay", -1),
+    ],
 )
 def test_bad_settings_are_named(variant, setting, value):
     name = "beta" if setting == "betas" else setting

@@ -1,4 +1,5 @@
-"""The same promises on a GPU: back ends, precision settings, recorded steps. Run by `make test-gpu`."""
+"""The same promises on a GPU: back ends, precision settings, recorded steps. Run by `make
+test-gpu`."""
 
 import pytest
 import torch
@@ -72,7 +73,10 @@ def test_back_ends_against_float64(n, dtype, method):
         operators = torch.zeros_like(a)
         scratch = torch.empty(20 * 2**20 // a.element_size(), dtype=dtype, device="cuda")
         job = eigensolvers.Job(a, operators, indices)
-        (result,) = Solver(workspace_mib=20).solve([job], 0.0, scratch)
+        moments = torch.randn_like(scratch)
+        kept = moments.clone()
+        (result,) = Solver(workspace_mib=20).solve([job], 0.0, [scratch], [moments])
+        assert torch.equal(moments, kept)
         rows = torch.tensor(indices, device="cuda")
         assert not operators[[i for i in range(8) if i not in indices]].any()
         a, truth = a[rows], truth[indices]

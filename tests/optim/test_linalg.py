@@ -44,7 +44,9 @@ def test_criterion_by_hand():
     assert off.item() == pytest.approx((2 / 15) ** 0.5, rel=1e-6)
 
 
-@given(st.integers(0, 10**6), st.sampled_from([1e-3, 1e-2, 0.1]), st.sampled_from([1e-12, 1.0, 1e9]))
+@given(
+    st.integers(0, 10**6), st.sampled_from([1e-3, 1e-2, 0.1]), st.sampled_from([1e-12, 1.0, 1e9])
+)
 @settings(max_examples=25, deadline=None)
 def test_criterion_agrees_with_float64_near_the_threshold(seed, tau, scale):
     """Eigenvectors turned a little, so that Eq. 11 holds or fails by 1%: float32 must see it."""

@@ -14,10 +14,6 @@ class Adam(Rule):
 
     has_factors = False
 
-    def init(self, stack: Stack) -> None:
-        stack.state["exp_avg"] = stack.zeros(*stack.shape)  # M
-        stack.state["exp_avg_sq"] = stack.zeros(*stack.shape)  # D
-
     def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
         m, d = stack.state["exp_avg"], stack.state["exp_avg_sq"]
         adam_(g, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)

@@ -39,10 +39,8 @@ class Rule(ABC):
 
     statistics_first: bool = True
     has_factors: bool = True
-
-    @abstractmethod
-    def init(self, stack: Stack) -> None:
-        """Create ``stack.state``; called once, before the first step."""
+    # State tensors shaped like the blocks, zero at first: ``stack.state[name]``, [B, *shape].
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def accumulate(self, stack: Stack, g: Tensor, h: Hyper) -> None:
         """Update ``stack.factors`` with gradients g [B, *shape]: Eq. 15 unless overridden."""
@@ -65,10 +63,11 @@ class Rule(ABC):
         return eigenvectors
 
     def leave(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:  # noqa: B027
-        """Before the operators of ``rows`` and ``mode`` change: bring what is kept in their basis back.
+        """Before the operators of ``rows`` and ``mode`` change: bring what is kept in their basis
+        back.
 
-        operator: the old ones, [len(rows), d, d]. A rule that keeps nothing in a basis has nothing to
-        do, nor has one for what stays by index (D in Algorithm 2).
+        operator: the old ones, [len(rows), d, d]. A rule that keeps nothing in a basis has nothing
+        to do, nor has one for what stays by index (D in Algorithm 2).
         """
 
     def enter(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:  # noqa: B027

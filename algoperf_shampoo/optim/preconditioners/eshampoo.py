@@ -20,12 +20,9 @@ class EShampoo(Rule):
     That saves one of the four rotations of a step and is Algorithm 2's update exactly (SOAP's
     code keeps M in the basis too, but there it is the algorithm).
 
-    Before the first refresh Q = I and a step is AdamW's (NAdamW's) without any product.
+    exp_avg is Q_L' M Q_R, exp_avg_sq is D. Before the first refresh Q = I and a step is AdamW's
+    (NAdamW's) without any product.
     """
-
-    def init(self, stack: Stack) -> None:
-        stack.state["exp_avg"] = stack.zeros(*stack.shape)  # Q_L' M Q_R
-        stack.state["exp_avg_sq"] = stack.zeros(*stack.shape)  # D
 
     def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
         m, d = stack.state["exp_avg"], stack.state["exp_avg_sq"]

@@ -38,10 +38,6 @@ class GraftedShampoo(Rule):
         self.grafting_eps = grafting_eps
         self.exponent_multiplier = exponent_multiplier
 
-    def init(self, stack: Stack) -> None:
-        stack.state["exp_avg"] = stack.zeros(*stack.shape)  # M
-        stack.state["exp_avg_sq"] = stack.zeros(*stack.shape)  # D, of the grafting
-
     def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
         m, v = stack.state["exp_avg"], stack.state["exp_avg_sq"]
         ready = any(stack.ready)
