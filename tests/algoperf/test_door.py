@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +287,48 @@ def test_a_finished_run_is_left_alone(run: Any, change: dict[str, bool], why: st
 def test_two_checkpoints_are_kept(run: Any) -> None:
     folder.prune_checkpoints(run.run_dir)
     assert [p.name for p in folder.checkpoints(run.run_dir)] == ["checkpoint_10", "checkpoint_9"]
+
+
+# Starting and ending the process.
+
+
+def sleeper(folder: Path) -> door.Command:
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    return door.Command((sys.executable, "-c", code), {})
+
+
+def gone(pid: int) -> bool:
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_the_runner_ends_with_the_launcher(tmp_path: Path, number: int) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from algoperf_shampoo.harness.algoperf import door\n"
+        "from tests.algoperf.test_door import sleeper\n"
+        f"here = Path({str(tmp_path)!r})\n"
+        "door._run(here, here, sleeper(here))\n"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert launcher.stdout is not None
+    child = int(launcher.stdout.readline())
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=20) != 0
+    assert gone(child)
+    assert (tmp_path / folder.CONSOLE).read_text() == f"{child}\n"
+
+
+def test_exit_code_and_console(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; print('one'); print('two', file=sys.stderr); input()"
+    command = door.Command((sys.executable, "-u", "-c", code), {})
+    assert door._run(tmp_path, tmp_path, command) != 0  # asked something, and got no answer
+    assert "one\ntwo\n" in (tmp_path / folder.CONSOLE).read_text()

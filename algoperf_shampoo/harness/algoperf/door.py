@@ -8,6 +8,7 @@ search space its own process, because AlgoPerf's OGBG leaks threads until it die
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import hashlib
 import json
@@ -29,6 +30,7 @@ from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata
 from algoperf_shampoo.harness.spec import RunSpec
 from algoperf_shampoo.study.plan import Plan
 
+_PR_SET_PDEATHSIG = 1
 _RUNNER = "submission_runner"
 _OWN_RUNNER = "algoperf_shampoo.harness.algoperf.runner"
 
@@ -317,27 +319,35 @@ def _run(root: Path, run_dir: Path, command: Command) -> int:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            preexec_fn=_die_with_parent,
         )
 
         def copy() -> None:
             assert process.stdout is not None
             for line in process.stdout:
-                sys.stdout.write(line)
-                log.write(line)
-                log.flush()
+                for target in (log, sys.stdout):
+                    target.write(line)
+                    target.flush()
                 if "Saved checkpoint to" in line:
                     folder.prune_checkpoints(run_dir)
 
         reader = threading.Thread(target=copy, daemon=True)
         reader.start()
         try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
+            return process.wait()
+        finally:
+            process.terminate()  # of no effect once it has ended
             process.wait()
-            raise
-        reader.join(timeout=10)  # a data-loading process left behind may hold the pipe open
-        return code
+            reader.join(timeout=10)  # a data-loading process left behind may hold the pipe open
+
+
+def _die_with_parent() -> None:
+    """In the child: ask Linux for SIGTERM when the launcher dies, by SIGKILL too.
+
+    Else the runner would go on alone, and a second launch would write into the same folder.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager
