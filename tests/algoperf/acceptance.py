@@ -36,9 +36,9 @@ FOLDERS = {
 }
 SETTINGS = {  # global batch, seconds between evaluations
     "mnist": ("64", "3"),
-    "fastmri_minidata": ("2", "20"),
-    "imagenet_vit_minidata": ("8", "40"),
-    "ogbg_minidata": ("32", "20"),
+    "fastmri_minidata": ("2", "45"),
+    "imagenet_vit_minidata": ("8", "60"),
+    "ogbg_minidata": ("32", "30"),
 }
 PYTHON = os.environ.get("ALGOPERF_PYTHON", sys.executable)
 
@@ -149,16 +149,20 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
     traces = {name: case.trace(name) for name in runs}
     last = args.steps - 1
     losses = [entry["loss"] for _, entry in sorted(traces["two"].items())]
-    tenth = max(3, len(losses) // 10)
+    quarter = len(losses) // 4
     result: dict[str, Any] = {
         "variant": variant,
         "workload": workload,
+        "commit": _commit(),
         "point": case.point,
         "steps": args.steps,
         "global_batch_size": int(SETTINGS[workload][0]),
         "vit_variant": os.environ.get("VIT_VARIANT", "S/16") if "vit" in workload else None,
         "exit_codes": codes,
-        "loss_first_last": [sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth],
+        "loss_first_last_quarter": [
+            sum(losses[:quarter]) / quarter,
+            sum(losses[-quarter:]) / quarter,
+        ],
         "replicas_equal_at_every_step": {
             name: all(
                 case.trace(name, 1)[step]["hash"] == entry["hash"]
@@ -192,6 +196,11 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
         for path in case.work.rglob("checkpoint_*"):
             path.unlink()
     return result
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _last_counts(path: Path) -> list[dict[str, float]]:
@@ -236,7 +245,7 @@ def main() -> int:
                 failed += 1
                 print(f"{variant} {workload}: {type(error).__name__}: {error}", flush=True)
                 continue
-            shown = ("exit_codes", "loss_first_last", "replicas_equal_at_every_step")
+            shown = ("exit_codes", "loss_first_last_quarter", "replicas_equal_at_every_step")
             print(variant, workload, {key: result[key] for key in shown}, flush=True)
             print({k: v for k, v in result.items() if k.startswith(("distance", "resumed"))})
     return 1 if failed else 0
