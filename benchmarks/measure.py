@@ -49,7 +49,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "command": " ".join(["python", *sys.argv]),
+        "arguments": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
 

@@ -11,6 +11,7 @@ included.
 from __future__ import annotations
 
 import argparse
+import gc
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def eigen_floor(params: list[torch.nn.Parameter], device: torch.device) -> float
 
 def peak_memory(build: Any, workload: str, device: torch.device, F: int) -> float:
     """MiB at the peak of F + 1 steps, one of them a refresh."""
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

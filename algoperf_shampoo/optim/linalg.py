@@ -7,6 +7,7 @@ is the paper's L, mode 1 its R; a vector (k = 1) has one factor, that of full-ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,21 +53,30 @@ def rotate_mode(x: Tensor, q: Tensor, mode: int) -> Tensor:
     return (q.mT @ flat).reshape(moved.shape).movedim(1, mode + 1)
 
 
+# Below this size a Gram product has too few outputs to occupy a GPU: its long sum is cut in pieces.
+SMALL_GRAM = 64
+GRAM_PIECES = 256
+
+
 def gram_ema_(factor: Tensor, x: Tensor, mode: int, beta: float, weight: float) -> None:
     """factor <- beta * factor + weight * X X', X the mode-``mode`` matricization of x (Eq. 15).
 
-    factor: [B, d, d], updated in place inside the product itself; x: [B, d_1, ..., d_k].
+    factor: [B, d, d], updated in place; x: [B, d_1, ..., d_k].
     """
     B, d = factor.shape[:2]
-    if mode == 0:
-        m = x.reshape(B, d, -1)
-        factor.baddbmm_(m, m.mT, beta=beta, alpha=weight)
-    elif mode == x.ndim - 2:
-        m = x.reshape(B, -1, d)
-        factor.baddbmm_(m.mT, m, beta=beta, alpha=weight)
+    if mode == x.ndim - 2:
+        rows = x.reshape(B, -1, d)  # X', no copy
+    elif mode == 0:
+        rows = x.reshape(B, d, -1).mT
     else:
-        m = x.movedim(mode + 1, 1).reshape(B, d, -1)
-        factor.baddbmm_(m, m.mT, beta=beta, alpha=weight)
+        rows = x.movedim(mode + 1, 1).reshape(B, d, -1).mT
+    pieces = math.gcd(rows.shape[1], GRAM_PIECES)
+    if d <= SMALL_GRAM and rows.shape[1] >= 16 * pieces > 16:
+        rows = rows.reshape(B * pieces, -1, d)
+        partial = (rows.mT @ rows).view(B, pieces, d, d).sum(1)
+        factor.mul_(beta).add_(partial, alpha=weight)
+    else:
+        factor.baddbmm_(rows.mT, rows, beta=beta, alpha=weight)
 
 
 def largest_entry(a: Tensor) -> Tensor:

@@ -82,7 +82,9 @@ def test_back_ends_against_float64(n, dtype, method):
         a, truth = a[rows], truth[indices]
         values, vectors = result.values, operators[rows]
     q, lam = vectors.double(), values.double()
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    # torch's own batched float32 solver is the least accurate, 1e-4 at n = 128 on an H200
+    single = 5e-4 if method == "torch" else 1e-5
+    tolerance = single if dtype == torch.float32 else 1e-12
     norm = torch.linalg.matrix_norm(a.double())
     error = torch.linalg.matrix_norm((q * lam[:, None]) @ q.mT - a.double()) / norm
     assert error.max() < tolerance
@@ -95,9 +97,9 @@ def test_back_ends_against_float64(n, dtype, method):
 def test_criterion_against_float64(n, tau):
     a = factors(n, 5, n).float()
     g = torch.Generator("cuda").manual_seed(0)
-    skew = torch.randn(5, n, n, device="cuda", generator=g)
+    skew = torch.randn(5, n, n, device="cuda", generator=g).double()
     turn = torch.linalg.matrix_exp(tau * 0.3 / n**0.5 * (skew - skew.mT))
-    q = torch.linalg.eigh(a).eigenvectors @ turn
+    q = (torch.linalg.eigh(a.double()).eigenvectors @ turn).float()
     a[4] = 0
     lam = q.double().mT @ a.double() @ q.double()
     off = torch.linalg.matrix_norm(lam - torch.diag_embed(lam.diagonal(dim1=1, dim2=2)))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from algoperf_shampoo.optim import linalg, reference
 from algoperf_shampoo.optim.eigensolvers import ORTHOGONALIZATIONS, Job, Solver, exact
 
-SHAPES = [(5,), (4, 6), (3, 4, 5), (2, 3, 2, 4)]
+SHAPES = [(5,), (4, 6), (3, 4, 5), (2, 3, 2, 4), (64, 64, 3), (3, 4096), (8, 2, 512)]
 
 
 def orthogonal(n, count, generator, dtype=torch.float64):

@@ -1,0 +1,61 @@
+"""The targets in workloads_config/ are what the committed logs add up to."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.study import targets
+from algoperf_shampoo.study.logs import find_trials
+
+REPOSITORY = Path(__file__).parents[2]
+MINIS = ("fastmri_mini", "imagenet_vit_mini", "ogbg_mini")
+
+
+def test_the_configured_targets_follow_from_the_logs():
+    logs = REPOSITORY / "results" / "measured" / "mini"
+    configs = {
+        name: json.loads(
+            (REPOSITORY / "workloads_config" / f"{name.removesuffix('_mini')}.json").read_text()
+        )["mini"]
+        for name in MINIS
+    }
+    budgets = {name: config["max_steps"] for name, config in configs.items()}
+    found = targets.measured_targets(logs / "grid" / "nadamw", logs / "targets", budgets)
+    for target in found:
+        config = configs[target.workload]
+        assert config["validation_target_value"] == target.validation
+        assert config["test_target_value"] == target.test
+        # once more, without the function
+        runs = [t for t in find_trials([logs / "targets"]) if t.workload == target.workload]
+        rows = [e.row for t in runs for e in t.evaluations if e.step == 375]
+        assert len(rows) == 3
+        metric = f"validation/{config_metric(target)}"
+        mean = statistics.mean(row[metric] for row in rows)
+        assert 0 <= mean - target.validation < 1e-4
+
+
+def config_metric(target):
+    path = REPOSITORY / "workloads_config" / f"{target.workload.removesuffix('_mini')}.json"
+    return json.loads(path.read_text())["target_metric_name"]
+
+
+def test_a_missing_run_is_named(tmp_path):
+    logs = REPOSITORY / "results" / "measured" / "mini"
+    with pytest.raises(UserError, match="no runs of mnist_mini"):
+        targets.measured_targets(logs / "grid" / "nadamw", logs / "targets", {"mnist_mini": 500})
+    with pytest.raises(UserError, match="the rule wants 3"):
+        targets.measured_targets(logs / "grid" / "nadamw", tmp_path, {"ogbg_mini": 500})
+
+
+def test_only_the_minis_targets_are_rewritten(tmp_path):
+    config = tmp_path / "x.json"
+    mini = '{"validation_target_value": 0.1,\n  "test_target_value": 0.2}'
+    text = '{"full": {"validation_target_value": 1.5},\n "mini": ' + mini + "}"
+    config.write_text(text)
+    targets.write_target(config, targets.Target("x_mini", 0.1, 0.75, 0.5, ()))
+    read = json.loads(config.read_text())
+    assert read["full"]["validation_target_value"] == 1.5
+    assert read["mini"] == {"validation_target_value": 0.75, "test_target_value": 0.5}
