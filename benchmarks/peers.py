@@ -50,6 +50,9 @@ def contenders(meta: str | None, soap: str | None) -> dict[str, Build]:
         "ours, fp32, warm": ours(solver=warm),
         "ours, TF32 rotations, warm": ours(matmul_precision="high", solver=warm),
         "ours, fp32, 1 GiB workspace": ours(solver=Solver(workspace_mib=1024)),
+        "ours, fp32, warm, 384 MiB workspace": ours(
+            solver=Solver(method="warm", workspace_mib=384)
+        ),
         "ours, fp32, no graph": ours(cuda_graph=False),
         "ours, fp32, 1-D by Adam": ours(one_dim="adam"),
         "ours, fp32, check only": _check_only,

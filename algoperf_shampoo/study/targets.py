@@ -5,8 +5,8 @@
 2. Seeds: the best point with seeds 1, 2, 3. Target: the mean of the metric at 75% of the budget,
    for validation and test alike, rounded down to four digits.
 
-The logs lie in ``results/measured/mini/``; ``scripts/mini_targets.py`` does the sum again. While they
-were made the targets stood at 1.0, so that no run ended early.
+The logs lie in ``results/measured/mini/``; ``scripts/mini_targets.py`` does the sum again. While
+they were made the targets stood at 1.0, so that no run ended early.
 """
 
 from __future__ import annotations
