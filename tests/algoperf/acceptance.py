@@ -157,7 +157,7 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
         "point": case.point,
         "steps": args.steps,
         "global_batch_size": int(SETTINGS[workload][0]),
-        "vit_variant": os.environ.get("VIT_VARIANT", "S/16") if "vit" in workload else None,
+        "model": _model(workload),
         "exit_codes": codes,
         "loss_first_last_quarter": [
             sum(losses[:quarter]) / quarter,
@@ -196,6 +196,14 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
         for path in case.work.rglob("checkpoint_*"):
             path.unlink()
     return result
+
+
+def _model(workload: str) -> str:
+    if "vit" in workload:
+        return f"ViT {os.environ.get('VIT_VARIANT', 'S/16')} of AlgoPerf; the workload's is S/16"
+    if "fastmri" in workload:
+        return f"num_channels {os.environ.get('FASTMRI_CHANNELS', '32')}; the workload's is 32"
+    return "the workload's"
 
 
 def _commit() -> str:

@@ -5,7 +5,8 @@ wraps the submission's ``data_selection`` and ``update_params``, and does not to
 
 Environment: ``TRACE`` (prefix of the traces, one file a rank), ``RECORD`` or ``REPLAY`` (folder of
 batches), ``KILL_AT`` (step before which the process dies at once), ``BATCH`` (global batch size),
-``STEP_HINT``, ``EVAL_PERIOD``, ``VIT_VARIANT`` (another of AlgoPerf's ViT sizes than S/16).
+``STEP_HINT``, ``EVAL_PERIOD``, ``VIT_VARIANT`` (another of AlgoPerf's ViT sizes than S/16),
+``FASTMRI_CHANNELS`` (another width of its U-Net than 32).
 
 One process that replays what two recorded gets the global batch as ``HALVES`` says: ``apart``
 sends the halves through the model one after the other, so that gradients have the very bits of two
@@ -138,7 +139,12 @@ def main() -> None:
         registry = importlib.import_module("algoperf.workloads.workloads")
         path = registry.convert_filepath_to_module(values.submission_path)
         instrument(importlib.import_module(path))
-        kinds = {"STEP_HINT": ("step_hint", int), "EVAL_PERIOD": ("eval_period_time_sec", float)}
+        kinds: dict[str, tuple[str, Any]] = {
+            "STEP_HINT": ("step_hint", int),
+            "EVAL_PERIOD": ("eval_period_time_sec", float),
+        }
+        if "fastmri" in values.workload:
+            kinds["FASTMRI_CHANNELS"] = ("num_channels", int)
         changes = {
             name: kind(os.environ[key]) for key, (name, kind) in kinds.items() if key in os.environ
         }
