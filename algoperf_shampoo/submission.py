@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from .optim import Kronecker
+from .optim import Kronecker, Solver
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,10 @@ def kronecker_settings(hyperparameters: Any) -> dict[str, Any]:
         "max_preconditioner_dim": get(hyperparameters, "max_preconditioner_dim"),
         "one_dim": get(hyperparameters, "one_dim", "full"),
         "matmul_precision": get(hyperparameters, "matmul_precision", "highest"),
+        "solver": Solver(
+            method=get(hyperparameters, "eigensolver", "eigh"),
+            workspace_mib=get(hyperparameters, "eigen_workspace_mib", Solver.workspace_mib),
+        ),
     }
 
 
