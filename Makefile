@@ -108,8 +108,9 @@ docker-submit-%: FORCE
 	  $(IMAGE):$(TORCH) submit-$* HARNESS=algoperf DATA_DIR=/data WORKLOAD='$(WORKLOAD)' SIZE='$(SIZE)' \
 	  SEEDS='$(SEEDS)' $(foreach v,GPUS F TAU STEPS PROCESSES WANDB,$(if $($(v)),$(v)='$($(v))'))
 
+# One process a core, one thread each: the models are too small to share among threads.
 test: $(DEV_READY) ## the tests; under 5 minutes on 2 cores
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
 
 test-slow: $(DEV_READY) ## the tests that take minutes
 	@$(PY) -m pytest -m slow

@@ -1,0 +1,106 @@
+"""AlgoPerf's functions as we write them: schedule, loss under several processes, errors."""
+
+import collections
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+from algoperf_shampoo import submission
+from algoperf_shampoo.optim import eshampoo
+
+
+def test_schedule_is_the_submissions_until_it_ends():
+    """Against torch's own LinearLR and CosineAnnealingLR, composed as the 2024 submission does."""
+    total, warmup = 90.4, 4
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    rise = LinearLR(optimizer, start_factor=1e-10, end_factor=1.0, total_iters=warmup)
+    fall = CosineAnnealingLR(optimizer, T_max=total - warmup)
+    schedule = SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+    for step in range(90):
+        expected = optimizer.param_groups[0]["lr"]
+        assert submission.warmup_cosine(step, warmup, total) == pytest.approx(expected, abs=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert submission.warmup_cosine(91, warmup, total) == pytest.approx(0.0, abs=1e-12)
+    assert submission.warmup_cosine(500, warmup, total) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_monitor_means_and_round_trip():
+    monitor = submission.Monitor()
+    assert monitor.flush() == {}
+    for value in (1.0, 2.0, 6.0):
+        monitor.add(torch.tensor(value))
+    twin = submission.Monitor()
+    twin.load_state_dict(monitor.state_dict())
+    assert monitor.flush() == twin.flush() == {"loss": 3.0}
+    assert monitor.flush() == {}
+
+
+def test_a_missing_hyperparameter_is_named():
+    point = collections.namedtuple("Hyperparameters", "learning_rate epsilon")(1e-3, 1e-8)
+    with pytest.raises(ValueError, match="lacks 'one_minus_beta1'.*learning_rate, epsilon"):
+        submission.common_settings(point)
+    with pytest.raises(ValueError, match="no search space given"):
+        submission.hyperparameter(None, "learning_rate")
+
+
+def test_an_unknown_workload_is_a_value_error():
+    """AlgoPerf asks again with the base workload's name when it gets one."""
+    assert submission.Submission.get_batch_size("ogbg") == 512
+    with pytest.raises(ValueError, match="ogbg_gelu"):
+        submission.Submission.get_batch_size("ogbg_gelu")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def replica(rank, port, directory):
+    """Two steps of a bare module under two processes: wrapped again, equal afterwards."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(rank)  # replicas start apart; wrapping takes rank 0's
+    model = torch.nn.Linear(6, 4, bias=False)
+    wrapped = submission._ensure_ddp(model)
+    assert submission._ensure_ddp(wrapped) is wrapped
+    optimizer = eshampoo(
+        list(wrapped.parameters()),
+        precondition_frequency=2,
+        tau=0.1,
+        max_preconditioner_dim=8,
+        process_group=submission._process_group(),
+    )
+    data = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3))
+    weights = [torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])]
+    gradient = None
+    for _ in range(4):
+        optimizer.zero_grad()
+        per_example = wrapped(data[rank]).square().sum(-1) * weights[rank]
+        loss = submission._global_mean(per_example.sum(), weights[rank].sum())
+        loss.backward()
+        gradient = model.weight.grad.clone() if gradient is None else gradient
+        optimizer.step()
+    torch.save((model.weight.detach(), gradient), f"{directory}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_take_the_gradient_of_the_global_batch(tmp_path):
+    """Also with unequal numbers of valid examples, which is OGBG's case."""
+    mp.spawn(replica, args=(free_port(), str(tmp_path)), nprocs=2)
+    (first, gradient), (second, other) = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(gradient, other)
+    torch.manual_seed(0)
+    alone = torch.nn.Linear(6, 4, bias=False)
+    data = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3))
+    valid = torch.cat([data[0][:4], data[1][:1]])
+    (alone(valid).square().sum(-1).sum() / 5).backward()
+    torch.testing.assert_close(gradient, alone.weight.grad, rtol=1e-5, atol=1e-7)
