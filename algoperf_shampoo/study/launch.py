@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,10 @@ def _launch_embedded(
 
     from algoperf_shampoo.harness import run_folder, runner, submission_loader
 
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        # The minis are too small to share among threads, and one thread's sums do not depend on
+        # how many cores a machine has.
+        torch.set_num_threads(1)
     if plan.gpus and not torch.cuda.is_available():
         raise UserError(f"GPUS={plan.gpus}: torch finds no GPU here; leave GPUS out to use the CPU")
     load = functools.cache(load_workload or _suite_loader(plan))
