@@ -332,3 +332,12 @@ def test_exit_code_and_console(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     command = door.Command((sys.executable, "-u", "-c", code), {})
     assert door._run(tmp_path, tmp_path, command) != 0  # asked something, and got no answer
     assert "one\ntwo\n" in (tmp_path / folder.CONSOLE).read_text()
+
+
+def test_a_dry_run_without_data_notes_it_and_shows_the_command(
+    tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    note, *lines = commands(plan(tmp_path / "empty", tmp_path, seeds="1"))
+    assert note.startswith("note: DATA_DIR=") and "no ogbg data" in note
+    assert flags_of(lines[-1])["data_dir"] == str(tmp_path / "empty")

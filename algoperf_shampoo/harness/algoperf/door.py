@@ -98,12 +98,15 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
         complain(missing)
     if plan.data_dir is None:
         _fail("DATA_DIR= is needed: AlgoPerf's data; `make data-algoperf-mini` makes a small set")
-    data = {}
+    data: dict[str, Path] = {}
     for workload in dict.fromkeys(run.workload for run in plan.runs):
         try:
             data[workload] = find_data(plan, workload, environment, check=not missing)
         except UserError as error:
             complain(str(error))
+            # A dry run shows the command all the same.
+            if plan.data_dir is not None and not workload.endswith(minidata.SUFFIX):
+                data[workload] = plan.data_dir
     commands = []
     for run in plan.runs:
         if run.workload not in data:
