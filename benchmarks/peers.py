@@ -71,7 +71,10 @@ def contenders(meta: str | None, soap: str | None) -> dict[str, Build]:
 def _meta(path: str, config: str) -> Build:
     sys.path.insert(0, path)
     module = importlib.import_module("distributed_shampoo")
+    return _meta_with(module, getattr(module, config))
 
+
+def _meta_with(module: Any, config: Any) -> Build:
     def build(params: list[torch.nn.Parameter], F: int) -> torch.optim.Optimizer:
         return module.DistributedShampoo(
             params,
@@ -80,7 +83,7 @@ def _meta(path: str, config: str) -> Build:
             max_preconditioner_dim=1024,
             precondition_frequency=F,
             grafting_config=None,
-            preconditioner_config=getattr(module, config),
+            preconditioner_config=config,
         )
 
     return build
@@ -92,3 +95,31 @@ def _soap(path: str) -> Build:
     return lambda params, F: module.SOAP(
         params, **POINT, eps=1e-8, precondition_frequency=F, precondition_1d=True
     )
+
+
+def adaptive_contenders(meta: str | None, tau: float) -> dict[str, Build]:
+    """Name -> EShampoo with the adaptive criterion, for (parameters, F)."""
+    warm = Solver(method="warm")
+    table = {
+        "ours, fp32": ours(tau=tau),
+        "ours, TF32 rotations": ours(tau=tau, matmul_precision="high"),
+        "ours, fp32, warm": ours(tau=tau, solver=warm),
+        "ours, TF32 rotations, warm": ours(tau=tau, matmul_precision="high", solver=warm),
+    }
+    if meta:
+        table["public EShampoo, eigh"] = _meta_adaptive(meta, "EighEigendecompositionConfig", tau)
+        table["public EShampoo, QR"] = _meta_adaptive(
+            meta, "QREigendecompositionConfig", tau, max_iterations=20
+        )
+    return table
+
+
+def _meta_adaptive(path: str, config: str, tau: float, **settings: Any) -> Build:
+    sys.path.insert(0, path)
+    types = importlib.import_module("distributed_shampoo.preconditioner.matrix_functions_types")
+    module = importlib.import_module("distributed_shampoo")
+    solver = getattr(types, config)(tolerance=tau, **settings)
+    chosen = module.EigenvalueCorrectedShampooPreconditionerConfig(
+        amortized_computation_config=solver
+    )
+    return _meta_with(module, chosen)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .blocking import Block
+from .transfer import Transfer
 
 GRADIENT = "gradient"
 
@@ -172,11 +173,15 @@ class Layout:
         self._cuts = [Cuts(blocks) for blocks in self.blocks]
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
+        self._transfer: Transfer | None = None
 
     def gather(self, present: Sequence[bool]) -> None:
         """Copy the gradients of the parameters that have one into ``stack.g`` of all stacks."""
         if not self._pieces:
             self._allocate()
+        transfer = self._transfer if all(present) else None
+        if transfer is not None and transfer.gather([p.grad for p in self.params]):
+            return
         to, source = [], []
         for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
             if not here:
@@ -197,7 +202,24 @@ class Layout:
         if to:
             torch._foreach_copy_(to, source)
 
-    def scatter(self, present: Sequence[bool], alpha: float) -> None:
+    def apply(self, present: Sequence[bool], lr: float | Tensor, weight_decay: float) -> None:
+        """W <- W (1 - lr * weight_decay) - lr * U, U its rows of the buffer, for those present.
+
+        lr: a number, or a tensor [] on the device if all are present.
+        """
+        contiguous = all(p.is_contiguous() for p in self.params)
+        if isinstance(lr, Tensor) and self._transfer is not None and contiguous:
+            self._transfer.scatter(self.params, lr, weight_decay)
+            return
+        if weight_decay != 0:
+            decayed = [p for p, here in zip(self.params, present, strict=True) if here]
+            torch._foreach_mul_(decayed, 1 - lr * weight_decay)
+        if isinstance(lr, Tensor):
+            for flat in self.flat(GRADIENT):
+                flat.mul_(lr)
+        self._scatter(present, -1.0 if isinstance(lr, Tensor) else -lr)
+
+    def _scatter(self, present: Sequence[bool], alpha: float) -> None:
         """parameter <- parameter + alpha * (its rows of the buffer), for those present."""
         to, source = [], []
         for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
@@ -220,11 +242,6 @@ class Layout:
                 p.add_(whole.view(p.shape), alpha=alpha)
         if to:
             torch._foreach_add_(to, source, alpha=alpha)
-
-    def scale_(self, factor: Tensor) -> None:
-        """Multiply the whole buffer by a tensor with one entry."""
-        for flat in self.flat(GRADIENT):
-            flat.mul_(factor)
 
     def flat(self, name: str) -> list[Tensor]:
         """The memory of a state tensor of all stacks: one flat tensor per dtype and device."""
@@ -253,3 +270,11 @@ class Layout:
                 whole = len(self.blocks[member.param]) == 1
                 shape = self.params[member.param].shape if whole else stack.shape
                 self._pieces[member.param][member.index] = stack.g[row].view(shape)
+        if Transfer.fits(self.params):
+            (buffer,) = self.flat(GRADIENT)
+            blocks = [
+                (m.param, m.block, int(stack.g[row].storage_offset()))
+                for stack in self.stacks
+                for row, m in enumerate(stack.members)
+            ]
+            self._transfer = Transfer(blocks, buffer)

@@ -109,8 +109,14 @@ def workspace(n: int, dtype: torch.dtype, device: torch.device, count: int) -> T
 
 
 def eigh_(a: Tensor, work: Tensor) -> tuple[Tensor, list[bool]]:
-    """Eigenvalues [N, n] ascending, and who converged; a is overwritten by the eigenvectors
-    (columns).
+    """:func:`enqueue_eigh_`, then who converged: waits for the device."""
+    values, info = enqueue_eigh_(a, work)
+    return values, [i == 0 for i in info.tolist()]
+
+
+def enqueue_eigh_(a: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [N, n] ascending, and [N] zeros where it converged; a is overwritten by the
+    eigenvectors (columns).
 
     Args:
         a: symmetric [N, n, n], float32 or float64, contiguous, on CUDA. One triangle is read.
@@ -143,4 +149,4 @@ def eigh_(a: Tensor, work: Tensor) -> tuple[Tensor, list[bool]]:
     columns = work[: a.numel() * a.element_size()].view(a.dtype).view(a.shape)
     columns.copy_(a.mT)
     a.copy_(columns)
-    return values, [i == 0 for i in info.tolist()]
+    return values, info

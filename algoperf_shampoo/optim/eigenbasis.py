@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .buckets import Stack
 from .eigensolvers import Job, Result, Solver, put, take
+from .graphs import Run, direct
 from .linalg import largest_entry, relative_off_diagonal
 from .precision import matmul_precision
 from .preconditioners.base import Rule
@@ -127,6 +128,7 @@ def refresh(
     scratch: Sequence[Tensor] = (),
     park: Sequence[Tensor] = (),
     group: dist.ProcessGroup | None = None,
+    run: Run = direct,
 ) -> bool:
     """Check the factors of the rows that are due, and give those that fail a new operator.
 
@@ -136,6 +138,7 @@ def refresh(
             cannot part over rounding near the threshold.
         scratch, park: see :meth:`.eigensolvers.Solver.solve`; scratch is overwritten if the result
             is True.
+        run: may record the check of all factors as a graph, see :mod:`.graphs`.
 
     Returns:
         Whether any operator is new.
@@ -143,8 +146,12 @@ def refresh(
     due = [(s, indices) for s in factor_sets if (indices := s.due(rows))]
     if not due:
         return False
-    devices = {s.factors.device for s, _ in due}
-    values = torch.cat([scores(s, i, tau).to(max(devices, key=str)) for s, i in due])
+    device = max((s.factors.device for s, _ in due), key=str)
+    everything = sum(len(i) for _, i in due) == sum(len(s.factors) for s in factor_sets)
+    values = (run if everything else direct)(
+        "scores" if tau > 0 else "finite",
+        lambda: torch.cat([scores(s, i, tau).to(device) for s, i in due]),
+    )
     if group is not None:
         dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
     read = values.tolist()  # the one host read

@@ -26,16 +26,12 @@ import torch
 from torch import Tensor
 
 from . import cusolver
-from .linalg import relative_off_diagonal
-from .precision import matmul_precision
+from .warm import ORTHOGONALIZATIONS, sweep_
 
 log = logging.getLogger(__name__)
 
 METHODS = ("eigh", "warm")
-ORTHOGONALIZATIONS = ("cholesky", "householder")
-
 WARM_MIN = 64  # below this size a warm start does not pay
-WARM_COPIES = 6  # matrices alive per matrix while iterating
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,10 @@ class Job:
     factors: Tensor
     operators: Tensor
     indices: list[int]
+
+    @property
+    def n(self) -> int:
+        return self.factors.shape[-1]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Solver:
     orthogonalization: str = "cholesky"
     max_iterations: int = 4
     tolerance: float = 0.01
-    workspace_mib: int = 88
+    workspace_mib: int = 72
 
     def __post_init__(self) -> None:
         for name, known in (("method", METHODS), ("orthogonalization", ORTHOGONALIZATIONS)):
@@ -111,63 +111,121 @@ class Solver:
                 meanwhile and are there again afterwards.
         """
         if self.method == "warm":
-            return [self._warm_job(job, tau or self.tolerance) for job in jobs]
+            return self._warm(jobs, tau or self.tolerance, scratch, park)
         if jobs and jobs[0].factors.is_cuda and cusolver.available():
             _say_once("cuSOLVER XsyevBatched")
             return _in_lanes(jobs, self.workspace_mib * 2**20, scratch, park)
         _say_once("torch.linalg.eigh")
         return [_direct_job(job, self.workspace_mib * 2**20) for job in jobs]
 
-    def _warm_job(self, job: Job, tau: float) -> Result:
-        n = job.factors.shape[-1]
-        values = job.factors.new_empty(len(job.indices), n)
-        converged: list[bool] = []
-        size = self.workspace_mib * 2**20 // (WARM_COPIES * n * n * job.factors.element_size())
-        for start, part in _chunks(job.indices, size):
-            a, old = take(job.factors, part), take(job.operators, part)
-            lam, q, ok = self.warm(a, old, tau) if n >= WARM_MIN else exact(a)
-            values[start : start + len(part)] = lam
-            put(job.operators, part, q)
-            converged += ok
-        return Result(values, converged)
-
-    def warm(self, a: Tensor, old: Tensor, tau: float) -> tuple[Tensor, Tensor, list[bool]]:
-        """Eigenvalues [N, n] ascending and vectors [N, n, n] of a such that Eq. 11 holds with
-        tau."""
-        values = torch.empty_like(a[..., 0])
-        vectors = torch.empty_like(a)
-        converged = [True] * len(a)
-        left = list(range(len(a)))
-        x = old.flip(-1)  # the iteration sorts by descending eigenvalue
-        for _ in range(self.max_iterations):
-            x = orthogonal_iteration(a, x, self.orthogonalization)
-            with matmul_precision("highest"):
-                off = relative_off_diagonal(a, x)
-            # A matrix whose orthogonalization failed reads nan, and stays among those left.
-            good = [p for p, o in enumerate(off.tolist()) if o <= tau]
-            if good:
-                lam, q = sort_ascending(take(a, good), take(x, good))
-                put(values, [left[p] for p in good], lam)
-                put(vectors, [left[p] for p in good], q)
-                bad = sorted(set(range(len(left))) - set(good))
-                left = [left[p] for p in bad]
+    def _warm(
+        self, jobs: Sequence[Job], tau: float, scratch: Sequence[Tensor], park: Sequence[Tensor]
+    ) -> list[Result]:
+        """Sweeps over all matrices that are left, one host read after each."""
+        limit = self.workspace_mib * 2**20
+        results = [_direct_job(j, limit) if j.n < WARM_MIN else _empty_result(j) for j in jobs]
+        left = {k: list(range(len(j.indices))) for k, j in enumerate(jobs) if j.n >= WARM_MIN}
+        with _two_pieces([jobs[k] for k in left], limit, scratch, park) as pieces:
+            for _ in range(self.max_iterations):
                 if not left:
-                    return values, vectors, converged
-                a, x = take(a, bad), take(x, bad)
-        log.info("%d of size %d not below tau after iterating", len(left), a.shape[-1])
-        lam, q, ok = exact(a)
-        put(values, left, lam)
-        put(vectors, left, q)
-        for i, c in zip(left, ok, strict=True):
-            converged[i] = c
-        return values, vectors, converged
+                    return results
+                off = [self._sweep(jobs[k], results[k], left[k], pieces) for k in left]
+                read = iter(torch.cat([x.to(off[0].device) for x in off]).tolist())
+                # Not `>`: nan, of a failed orthogonalization, stays among those left.
+                again = {k: [p for p in left[k] if not next(read) <= tau] for k in left}
+                left = {k: positions for k, positions in again.items() if positions}
+        for k, positions in left.items():
+            log.info("%d of size %d not below tau after iterating", len(positions), jobs[k].n)
+            part = [jobs[k].indices[p] for p in positions]
+            exact_result = _direct_job(Job(jobs[k].factors, jobs[k].operators, part), limit)
+            put(results[k].values, positions, exact_result.values)
+            for p, ok in zip(positions, exact_result.converged, strict=True):
+                results[k].converged[p] = ok
+        return results
+
+    def _sweep(
+        self,
+        job: Job,
+        result: Result,
+        positions: list[int],
+        pieces: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """One sweep over the job's matrices at ``positions``: the left sides of Eq. 11."""
+        n, factors, operators = job.n, job.factors, job.operators
+        one, two = pieces[factors.dtype, factors.device]
+        room = min(len(one), len(two)) // (n * n)
+        offs = []
+        start = 0
+        while start < len(positions):
+            part = positions[start : start + room]
+            indices = [job.indices[p] for p in part]
+            if in_place := _consecutive(indices):
+                a, x = take(factors, indices), take(operators, indices)
+                y, z = (_stack(piece, 0, len(part), n) for piece in (one, two))
+            else:  # copies, which take half of the memory
+                part = part[: max(1, room // 2)]
+                indices = indices[: len(part)]
+                index = torch.tensor(indices, device=factors.device)
+                a, x = (_stack(one, i, len(part), n) for i in (0, 1))
+                y, z = (_stack(two, i, len(part), n) for i in (0, 1))
+                torch.index_select(factors, 0, index, out=a)
+                torch.index_select(operators, 0, index, out=x)
+            values, off = sweep_(a, x, y, z, self.orthogonalization)
+            if not in_place:
+                put(operators, indices, x)
+            put(result.values, part, values)
+            offs.append(off)
+            start += len(part)
+        return torch.cat(offs)
+
+
+def _consecutive(indices: Sequence[int]) -> bool:
+    first, count = indices[0], len(indices)
+    return indices[-1] == first + count - 1 and list(indices) == list(range(first, first + count))
+
+
+def _stack(piece: Tensor, number: int, count: int, n: int) -> Tensor:
+    """The ``number``-th [count, n, n] in a flat piece of memory."""
+    size = count * n * n
+    return piece[number * size : (number + 1) * size].view(count, n, n)
+
+
+def _empty_result(job: Job) -> Result:
+    values = job.factors.new_empty(len(job.indices), job.n)
+    return Result(values, [True] * len(job.indices))
+
+
+@contextlib.contextmanager
+def _two_pieces(
+    jobs: Sequence[Job], limit: int, scratch: Sequence[Tensor], park: Sequence[Tensor]
+) -> Iterator[dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]]:
+    """Per dtype and device two flat pieces of memory, each for two matrices at least.
+
+    New memory within ``limit`` bytes where all matrices of a size fit there, or where it is more
+    than the buffers at hand; else those.
+    """
+    pieces, parked = {}, []
+    for kind in {(job.factors.dtype, job.factors.device) for job in jobs}:
+        mine = [job for job in jobs if (job.factors.dtype, job.factors.device) == kind]
+        least = 2 * max(job.n**2 for job in mine)
+        wanted = max(max(len(job.indices) * job.n**2 for job in mine), least)
+        entries = max(least, limit // (2 * kind[0].itemsize))
+        at_hand = [x for x in (*scratch[:1], *park[:1]) if (x.dtype, x.device) == kind]
+        if wanted > entries and len(at_hand) == 2 and min(map(len, at_hand)) > entries:
+            parked.append(at_hand[1])
+            pieces[kind] = at_hand[0], at_hand[1]
+        else:
+            size = min(wanted, entries)
+            empty = mine[0].factors.new_empty
+            pieces[kind] = empty(size), empty(size)
+    with _parked(parked):
+        yield pieces
 
 
 def take(x: Tensor, indices: Sequence[int]) -> Tensor:
     """x[indices] along the first dimension: a view when they are consecutive, else a copy."""
-    first, count = indices[0], len(indices)
-    if indices[-1] == first + count - 1 and list(indices) == list(range(first, first + count)):
-        return x[first : first + count]
+    if _consecutive(indices):
+        return x[indices[0] : indices[0] + len(indices)]
     return x[torch.tensor(indices, device=x.device)]
 
 
@@ -180,49 +238,6 @@ def _chunks(indices: list[int], size: int) -> list[tuple[int, list[int]]]:
     """(position, indices) of pieces of at most ``size`` (at least 1)."""
     size = max(1, size)
     return [(s, indices[s : s + size]) for s in range(0, len(indices), size)]
-
-
-def orthogonal_iteration(a: Tensor, x: Tensor, orthogonalization: str = "cholesky") -> Tensor:
-    """One sweep towards the eigenvectors of a [N, n, n] from orthogonal x, by descending
-    eigenvalue.
-
-    Multiply by a (plus a small multiple of the identity), orthogonalize, then solve exactly in the
-    span of the leading quarter (Rayleigh-Ritz): simultaneous iteration alone separates close
-    leading eigenvalues slowly, and those are what Eq. 11 weighs.
-
-    The shift, 1e-3 ||a||_F, bounds the condition of the product by 1e3 whatever the rank of a,
-    which Cholesky-QR in float32 needs (its Gram matrix has the square); it slows down only
-    directions whose eigenvalues are below it. A matrix for which Cholesky fails nevertheless comes
-    back as nan.
-    """
-    n = a.shape[-1]
-    lead = max(32, n // 4)
-    with matmul_precision("highest"):
-        shift = 1e-3 * torch.linalg.matrix_norm(a)[:, None, None]
-        y = torch.baddbmm(shift * x, a, x)
-        x = _cholesky_qr2(y) if orthogonalization == "cholesky" else torch.linalg.qr(y).Q
-        top = x[..., :lead]
-        small = top.mT @ (a @ top)
-        _, z, _ = exact(torch.nan_to_num(small))
-        x[..., :lead] = top @ z.flip(-1)
-    return x
-
-
-def _cholesky_qr2(y: Tensor) -> Tensor:
-    """Q of y = QR, by Cholesky of y'y, twice: the second pass repairs the first one's rounding."""
-    for _ in range(2):
-        y /= y.square().mean((-2, -1), keepdim=True).sqrt()
-        upper, _ = torch.linalg.cholesky_ex(y.mT @ y, upper=True)
-        y = torch.linalg.solve_triangular(upper, y, upper=True, left=False)
-    return y
-
-
-def sort_ascending(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rayleigh quotients of the columns of x, ascending, and the columns in that order."""
-    with matmul_precision("highest"):
-        lam = (x * (a @ x)).sum(-2)
-    lam, order = lam.sort(dim=-1)
-    return lam, x.gather(-1, order[:, None, :].expand_as(x))
 
 
 def exact(a: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
@@ -273,7 +288,7 @@ def _cusolver_job(job: Job, lane: Tensor) -> Result:
     factors, first, count = job.factors, job.indices[0], len(job.indices)
     n = factors.shape[-1]
     index = torch.tensor(job.indices, device=factors.device)
-    consecutive = job.indices == list(range(first, first + count))
+    consecutive = _consecutive(job.indices)
     if consecutive:
         target, work = job.operators[first : first + count], lane
         target.copy_(factors[first : first + count])
@@ -314,9 +329,10 @@ def _in_lanes(
     almost perfectly. Each stream ("lane") has a workspace, and a thread that launches.
     """
     device = jobs[0].factors.device
-    largest = max(jobs, key=lambda job: job.factors.shape[-1]).factors
-    least = _bytes_per_matrix(largest)
-    wanted = sum(_bytes_per_matrix(job.factors) * len(job.indices) for job in jobs)
+    least = max(_bytes_per_matrix(job) for job in jobs)
+    wanted = sum(_bytes_per_matrix(job) * len(job.indices) for job in jobs)
+    # The cuBLAS workspace is idle meanwhile; it is made anew when it is needed.
+    torch._C._cuda_clearCublasWorkspaces()
     own = torch.empty(max(least, min(workspace_bytes, wanted)), dtype=torch.uint8, device=device)
     lanes = [own, *(flat for x in scratch if (flat := x.view(torch.uint8)).numel() >= least)]
     lanes = lanes[: len(_streams(device.index))]
@@ -324,13 +340,7 @@ def _in_lanes(
     parked = [x for x in park if x.numel() * x.element_size() >= least][:spare]
     if wanted <= sum(lane.numel() for lane in lanes):
         parked = []  # there is room enough without
-    results = [
-        Result(
-            job.factors.new_empty(len(job.indices), job.factors.shape[-1]),
-            [True] * len(job.indices),
-        )
-        for job in jobs
-    ]
+    results = [_empty_result(job) for job in jobs]
     todo = deque(sorted(enumerate(jobs), key=lambda x: -x[1].factors.shape[-1]))
     position = dict.fromkeys(range(len(jobs)), 0)
     lock = threading.Lock()
@@ -342,7 +352,7 @@ def _in_lanes(
                 return None
             number, job = todo[0]
             start = position[number]
-            part = job.indices[start : start + max(1, room // _bytes_per_matrix(job.factors))]
+            part = job.indices[start : start + max(1, room // _bytes_per_matrix(job))]
             position[number] = start + len(part)
             if position[number] == len(job.indices):
                 todo.popleft()
@@ -378,10 +388,11 @@ def _in_lanes(
     return results
 
 
-def _bytes_per_matrix(factors: Tensor) -> int:
-    """Workspace per matrix, and room for a copy of it."""
-    n, dtype = factors.shape[-1], factors.dtype
-    return _aligned(cusolver.workspace_bytes(n, dtype, factors.device, 1) + n * n * dtype.itemsize)
+def _bytes_per_matrix(job: Job) -> int:
+    """Workspace per matrix, and room for a copy of it where it cannot be decomposed in place."""
+    n, dtype = job.n, job.factors.dtype
+    copy = 0 if _consecutive(job.indices) else _aligned(n * n * dtype.itemsize)
+    return _aligned(cusolver.workspace_bytes(n, dtype, job.factors.device, 1)) + copy
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""GPU kernels for the two places where torch operations would pass over memory many times.
+"""GPU kernels where torch operations would pass over memory many times, or compute twice as much.
 
 They need Triton, which torch's Linux CUDA wheels bring along; without it the same arithmetic runs
 as torch operations (22 passes over memory instead of 6 for Adam, 14 instead of 5 for the
-criterion).
+criterion, and all of a symmetric product instead of half).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @functools.cache
 def _kernels() -> Any:
-    """(adam, criterion), or None where Triton is missing. They compile at their first launch."""
+    """(adam, criterion, gram), or None where Triton is missing; compiled at their first launch."""
     try:
         import triton
         from triton import language as tl
@@ -69,7 +69,71 @@ def _kernels() -> Any:
         tl.store(off_ptr + matrix * n + column, off, mask=column < n)
         tl.store(norm_ptr + matrix * n + column, norm, mask=column < n)
 
-    return adam, criterion
+    @triton.jit
+    def gram(  # type: ignore[no-untyped-def]
+        x_ptr, f_ptr, beta, weight, d, length, x_b, x_d, x_k, S: tl.constexpr, K: tl.constexpr
+    ):
+        # One program per matrix and tile (i, j <= i) of its lower triangle, mirrored to the upper.
+        tile = tl.program_id(0)
+        i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+        i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+        i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+        j = tile - i * (i + 1) // 2
+        matrix = tl.program_id(1).to(tl.int64)
+        row, column = i * S + tl.arange(0, S), j * S + tl.arange(0, S)
+        x = x_ptr + matrix * x_b
+        total = tl.zeros((S, S), tl.float32)
+        for start in range(0, length, K):
+            k = start + tl.arange(0, K)
+            a = tl.load(
+                x + row[:, None] * x_d + k[None, :] * x_k,
+                mask=(row[:, None] < d) & (k[None, :] < length),
+                other=0.0,
+            )
+            b = tl.load(
+                x + column[None, :] * x_d + k[:, None] * x_k,
+                mask=(column[None, :] < d) & (k[:, None] < length),
+                other=0.0,
+            )
+            total = tl.dot(a, b, total, input_precision="tf32x3")
+        f = f_ptr + matrix * d * d
+        mask = (row[:, None] < d) & (column[None, :] < d)
+        old = tl.load(f + row[:, None] * d + column[None, :], mask=mask, other=0.0)
+        new = old * beta + total * weight
+        tl.store(f + row[:, None] * d + column[None, :], new, mask=mask)
+        if i != j:
+            tl.store(f + row[:, None] + column[None, :] * d, new, mask=mask)
+
+    return adam, criterion, gram
+
+
+GRAM_TILE = 64
+# With fewer programs most of a GPU is idle, and cuBLAS, which cuts long sums in pieces, is faster.
+GRAM_PROGRAMS = 96
+
+
+def gram_ema_(factor: Tensor, rows: Tensor, beta: float, weight: float) -> bool:
+    """factor <- beta * factor + weight * rows' rows; False, and nothing done, where cuBLAS is for
+    it.
+
+    factor: [B, d, d], contiguous and symmetric; rows: [B, k, d], contiguous or the transpose of
+    such. Only one triangle is computed, on tensor cores as three TF32 products per float32 one: the
+    error, 1.5e-7 relative, is half of cuBLAS's in float32.
+    """
+    B, length, d = rows.shape
+    side = -(-d // GRAM_TILE)
+    tiles = side * (side + 1) // 2
+    fits = rows.is_cuda and rows.dtype == torch.float32 and factor.is_contiguous()
+    # Indices within a matrix are 32 bits wide.
+    if not fits or B * tiles < GRAM_PROGRAMS or length * d >= 2**31:
+        return False
+    if torch.cuda.get_device_capability(rows.device) < (8, 0) or (kernels := _kernels()) is None:
+        return False
+    x_b, x_k, x_d = rows.stride()
+    settings = dict(S=GRAM_TILE, K=32, num_warps=4, num_stages=3)
+    with torch.cuda.device(rows.device):
+        kernels[2][(tiles, B)](rows, factor, beta, weight, d, length, x_b, x_d, x_k, **settings)
+    return True
 
 
 def off_diagonal_and_norm(a: Tensor, q: Tensor, aq: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

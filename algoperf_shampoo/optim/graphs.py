@@ -1,40 +1,53 @@
-"""Ordinary steps as a CUDA graph: the arithmetic of a step recorded once and replayed.
+"""Steps as CUDA graphs: the arithmetic of a step recorded once and replayed.
 
-A step of a ViT is about 200 kernel launches; launched one by one from Python they take longer than
-the kernels. Recorded is everything between the gathered gradients and the updated parameters;
-gradients are gathered outside, because their addresses change. The learning rate and the bias
-corrections are inputs, read from memory at replay.
+A step of a ViT is about 100 kernel launches; launched one by one from Python they take longer than
+the kernels. Recorded are three sections, each a graph: the statistics, the check of all factors,
+and the update from gathered gradients to parameters. Between them stands what only the host can
+do: reading which factors fail, and refreshing those. The learning rate and the bias corrections are
+inputs, read from memory at replay.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 
-from .buckets import Layout
-from .preconditioners.base import Hyper
+from .buckets import Layout, Stack
+from .preconditioners.base import Hyper, Rule
 
 log = logging.getLogger(__name__)
 
+# Runs a named section of a step: Run(name, section) is section() or its replay.
+Run = Callable[[str, Callable[[], Any]], Any]
+
+
+def direct(name: str, section: Callable[[], Any]) -> Any:
+    """The :data:`Run` that records nothing."""
+    return section()
+
 
 class Recorder:
-    """Runs a step's arithmetic directly the first time, records it the second, then replays.
+    """Runs a section directly the first time, records it the second, then replays.
 
     A recording holds for one set of parameter addresses, hyperparameters (but for the learning
-    rate) and readiness of the bases; anything else starts over. If recording fails, steps run
+    rate) and readiness of the bases; anything else starts over. If recording fails, sections run
     directly.
     """
 
     def __init__(self) -> None:
         self._key: Hashable = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._seen: set[str] = set()
+        self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._pool: Any = None
         self._scalars: torch.Tensor | None = None
         self._failed = False
 
-    def run(self, arithmetic: Callable[[Hyper], None], layout: Layout, h: Hyper) -> None:
-        """One ordinary step: all parameters have gradients, all blocks the same step count."""
+    def begin(self, layout: Layout, h: Hyper) -> tuple[Hyper, Run]:
+        """One step in which all parameters have gradients and all blocks the same step count: its
+        hyperparameters with the scalars on the device, and what runs its sections."""
         if self._scalars is None:
             first = layout.stacks[0]
             self._scalars = torch.zeros(3, dtype=first.dtype, device=first.device)
@@ -43,36 +56,82 @@ class Recorder:
         lr.fill_(h.lr)
         c1.fill_(1 - h.beta1**step)
         c2.fill_(1 - h.beta2**step)
-        on_device = h._replace(lr=lr, c1=c1, c2=c2)
-        key = (
-            h._replace(lr=0.0),
-            tuple(any(stack.ready) for stack in layout.stacks),
-            tuple(p.data_ptr() for p in layout.params),
-        )
-        if (
-            key != self._key
-        ):  # first step of its kind: run it, so that kernels are compiled and loaded
-            self._key, self._graph = key, None
-            arithmetic(on_device)
-        elif self._graph is not None:
-            self._graph.replay()
-        elif self._failed or not self._record(arithmetic, on_device):
-            arithmetic(on_device)
+        constants = h._replace(lr=0.0), tuple(p.data_ptr() for p in layout.params)
+        stacks = layout.stacks
 
-    def _record(self, arithmetic: Callable[[Hyper], None], h: Hyper) -> bool:
+        def run(name: str, section: Callable[[], Any]) -> Any:
+            # Between the sections of one step bases may become ready.
+            self._expect((*constants, tuple(any(stack.ready) for stack in stacks)))
+            return self._run(name, section)
+
+        return h._replace(lr=lr, c1=c1, c2=c2), run
+
+    def _expect(self, key: Hashable) -> None:
+        """Forget what was recorded if it does not hold any more."""
+        if key != self._key:
+            self._key, self._seen, self._graphs = key, set(), {}
+            # One pool for all: sections never run at the same time, and what one leaves in it is
+            # read before the next one starts.
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def _run(self, name: str, section: Callable[[], Any]) -> Any:
+        if name in self._graphs:
+            graph, result = self._graphs[name]
+            graph.replay()
+            return result
+        if self._failed or name not in self._seen:
+            self._seen.add(name)  # it runs once before, so that kernels are compiled and loaded
+            return section()
+        return self._record(name, section)
+
+    def _record(self, name: str, section: Callable[[], Any]) -> Any:
         graph = torch.cuda.CUDAGraph()
         # A cuBLAS workspace from outside the graph's memory pool could be freed and handed to
         # someone else while the graph still writes to it (AlgoPerf frees them at every evaluation).
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                arithmetic(h)
+            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+                result = section()
         except RuntimeError as error:
-            log.warning("recording the step as a CUDA graph failed, going on without: %s", error)
+            log.warning("recording a step as CUDA graphs failed, going on without: %s", error)
             self._failed = True
-            return False
+            return section()
         finally:
             torch._C._cuda_clearCublasWorkspaces()
-        self._graph = graph
+        self._graphs[name] = graph, result
         graph.replay()
-        return True
+        return result
+
+
+# Stacks are independent. In a model that is too small to fill a GPU one stack at a time they are
+# recorded as branches of the graph, which run side by side; each branch has a cuBLAS workspace of
+# its own (32 MiB on an H200), which larger models had better do without.
+BRANCHES = 8
+SMALL_MODEL = 2**24  # entries of all stacks
+
+
+def each_stack(work: Callable[[Stack, Rule], None], stacks: Sequence[tuple[Stack, Rule]]) -> None:
+    """work(stack, rule) for all stacks, as parallel branches where a graph is being recorded."""
+    small = sum(stack.g.numel() for stack, _ in stacks) <= SMALL_MODEL
+    recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if not (small and recording and len(stacks) > 1):
+        for stack, rule in stacks:
+            work(stack, rule)
+        return
+    main = torch.cuda.current_stream()
+    branches = [main, *(torch.cuda.Stream(main.device) for _ in range(BRANCHES - 1))]
+    for branch in branches[1:]:
+        branch.wait_stream(main)
+    load = dict.fromkeys(range(BRANCHES), 0.0)
+    for stack, rule in sorted(stacks, key=lambda x: -_cost(x[0])):
+        number = min(load, key=lambda i: load[i])
+        load[number] += _cost(stack)
+        with torch.cuda.stream(branches[number]):
+            work(stack, rule)
+    for branch in branches[1:]:
+        main.wait_stream(branch)
+
+
+def _cost(stack: Stack) -> float:
+    """In operations, with a constant for a kernel's least duration."""
+    return stack.g.numel() * float(sum(stack.shape)) + 1e8

@@ -17,7 +17,7 @@ from .blocking import Block, cut
 from .buckets import GRADIENT, Layout, Stack
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .eigensolvers import Solver
-from .graphs import Recorder
+from .graphs import Recorder, Run, direct, each_stack
 from .precision import MATMUL_PRECISIONS
 from .preconditioners import Adam, EShampoo, GraftedShampoo, Hyper, Rule
 
@@ -55,8 +55,8 @@ class Kronecker(torch.optim.Optimizer):
         matmul_precision: of the rotations on a GPU, "highest" or "high" (TF32); Grams and
             criterion are always float32-accurate.
         solver: how factors are decomposed.
-        cuda_graph: on a GPU, replay ordinary steps (no check due, all gradients there) as a
-            recorded graph; see :mod:`.graphs`.
+        cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs; see
+            :mod:`.graphs`.
         process_group: set when the processes of the group hold replicas that see equal gradients.
 
     Raises:
@@ -149,6 +149,7 @@ class Kronecker(torch.optim.Optimizer):
         present = [p.grad is not None for p in layout.params]
         if not any(present):
             return
+        layout.gather(present)  # first, so that the device has work during the bookkeeping
         rows = {id(stack): stack.rows(present) for stack, _ in group.rules}
         due = {}
         for stack, rule in group.rules:
@@ -156,73 +157,77 @@ class Kronecker(torch.optim.Optimizer):
             stack.count(here)
             if rule.has_factors:
                 due[id(stack)] = stack.due(here, self.precondition_frequency)
-        layout.gather(present)
         h = self._hyper(settings)
-        run = functools.partial(self._arithmetic, group, rows, present)
-        if group.recorder is not None and not any(due.values()) and _in_step(layout, present):
-            group.recorder.run(run, layout, h)
+        run: Run = direct
+        factors = any(rule.has_factors for _, rule in group.rules)
+        if group.recorder is not None and _in_step(layout, present):
+            h, run = group.recorder.begin(layout, h)
+        statistics = functools.partial(self._statistics, group, rows, h)
+        update = functools.partial(self._update, group, rows, present, h)
+        if not factors:
+            run("update", update)
+        elif group.rule.statistics_first:
+            run("statistics", statistics)
+            self._refresh(group, due, present, h, run)
+            run("update", update)
         else:
-            run(h, due)
+            run("update", update)
+            layout.gather(present)
+            run("statistics", statistics)
+            self._refresh(group, due, present, h, run)
 
-    def _arithmetic(
+    def _statistics(self, group: Group, rows: dict[int, list[int]], h: Hyper) -> None:
+        """The factors learn the gradients."""
+
+        def accumulate(stack: Stack, rule: Rule) -> None:
+            part = _part(stack, rows[id(stack)])
+            rule.accumulate(part, part.g, h)
+            _write_back(stack, rows[id(stack)], part)
+
+        each_stack(accumulate, [(s, r) for s, r in group.rules if r.has_factors and rows[id(s)]])
+
+    def _update(
+        self, group: Group, rows: dict[int, list[int]], present: list[bool], h: Hyper
+    ) -> None:
+        """Update directions from gathered gradients, and the parameters from those."""
+
+        def update(stack: Stack, rule: Rule) -> None:
+            part = _part(stack, rows[id(stack)])
+            here = h
+            if isinstance(h.lr, float):
+                c1, c2 = part.bias_correction(h.beta1), part.bias_correction(h.beta2)
+                here = h._replace(c1=c1, c2=c2)
+            rule.update(part, part.g, here)
+            _write_back(stack, rows[id(stack)], part)
+
+        each_stack(update, [(s, r) for s, r in group.rules if rows[id(s)]])
+        group.layout.apply(present, h.lr, h.weight_decay)
+
+    def _refresh(
         self,
         group: Group,
-        rows: dict[int, list[int]],
+        due: dict[int, list[int]],
         present: list[bool],
         h: Hyper,
-        due: dict[int, list[int]] | None = None,
+        run: Run,
     ) -> None:
-        """Everything between gathered gradients and updated parameters."""
-        if group.rule.statistics_first:
-            self._statistics(group, rows, present, h, due)
-        if h.weight_decay != 0:
-            decayed = [p for p, here in zip(group.layout.params, present, strict=True) if here]
-            torch._foreach_mul_(decayed, 1 - h.lr * h.weight_decay)
-        for stack, rule in group.rules:
-            if rows[id(stack)]:
-                part = _part(stack, rows[id(stack)])
-                if isinstance(h.lr, float):
-                    c1, c2 = part.bias_correction(h.beta1), part.bias_correction(h.beta2)
-                    rule.update(part, part.g, h._replace(c1=c1, c2=c2))
-                else:
-                    rule.update(part, part.g, h)
-                _write_back(stack, rows[id(stack)], part)
-        if isinstance(h.lr, float):
-            group.layout.scatter(present, -h.lr)
-        else:
-            group.layout.scale_(h.lr)
-            group.layout.scatter(present, -1.0)
-        if not group.rule.statistics_first:
+        """Check the factors that are due; the gradients stand in the buffer afterwards."""
+        if not any(due.values()):
+            return
+        overwritten = refresh(
+            group.factor_sets,
+            due,
+            group.rule,
+            h.beta2,
+            self.tau,
+            self.solver,
+            group.layout.flat(GRADIENT),
+            [x for name in group.rule.moments for x in group.layout.flat(name)],
+            self.process_group,
+            run,
+        )
+        if overwritten and group.rule.statistics_first:
             group.layout.gather(present)
-            self._statistics(group, rows, present, h, due)
-
-    def _statistics(
-        self,
-        group: Group,
-        rows: dict[int, list[int]],
-        present: list[bool],
-        h: Hyper,
-        due: dict[int, list[int]] | None,
-    ) -> None:
-        for stack, rule in group.rules:
-            if rule.has_factors and rows[id(stack)]:
-                part = _part(stack, rows[id(stack)])
-                rule.accumulate(part, part.g, h)
-                _write_back(stack, rows[id(stack)], part)
-        if due and any(due.values()):
-            overwritten = refresh(
-                group.factor_sets,
-                due,
-                group.rule,
-                h.beta2,
-                self.tau,
-                self.solver,
-                group.layout.flat(GRADIENT),
-                [x for name in group.rule.moments for x in group.layout.flat(name)],
-                self.process_group,
-            )
-            if overwritten:
-                group.layout.gather(present)
 
     def _hyper(self, settings: dict[str, Any]) -> Hyper:
         beta1, beta2 = settings["betas"]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import fused
 from .fused import off_diagonal_and_norm
 
 
@@ -70,6 +71,8 @@ def gram_ema_(factor: Tensor, x: Tensor, mode: int, beta: float, weight: float) 
         rows = x.reshape(B, d, -1).mT
     else:
         rows = x.movedim(mode + 1, 1).reshape(B, d, -1).mT
+    if fused.gram_ema_(factor, rows, beta, weight):
+        return
     pieces = math.gcd(rows.shape[1], GRAM_PIECES)
     if d <= SMALL_GRAM and rows.shape[1] >= 16 * pieces > 16:
         rows = rows.reshape(B * pieces, -1, d)

@@ -10,6 +10,10 @@ for each variant and workload, on ``make data-algoperf-mini``'s data:
   rounding alone does to a run. Eigenvectors of a singular factor are arbitrary in its null space,
   so from the first refresh on it does much, and equal gradients are what a comparison needs.
 
+With ``--exported`` the submission is what ``make export-<variant>`` writes, in a folder of its own
+where neither the optimizers nor the submissions of our package can be imported: only the modules
+that start AlgoPerf's runner are copied beside it.
+
 What it measured goes to ``<out>/<variant>_<workload>.json`` and ``.csv`` (losses by step).
 """
 
@@ -41,6 +45,14 @@ SETTINGS = {  # global batch, seconds between evaluations
     "ogbg_minidata": ("32", "30"),
 }
 PYTHON = os.environ.get("ALGOPERF_PYTHON", sys.executable)
+PACKAGE = "algoperf_shampoo"
+STARTERS = (
+    "__init__.py",
+    "errors.py",
+    "harness/__init__.py",
+    "harness/spec.py",
+    "harness/algoperf",
+)
 
 
 class Case:
@@ -57,6 +69,32 @@ class Case:
             point["tau"] = args.tau
         (self.work / "space.json").write_text(json.dumps([point]))
         self.point = point
+        self.submission = f"submissions/{variant}/submission.py"
+        self.cwd, self.tool = ROOT, TOOL
+        if args.exported:
+            self._export()
+
+    def _export(self) -> None:
+        """Set the folder up in which the exported submission is alone."""
+        self.cwd = self.work / "alone"
+        command = ["scripts/export.py", f"--variant={self.variant}", f"--out={self.cwd}"]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        self.submission = f"external_tuning/{self.variant}/submission.py"
+        for name in STARTERS:
+            source, target = ROOT / PACKAGE / name, self.cwd / PACKAGE / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+        self.tool = Path(shutil.copy(TOOL, self.cwd))
+        for module in ("optim", "submission"):
+            code = f"import {PACKAGE}.{module}"
+            found = subprocess.run(
+                [PYTHON, "-c", code], cwd=self.cwd, env=self._environment(), capture_output=True
+            )
+            if b"ModuleNotFoundError" not in found.stderr:
+                raise RuntimeError(f"{PACKAGE}.{module} can be imported in {self.cwd}")
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.cwd)}
 
     def run(self, name: str, processes: int, **environment: str) -> int:
         """One launch of the runner into the folder of ``name``; its exit code."""
@@ -68,7 +106,7 @@ class Case:
         flags = {
             "framework": "pytorch",
             "workload": self.workload,
-            "submission_path": self.args.submission.format(variant=self.variant),
+            "submission_path": self.submission,
             "tuning_search_space": self.work / "space.json",
             "data_dir": data,
             "experiment_dir": self.work,
@@ -93,9 +131,15 @@ class Case:
         }
         with (self.work / f"{name}.log").open("a") as log:
             return subprocess.run(
-                [PYTHON, *start, str(TOOL), *(f"--{k}={v}" for k, v in flags.items()), *switches],
-                cwd=self.args.cwd,
-                env={**os.environ, "PYTHONPATH": self.args.pythonpath, **settings},
+                [
+                    PYTHON,
+                    *start,
+                    str(self.tool),
+                    *(f"--{k}={v}" for k, v in flags.items()),
+                    *switches,
+                ],
+                cwd=self.cwd,
+                env={**self._environment(), **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -153,6 +197,7 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
     result: dict[str, Any] = {
         "variant": variant,
         "workload": workload,
+        "submission": "exported, without the package" if args.exported else "in the package",
         "commit": _commit(),
         "point": case.point,
         "steps": args.steps,
@@ -240,10 +285,9 @@ def main() -> int:
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--prefix", default="", help="of the names of the files in --out")
-    parser.add_argument("--submission", default="submissions/{variant}/submission.py")
-    parser.add_argument("--cwd", default=str(ROOT))
-    parser.add_argument("--pythonpath", default=str(ROOT))
+    parser.add_argument("--exported", action="store_true", help="the submission as exported")
     args = parser.parse_args()
+    args.data, args.work, args.out = (p.resolve() for p in (args.data, args.work, args.out))
     failed = 0
     for workload in args.workloads.split(","):
         for variant in args.variants.split(","):

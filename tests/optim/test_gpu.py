@@ -6,7 +6,7 @@ import torch
 
 from algoperf_shampoo.optim import cusolver, eigensolvers, eshampoo
 from algoperf_shampoo.optim.eigensolvers import Solver
-from algoperf_shampoo.optim.linalg import relative_off_diagonal
+from algoperf_shampoo.optim.linalg import gram_ema_, relative_off_diagonal
 
 from .support import SETTINGS, VARIANTS, ReferenceParameter, bases_of, gradients, make
 
@@ -107,6 +107,30 @@ def test_criterion_against_float64(n, tau):
     torch.testing.assert_close(relative_off_diagonal(a, q).double(), exact, rtol=5e-3, atol=0)
 
 
+@pytest.mark.parametrize("mode", [0, 1])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 1000, 384), (40, 100, 70), (300, 9, 200), (120, 384, 1), (1, 1024, 9), (2, 9, 70001)],
+)
+def test_gram_against_float64(shape, mode):
+    """As accurate as a float32 product, whoever computes it, and symmetric to rounding."""
+    g = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn(shape, device="cuda", generator=g)
+    d = shape[1 + mode]
+    if d > 2000:
+        pytest.skip("no block is that large")
+    factor = torch.randn(shape[0], d, d, device="cuda", generator=g)
+    factor = factor @ factor.mT / d
+    wide = x.double()
+    product = wide @ wide.mT if mode == 0 else wide.mT @ wide
+    expected = 0.9 * factor.double() + 0.1 * product
+    gram_ema_(factor, x, mode, 0.9, 0.1)
+    error = torch.linalg.matrix_norm(factor - expected) / torch.linalg.matrix_norm(expected)
+    assert error.max() < 6e-7
+    scale = expected.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None]
+    assert ((factor - factor.mT).abs() / scale).max() < 1e-6
+
+
 @pytest.mark.parametrize("orthogonalization", eigensolvers.ORTHOGONALIZATIONS)
 @pytest.mark.parametrize("rank", [20, 384])
 def test_warm_start_ends_below_tau(orthogonalization, rank):
@@ -122,10 +146,32 @@ def test_warm_start_ends_below_tau(orthogonalization, rank):
     assert (q.mT @ q - torch.eye(384, device="cuda")).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("indices", [range(40), range(0, 40, 3)])
+def test_warm_start_in_lent_memory(indices):
+    """Within scratch and parked memory, in pieces; what was parked is back, others are untouched."""
+    a = factors(128, 40, 60).float()
+    old = torch.linalg.eigh(a + 0.02 * factors(128, 40, 128).float()).eigenvectors
+    q = old.clone()
+    scratch = torch.empty(300_000, device="cuda")
+    moments = torch.randn_like(scratch)
+    kept = moments.clone()
+    solver = Solver(method="warm", workspace_mib=1)
+    job = eigensolvers.Job(a, q, list(indices))
+    (result,) = solver.solve([job], 0.1, [scratch], [moments])
+    assert torch.equal(moments, kept)
+    rows = torch.tensor(job.indices, device="cuda")
+    others = [i for i in range(40) if i not in job.indices]
+    assert torch.equal(q[others], old[others])
+    assert relative_off_diagonal(a[rows], q[rows]).max() < 0.1
+    rayleigh = (q[rows] * (a[rows] @ q[rows])).sum(-2)
+    torch.testing.assert_close(result.values, rayleigh, rtol=1e-4, atol=1e-5)
+    assert (q[rows].mT @ q[rows] - torch.eye(128, device="cuda")).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recorded_steps_equal_direct_ones(variant):
     """To rounding: a recorded step multiplies by the learning rate before it adds."""
-    shapes = [(48, 32), (3,), (8, 4, 3, 3), (48, 32)]
+    shapes = [(48, 32), (3,), (8, 4, 3, 3), (48, 32), (60, 100), (2, 50, 49)]
     limits = {} if variant == "adamw" else {"max_preconditioner_dim": 48}
     results = []
     for recorded in (True, False):

@@ -1,0 +1,143 @@
+"""Gradients into the buffer and updates into parameters, on a GPU: one kernel each.
+
+A model has hundreds of parameters, and 200 small copies cost a host more time than they take on the
+device. Here a kernel reads where the parameters (or their gradients) are from a table of addresses
+on the device, which is uploaded anew only when one has moved, so that a step is one launch each way
+and writing the update, scaled and with weight decay, one pass over the parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blocking import Block
+
+TILE = 4096  # entries copied by one program
+
+
+@functools.cache
+def _kernels() -> Any:
+    """(gather, scatter), or None where Triton is missing."""
+    try:
+        import triton
+        from triton import language as tl
+    except ImportError:
+        return None
+
+    @triton.jit
+    def gather(addresses, pieces, tiles, buffer, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+        piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 6
+        k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
+        run = tl.load(piece + 3).to(tl.int32)
+        row = k // run
+        mask = k < tl.load(piece + 5)
+        source = tl.load(addresses + tl.load(piece)).to(tl.pointer_type(tl.float32))
+        source += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
+        tl.store(buffer + tl.load(piece + 2) + k, tl.load(source, mask=mask), mask=mask)
+
+    @triton.jit
+    def scatter(  # type: ignore[no-untyped-def]
+        addresses, pieces, tiles, buffer, lr_ptr, weight_decay, SIZE: tl.constexpr
+    ):
+        piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 6
+        k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
+        run = tl.load(piece + 3).to(tl.int32)
+        row = k // run
+        mask = k < tl.load(piece + 5)
+        to = tl.load(addresses + tl.load(piece)).to(tl.pointer_type(tl.float32))
+        to += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
+        lr = tl.load(lr_ptr)
+        u = tl.load(buffer + tl.load(piece + 2) + k, mask=mask)
+        p = tl.load(to, mask=mask)
+        tl.store(to, p * (1 - lr * weight_decay) - lr * u, mask=mask)
+
+    return gather, scatter
+
+
+def runs(block: Block) -> Iterable[tuple[int, int, int, int, int]]:
+    """A block as pieces of its parameter: (offset in the parameter, offset in the block, run,
+    stride, entries), each being runs of ``run`` consecutive entries every ``stride``."""
+    strides = [1] * len(block.merged)
+    for i in range(len(strides) - 2, -1, -1):
+        strides[i] = strides[i + 1] * block.merged[i + 1]
+    run, i = 1, len(block.shape) - 1
+    while i > 0 and block.shape[i] == block.merged[i]:  # whole dimensions at the end
+        run *= block.shape[i]
+        i -= 1
+    run *= block.shape[i]
+    rows = block.shape[i - 1] if i else 1
+    stride = strides[i - 1] if i else run
+    origin = sum(s * d for s, d in zip(block.start, strides, strict=True))
+    outer = itertools.product(*(range(d) for d in block.shape[: max(i - 1, 0)]))
+    for number, index in enumerate(outer):
+        offset = origin + sum(k * d for k, d in zip(index, strides, strict=False))
+        yield offset, number * rows * run, run, stride, rows * run
+
+
+class Transfer:
+    """The copies of one layout, all of whose parameters are contiguous float32 on one GPU.
+
+    blocks: (parameter, block, offset of the block in the buffer). Use :meth:`fits` first.
+    """
+
+    def __init__(self, blocks: Iterable[tuple[int, Block, int]], buffer: Tensor) -> None:
+        pieces: list[tuple[int, ...]] = []
+        tiles: list[tuple[int, int]] = []
+        for param, block, position in blocks:
+            for offset, inside, run, stride, entries in runs(block):
+                tiles += [(len(pieces), start) for start in range(0, entries, TILE)]
+                pieces.append((param, offset, position + inside, run, stride, entries))
+        self._buffer = buffer
+        self._pieces = torch.tensor(pieces, dtype=torch.int64, device=buffer.device)
+        self._tiles = torch.tensor(tiles, dtype=torch.int64, device=buffer.device)
+        self._tables: dict[str, tuple[list[int], Tensor]] = {}
+
+    @staticmethod
+    def fits(params: Sequence[Tensor]) -> bool:
+        """Whether the parameters are such that this class can serve."""
+        return _kernels() is not None and all(
+            p.is_cuda
+            and p.device == params[0].device
+            and p.dtype == torch.float32
+            and p.is_contiguous()
+            for p in params
+        )
+
+    def gather(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Copy contiguous gradients into the buffer; False, and nothing done, if one is not."""
+        if not all(g is not None and g.is_contiguous() for g in gradients):
+            return False
+        table = self._table("gradients", gradients)  # type: ignore[arg-type]
+        with torch.cuda.device(self._buffer.device):
+            _kernels()[0][(len(self._tiles),)](
+                table, self._pieces, self._tiles, self._buffer, SIZE=TILE
+            )
+        return True
+
+    def scatter(self, params: Sequence[Tensor], lr: Tensor, weight_decay: float) -> None:
+        """W <- W (1 - lr * weight_decay) - lr * U, U in the buffer, lr [] on the device."""
+        table = self._table("parameters", params)
+        with torch.cuda.device(self._buffer.device):
+            _kernels()[1][(len(self._tiles),)](
+                table, self._pieces, self._tiles, self._buffer, lr, weight_decay, SIZE=TILE
+            )
+
+    def _table(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        """The addresses on the device."""
+        addresses = [x.data_ptr() for x in tensors]
+        known = self._tables.get(name)
+        if known is not None and known[0] == addresses:
+            return known[1]
+        # From pinned memory, which its allocator keeps until the copy has run.
+        host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+        table = host.to(self._buffer.device) if known is None else known[1]
+        if known is not None:
+            table.copy_(host, non_blocking=True)
+        self._tables[name] = (addresses, table)
+        return table
