@@ -113,13 +113,13 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=6)
     parser.add_argument("--angle", type=float, default=0.002, help="radians a step")
     parser.add_argument("--meta", help="checkout of facebookresearch/optimizers")
-    parser.add_argument("--only", help="comma-separated parts of contenders' names")
+    parser.add_argument("--only", help="names of contenders, separated by ;")
     parser.add_argument("--json", help="where to write the record")
     args = parser.parse_args()
     device = torch.device(args.device)
     entries = []
     for name, build in adaptive_contenders(args.meta, args.tau).items():
-        if args.only and not any(part in name for part in args.only.split(",")):
+        if args.only and name not in args.only.split(";"):
             continue
         entries.append(measure(name, build, args.workload, args, device))
     rows = []

@@ -96,15 +96,14 @@ def main() -> None:
     )
     parser.add_argument("--meta", help="checkout of facebookresearch/optimizers")
     parser.add_argument("--soap", help="checkout of nikhilvyas/SOAP")
-    parser.add_argument("--only", help="comma-separated parts of contenders' names")
+    parser.add_argument("--only", help="names of contenders, separated by ;")
     parser.add_argument("--json", help="where to write the record")
     args = parser.parse_args()
     device = torch.device(args.device)
     F = args.frequency
     table_of = contenders(args.meta, args.soap)
     if args.only:
-        wanted = args.only.split(",")
-        table_of = {k: v for k, v in table_of.items() if any(w in k for w in wanted)}
+        table_of = {k: v for k, v in table_of.items() if k in args.only.split(";")}
     memory = {}
     if device.type == "cuda":
         memory = {n: peak_memory(b, args.workload, device, F) for n, b in table_of.items()}

@@ -18,6 +18,18 @@ from .blocking import Block
 from .transfer import Transfer
 
 GRADIENT = "gradient"
+ALIGNMENT = 64  # entries; what cuBLAS's and our kernels load at a time starts at a multiple
+
+
+@dataclass(frozen=True)
+class Lent:
+    """Flat memory that a refresh may work in.
+
+    The first ``free`` entries may be overwritten; the others' contents must be there afterwards.
+    """
+
+    memory: Tensor
+    free: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,11 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @property
+    def numel(self) -> int:
+        """Entries of a tensor [B, *shape]."""
+        return len(self) * math.prod(self.shape)
 
     @property
     def uniform(self) -> bool:
@@ -172,13 +189,14 @@ class Layout:
         ]
         self._cuts = [Cuts(blocks) for blocks in self.blocks]
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self.lent: list[Lent] = []
         self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
         self._transfer: Transfer | None = None
 
     def gather(self, present: Sequence[bool]) -> None:
         """Copy the gradients of the parameters that have one into ``stack.g`` of all stacks."""
         if not self._pieces:
-            self._allocate()
+            self._prepare()
         transfer = self._transfer if all(present) else None
         if transfer is not None and transfer.gather([p.grad for p in self.params]):
             return
@@ -247,23 +265,28 @@ class Layout:
         """The memory of a state tensor of all stacks: one flat tensor per dtype and device."""
         return [buffer for (key, _, _), buffer in self._buffers.items() if key == name]
 
-    def allocate(self, name: str) -> None:
-        """Zeros [B, *shape] as ``stack.state[name]`` of every stack (``stack.g`` for GRADIENT)."""
+    def allocate(self, names: Sequence[str]) -> None:
+        """Zeros [B, *shape] as ``stack.state[name]`` of every stack, and the gradient buffer.
+
+        All in one piece of memory, gradients first, that a refresh can work in
+        (:class:`Lent`).
+        """
         for dtype, device in {(stack.dtype, stack.device) for stack in self.stacks}:
             mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
-            sizes = [len(s) * math.prod(s.shape) for s in mine]
-            flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
-            self._buffers[name, dtype, device] = flat
-            for stack, part in zip(mine, flat.split(sizes), strict=True):
-                view = part.view(len(stack), *stack.shape)
-                if name == GRADIENT:
-                    stack.g = view
-                else:
-                    stack.state[name] = view
+            sizes = [-(-s.numel // ALIGNMENT) * ALIGNMENT for s in mine]
+            arena = torch.zeros((1 + len(names)) * sum(sizes), dtype=dtype, device=device)
+            self.lent.append(Lent(arena, sum(sizes)))
+            for name, flat in zip((GRADIENT, *names), arena.split(sum(sizes)), strict=True):
+                self._buffers[name, dtype, device] = flat
+                for stack, part in zip(mine, flat.split(sizes), strict=True):
+                    view = part[: stack.numel].view(len(stack), *stack.shape)
+                    if name == GRADIENT:
+                        stack.g = view
+                    else:
+                        stack.state[name] = view
 
-    def _allocate(self) -> None:
-        """The gradient buffer, and the views of it that are ever needed."""
-        self.allocate(GRADIENT)
+    def _prepare(self) -> None:
+        """The views of the gradient buffer that are ever needed."""
         self._pieces = [[torch.empty(0)] * len(blocks) for blocks in self.blocks]
         for stack in self.stacks:
             for row, member in enumerate(stack.members):

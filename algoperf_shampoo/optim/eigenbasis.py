@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .buckets import Stack
+from .buckets import Lent, Stack
 from .eigensolvers import Job, Result, Solver, put, take
 from .graphs import Run, direct
 from .linalg import largest_entry, relative_off_diagonal
@@ -125,8 +125,7 @@ def refresh(
     beta2: float,
     tau: float,
     solver: Solver,
-    scratch: Sequence[Tensor] = (),
-    park: Sequence[Tensor] = (),
+    lent: Sequence[Lent] = (),
     group: dist.ProcessGroup | None = None,
     run: Run = direct,
 ) -> bool:
@@ -136,8 +135,7 @@ def refresh(
         rows: id(stack) -> rows due now (t mod F = 0).
         group: with replicas in a process group, rank 0's decision is broadcast, so that replicas
             cannot part over rounding near the threshold.
-        scratch, park: see :meth:`.eigensolvers.Solver.solve`; scratch is overwritten if the result
-            is True.
+        lent: memory to work in; its free part is overwritten if the result is True.
         run: may record the check of all factors as a graph, see :mod:`.graphs`.
 
     Returns:
@@ -173,7 +171,7 @@ def refresh(
         return False
     for factor_set, job in jobs:
         _move(factor_set, job.indices, rule.leave)
-    results = solver.solve([job for _, job in jobs], tau, scratch, park)
+    results = solver.solve([job for _, job in jobs], tau, lent)
     for (factor_set, job), result in zip(jobs, results, strict=True):
         _finish(factor_set, job.indices, result, rule, beta2)
         _move(factor_set, job.indices, rule.enter)

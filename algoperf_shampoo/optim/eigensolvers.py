@@ -18,7 +18,6 @@ import contextlib
 import functools
 import logging
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import cusolver
+from .buckets import Lent
 from .warm import ORTHOGONALIZATIONS, sweep_
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ class Solver:
         orthogonalization: of "warm": "cholesky" (Cholesky-QR, twice) or "householder".
         max_iterations: of "warm"; what has not converged by then goes to "eigh".
         tolerance: of "warm" where tau = 0 (fixed frequency): Eq. 11 is brought below it.
-        workspace_mib: bound on the memory a refresh takes anew. cuSOLVER needs 3 to 5 times the
-            matrices it decomposes together, and takes as long for four of size 1024 as for sixteen,
+        workspace_mib: bound on the memory a refresh takes anew. cuSOLVER needs 4 to 6 times the
+            matrices it decomposes together, and takes as long for two of size 1024 as for sixteen,
             so the gradient buffer and the moments' memory serve as well, the moments standing
             aside on the host.
 
@@ -99,33 +99,28 @@ class Solver:
         self,
         jobs: Sequence[Job],
         tau: float,
-        scratch: Sequence[Tensor] = (),
-        park: Sequence[Tensor] = (),
+        lent: Sequence[Lent] = (),
     ) -> list[Result]:
         """Decompose all jobs' matrices, which must be symmetric, finite and not zero.
 
         Args:
             tau: threshold of Eq. 11.
-            scratch: flat tensors that may be overwritten, used as workspace.
-            park: flat tensors used likewise where that helps; their contents are kept on the host
-                meanwhile and are there again afterwards.
+            lent: memory to work in besides.
         """
         if self.method == "warm":
-            return self._warm(jobs, tau or self.tolerance, scratch, park)
+            return self._warm(jobs, tau or self.tolerance, lent)
         if jobs and jobs[0].factors.is_cuda and cusolver.available():
             _say_once("cuSOLVER XsyevBatched")
-            return _in_lanes(jobs, self.workspace_mib * 2**20, scratch, park)
+            return _in_lanes(jobs, self.workspace_mib * 2**20, lent)
         _say_once("torch.linalg.eigh")
         return [_direct_job(job, self.workspace_mib * 2**20) for job in jobs]
 
-    def _warm(
-        self, jobs: Sequence[Job], tau: float, scratch: Sequence[Tensor], park: Sequence[Tensor]
-    ) -> list[Result]:
+    def _warm(self, jobs: Sequence[Job], tau: float, lent: Sequence[Lent]) -> list[Result]:
         """Sweeps over all matrices that are left, one host read after each."""
         limit = self.workspace_mib * 2**20
         results = [_direct_job(j, limit) if j.n < WARM_MIN else _empty_result(j) for j in jobs]
         left = {k: list(range(len(j.indices))) for k, j in enumerate(jobs) if j.n >= WARM_MIN}
-        with _two_pieces([jobs[k] for k in left], limit, scratch, park) as pieces:
+        with _two_pieces([jobs[k] for k in left], limit, lent) as pieces:
             for _ in range(self.max_iterations):
                 if not left:
                     return results
@@ -197,12 +192,12 @@ def _empty_result(job: Job) -> Result:
 
 @contextlib.contextmanager
 def _two_pieces(
-    jobs: Sequence[Job], limit: int, scratch: Sequence[Tensor], park: Sequence[Tensor]
+    jobs: Sequence[Job], limit: int, lent: Sequence[Lent]
 ) -> Iterator[dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]]:
     """Per dtype and device two flat pieces of memory, each for two matrices at least.
 
     New memory within ``limit`` bytes where all matrices of a size fit there, or where it is more
-    than the buffers at hand; else those.
+    than what is lent; else that.
     """
     pieces, parked = {}, []
     for kind in {(job.factors.dtype, job.factors.device) for job in jobs}:
@@ -210,10 +205,11 @@ def _two_pieces(
         least = 2 * max(job.n**2 for job in mine)
         wanted = max(max(len(job.indices) * job.n**2 for job in mine), least)
         entries = max(least, limit // (2 * kind[0].itemsize))
-        at_hand = [x for x in (*scratch[:1], *park[:1]) if (x.dtype, x.device) == kind]
-        if wanted > entries and len(at_hand) == 2 and min(map(len, at_hand)) > entries:
-            parked.append(at_hand[1])
-            pieces[kind] = at_hand[0], at_hand[1]
+        known = [x for x in lent if (x.memory.dtype, x.memory.device) == kind and x.memory.is_cuda]
+        if wanted > entries and known and len(known[0].memory) // 2 > entries:
+            half = min(wanted, len(known[0].memory) // 2)
+            pieces[kind] = known[0].memory[:half], known[0].memory[half : 2 * half]
+            parked.append(known[0].memory[known[0].free : 2 * half])
         else:
             size = min(wanted, entries)
             empty = mine[0].factors.new_empty
@@ -320,13 +316,12 @@ def _mend(a: Tensor, values: Tensor, vectors: Tensor, converged: list[bool]) -> 
             converged[p] = ok
 
 
-def _in_lanes(
-    jobs: Sequence[Job], workspace_bytes: int, scratch: Sequence[Tensor], park: Sequence[Tensor]
-) -> list[Result]:
-    """All jobs by cuSOLVER, in batches that fit the workspaces, several batches at a time.
+def _in_lanes(jobs: Sequence[Job], workspace_bytes: int, lent: Sequence[Lent]) -> list[Result]:
+    """All jobs by cuSOLVER, in batches that fit the memory, several batches at a time.
 
-    A batch is thousands of short kernels one after the other, so batches on several streams overlap
-    almost perfectly. Each stream ("lane") has a workspace, and a thread that launches.
+    A batch is thousands of short kernels one after the other, so batches on two streams overlap
+    almost perfectly. Each stream ("lane") has a piece of memory, and a thread that launches: what
+    is lent takes the largest batches, a workspace of its own what does not pay in batches.
     """
     device = jobs[0].factors.device
     least = max(_bytes_per_matrix(job) for job in jobs)
@@ -334,28 +329,42 @@ def _in_lanes(
     # The cuBLAS workspace is idle meanwhile; it is made anew when it is needed.
     torch._C._cuda_clearCublasWorkspaces()
     own = torch.empty(max(least, min(workspace_bytes, wanted)), dtype=torch.uint8, device=device)
-    lanes = [own, *(flat for x in scratch if (flat := x.view(torch.uint8)).numel() >= least)]
-    lanes = lanes[: len(_streams(device.index))]
-    spare = len(_streams(device.index)) - len(lanes)
-    parked = [x for x in park if x.numel() * x.element_size() >= least][:spare]
-    if wanted <= sum(lane.numel() for lane in lanes):
-        parked = []  # there is room enough without
+    lanes, parked = [own], []
+    for x in lent[: len(_streams(device.index)) - 1]:
+        # Without parking, if all fits there.
+        free = wanted <= own.numel() + x.free * x.memory.element_size()
+        lane = (x.memory[: x.free] if free else x.memory).view(torch.uint8)
+        if x.memory.device == device and lane.numel() >= least:
+            lanes.append(lane)
+            parked += [] if free else [x.memory[x.free :]]
+    largest = max(lane.numel() for lane in lanes)
     results = [_empty_result(job) for job in jobs]
-    todo = deque(sorted(enumerate(jobs), key=lambda x: -x[1].factors.shape[-1]))
-    position = dict.fromkeys(range(len(jobs)), 0)
+    order = sorted(range(len(jobs)), key=lambda k: -jobs[k].n)
+    position = dict.fromkeys(order, 0)
     lock = threading.Lock()
 
     def next_batch(room: int) -> tuple[int, int, Job] | None:
         """(number of the job, position in it, as many of its matrices as fit)."""
         with lock:
-            if not todo:
+            choice = None
+            for number in order:
+                job, start = jobs[number], position[number]
+                left = len(job.indices) - start
+                count = min(left, max(1, room // _bytes_per_matrix(job)))
+                alone = cusolver.better_alone(job.n, count)
+                if left and choice is None:
+                    choice = number, start, 1 if alone else count
+                    if room < largest:
+                        break
+                if left and not alone:  # the largest lane looks for a batch first
+                    choice = number, start, count
+                    break
+            if choice is None:
                 return None
-            number, job = todo[0]
-            start = position[number]
-            part = job.indices[start : start + max(1, room // _bytes_per_matrix(job))]
-            position[number] = start + len(part)
-            if position[number] == len(job.indices):
-                todo.popleft()
+            number, start, count = choice
+            position[number] = start + count
+            job = jobs[number]
+            part = job.indices[start : start + count]
             return number, start, Job(job.factors, job.operators, part)
 
     errors: list[BaseException] = []
@@ -375,7 +384,6 @@ def _in_lanes(
             errors.append(error)
 
     with _parked(parked):
-        lanes += [x.view(torch.uint8) for x in parked]
         pairs = list(zip(lanes, _streams(device.index), strict=False))
         threads = [threading.Thread(target=work, args=pair) for pair in pairs]
         for thread in threads:
@@ -408,14 +416,21 @@ def _parked(tensors: Sequence[Tensor]) -> Iterator[None]:
             x.copy_(host, non_blocking=True)
 
 
-@functools.cache
+_PINNED: dict[tuple[int, torch.dtype], Tensor] = {}
+
+
 def _pinned(number: int, numel: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(numel, dtype=dtype, pin_memory=True)
+    """Pinned host memory, kept for the next refresh: pinning takes longer than copying."""
+    known = _PINNED.get((number, dtype))
+    if known is None or known.numel() < numel:
+        known = torch.empty(numel, dtype=dtype, pin_memory=True)
+        _PINNED[number, dtype] = known
+    return known[:numel]
 
 
 @functools.cache
 def _streams(device: int) -> list[torch.cuda.Stream]:
-    return [torch.cuda.Stream(device) for _ in range(4)]
+    return [torch.cuda.Stream(device) for _ in range(3)]
 
 
 @functools.cache

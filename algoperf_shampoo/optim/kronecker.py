@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import state
 from .blocking import Block, cut
-from .buckets import GRADIENT, Layout, Stack
+from .buckets import Layout, Stack
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .eigensolvers import Solver
 from .graphs import Recorder, Run, direct, each_stack
@@ -113,8 +113,7 @@ class Kronecker(torch.optim.Optimizer):
         layout = Layout(group["params"], self._blocks)
         rules = [(stack, self._rule_for(stack.shape)) for stack in layout.stacks]
         sets = build_factor_sets([stack for stack, rule in rules if rule.has_factors])
-        for name in self.rule.moments:
-            layout.allocate(name)
+        layout.allocate(self.rule.moments)
         cuda = all(
             s.device.type == "cuda" and s.dtype == layout.stacks[0].dtype for s in layout.stacks
         )
@@ -221,8 +220,7 @@ class Kronecker(torch.optim.Optimizer):
             h.beta2,
             self.tau,
             self.solver,
-            group.layout.flat(GRADIENT),
-            [x for name in group.rule.moments for x in group.layout.flat(name)],
+            group.layout.lent,
             self.process_group,
             run,
         )

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from algoperf_shampoo.optim import cusolver, eigensolvers, eshampoo
+from algoperf_shampoo.optim.buckets import Lent
 from algoperf_shampoo.optim.eigensolvers import Solver
 from algoperf_shampoo.optim.linalg import gram_ema_, relative_off_diagonal
 
@@ -71,12 +72,12 @@ def test_back_ends_against_float64(n, dtype, method):
     else:  # as a refresh does: several batches in two lanes, in place or through copies
         indices = list(range(8)) if method == "lanes" else [0, 1, 3, 4, 6, 7]
         operators = torch.zeros_like(a)
-        scratch = torch.empty(20 * 2**20 // a.element_size(), dtype=dtype, device="cuda")
         job = eigensolvers.Job(a, operators, indices)
-        moments = torch.randn_like(scratch)
-        kept = moments.clone()
-        (result,) = Solver(workspace_mib=20).solve([job], 0.0, [scratch], [moments])
-        assert torch.equal(moments, kept)
+        memory = torch.randn(40 * 2**20 // a.element_size(), dtype=dtype, device="cuda")
+        kept = memory[len(memory) // 2 :].clone()
+        lent = Lent(memory, len(memory) // 2)
+        (result,) = Solver(workspace_mib=20).solve([job], 0.0, [lent])
+        assert torch.equal(memory[len(memory) // 2 :], kept)
         rows = torch.tensor(indices, device="cuda")
         assert not operators[[i for i in range(8) if i not in indices]].any()
         a, truth = a[rows], truth[indices]
@@ -148,17 +149,16 @@ def test_warm_start_ends_below_tau(orthogonalization, rank):
 
 @pytest.mark.parametrize("indices", [range(40), range(0, 40, 3)])
 def test_warm_start_in_lent_memory(indices):
-    """Within scratch and parked memory, in pieces; what was parked is back, others are untouched."""
+    """Within lent memory, in pieces; what was parked is back, and others are untouched."""
     a = factors(128, 40, 60).float()
     old = torch.linalg.eigh(a + 0.02 * factors(128, 40, 128).float()).eigenvectors
     q = old.clone()
-    scratch = torch.empty(300_000, device="cuda")
-    moments = torch.randn_like(scratch)
-    kept = moments.clone()
+    memory = torch.randn(600_000, device="cuda")
+    kept = memory[200_000:].clone()
     solver = Solver(method="warm", workspace_mib=1)
     job = eigensolvers.Job(a, q, list(indices))
-    (result,) = solver.solve([job], 0.1, [scratch], [moments])
-    assert torch.equal(moments, kept)
+    (result,) = solver.solve([job], 0.1, [Lent(memory, 200_000)])
+    assert torch.equal(memory[200_000:], kept)
     rows = torch.tensor(job.indices, device="cuda")
     others = [i for i in range(40) if i not in job.indices]
     assert torch.equal(q[others], old[others])
