@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from gradients import TurningGradients
 from measure import machine, seconds, spread, table, write
-from peers import contenders
+from peers import BLOCKS, contenders
 
 from algoperf_shampoo.harness import prng
 from algoperf_shampoo.optim import cusolver
@@ -40,7 +40,7 @@ def floor(params: list[torch.nn.Parameter]) -> dict[str, float]:
     """
     flop = byte = 0.0
     for p in params:
-        for block in cut(tuple(p.shape), 1024):
+        for block in cut(tuple(p.shape), BLOCKS["max_preconditioner_dim"]):
             flop += 3 * sum(2 * d * block.numel for d in block.shape)
             byte += 4 * (7 * block.numel + 3 * sum(d * d for d in block.shape))
     return {"gflop": flop / 1e9, "mbyte": byte / 1e6}
@@ -52,7 +52,7 @@ def eigen_floor(params: list[torch.nn.Parameter], device: torch.device) -> float
         return None
     sizes: dict[int, int] = {}
     for p in params:
-        for block in cut(tuple(p.shape), 1024):
+        for block in cut(tuple(p.shape), BLOCKS["max_preconditioner_dim"]):
             for d in block.shape:
                 if block.shape != (1,):
                     sizes[d] = sizes.get(d, 0) + 1
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=4, help="refreshes timed; the first is warm-up"
     )
+    parser.add_argument("--max-dim", type=int, default=1024, help="largest dimension of a block")
     parser.add_argument("--meta", help="checkout of facebookresearch/optimizers")
     parser.add_argument("--soap", help="checkout of nikhilvyas/SOAP")
     parser.add_argument("--only", help="names of contenders, separated by ;")
@@ -101,6 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     F = args.frequency
+    BLOCKS["max_preconditioner_dim"] = args.max_dim
     table_of = contenders(args.meta, args.soap)
     if args.only:
         table_of = {k: v for k, v in table_of.items() if k in args.only.split(";")}
@@ -131,6 +133,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "machine": machine(device),
         "workload": args.workload,
+        "max_dim": args.max_dim,
         "tensors": len(first),
         "parameters": sum(p.numel() for p in first),
         "floor": {**limits, "eigen_kernels_ms": eigen},

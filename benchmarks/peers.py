@@ -19,13 +19,16 @@ from algoperf_shampoo.optim.eigensolvers import Solver
 # The paper's point, as far as all contenders know it.
 POINT: dict[str, Any] = dict(lr=1.4e-3, betas=(0.9747, 0.9749), weight_decay=2e-4)
 
+# Largest dimension of a block, of all contenders that cut parameters into blocks.
+BLOCKS = {"max_preconditioner_dim": 1024}
+
 Build = Callable[[list[torch.nn.Parameter], int], torch.optim.Optimizer]
 
 
 def ours(**settings: Any) -> Build:
     """EShampoo with the paper's point and ``settings``."""
     fixed = {**POINT, "nadam": True, **settings}
-    return lambda params, F: eshampoo(params, precondition_frequency=F, **fixed)
+    return lambda params, F: eshampoo(params, precondition_frequency=F, **BLOCKS, **fixed)
 
 
 def _check_only(params: list[torch.nn.Parameter], F: int) -> torch.optim.Optimizer:
@@ -57,7 +60,7 @@ def contenders(meta: str | None, soap: str | None) -> dict[str, Build]:
         "ours, fp32, 1-D by Adam": ours(one_dim="adam"),
         "ours, fp32, check only": _check_only,
         "our Shampoo + grafting, fp32": lambda p, F: shampoo_grafting(
-            p, precondition_frequency=F, nadam=True, **POINT
+            p, precondition_frequency=F, nadam=True, **BLOCKS, **POINT
         ),
         "torch AdamW": lambda p, F: torch.optim.AdamW(p, **POINT, fused=p[0].is_cuda or None),
     }
@@ -80,7 +83,7 @@ def _meta_with(module: Any, config: Any) -> Build:
             params,
             **POINT,
             epsilon=1e-8,
-            max_preconditioner_dim=1024,
+            **BLOCKS,
             precondition_frequency=F,
             grafting_config=None,
             preconditioner_config=config,

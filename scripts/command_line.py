@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ def run(main: Callable[[], int]) -> None:
             return main()
         except UserError as error:
             return _fail(error)
+        except BrokenPipeError:  # `make table1 | head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # as a shell reports SIGPIPE
 
     logging.set_verbosity(logging.WARNING)  # a run prints its own progress
     app.run(guarded, flags_parser=_parse)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -15,6 +17,22 @@ MATMUL_PRECISIONS = {
 }
 
 
+@functools.cache
+def _switch() -> tuple[Any, str, dict[str, Any]] | None:
+    """(object, attribute, its value per setting) of torch's switch; None where there is none."""
+    newer: dict[str, Any] = dict(MATMUL_PRECISIONS)
+    if not torch.cuda.is_available():
+        # The CPU has a switch too (mkldnn may use bfloat16 under "medium"); always full precision.
+        backend = getattr(torch.backends.mkldnn, "matmul", None)
+        if not hasattr(backend, "fp32_precision"):
+            return None
+        return backend, "fp32_precision", dict.fromkeys(newer, "ieee")
+    backend = torch.backends.cuda.matmul
+    if hasattr(backend, "fp32_precision"):
+        return backend, "fp32_precision", newer
+    return backend, "allow_tf32", {name: value == "tf32" for name, value in newer.items()}
+
+
 @contextlib.contextmanager
 def matmul_precision(setting: str) -> Iterator[None]:
     """Compute float32 matrix products inside the block at ``setting`` of MATMUL_PRECISIONS.
@@ -23,30 +41,17 @@ def matmul_precision(setting: str) -> Iterator[None]:
     switch per back end (`fp32_precision`), earlier versions `allow_tf32`; mixing the two raises
     there, so the newer is used where it exists.
     """
-    wanted = MATMUL_PRECISIONS[setting]
-    if not torch.cuda.is_available():
-        # The CPU has one switch too (mkldnn may use bfloat16 under "medium"); same treatment.
-        backend = torch.backends.mkldnn.matmul if hasattr(torch.backends.mkldnn, "matmul") else None
-        wanted = "ieee"
-    else:
-        backend = torch.backends.cuda.matmul
-    if backend is None:
+    switch = _switch()
+    if switch is None:
         yield
-    elif hasattr(backend, "fp32_precision"):
-        before = backend.fp32_precision
-        if before == wanted:
-            yield
-            return
-        backend.fp32_precision = wanted
-        try:
-            yield
-        finally:
-            backend.fp32_precision = before
-    else:
-        legacy = torch.backends.cuda.matmul
-        allowed = legacy.allow_tf32
-        legacy.allow_tf32 = wanted == "tf32"
-        try:
-            yield
-        finally:
-            legacy.allow_tf32 = allowed
+        return
+    backend, attribute, values = switch
+    before = getattr(backend, attribute)
+    if before == values[setting]:
+        yield
+        return
+    setattr(backend, attribute, values[setting])
+    try:
+        yield
+    finally:
+        setattr(backend, attribute, before)
