@@ -112,9 +112,9 @@ SMALL_MODEL = 2**24  # entries of all stacks
 
 def each_stack(work: Callable[[Stack, Rule], None], stacks: Sequence[tuple[Stack, Rule]]) -> None:
     """work(stack, rule) for all stacks, as parallel branches where a graph is being recorded."""
-    small = sum(stack.g.numel() for stack, _ in stacks) <= SMALL_MODEL
     recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if not (small and recording and len(stacks) > 1):
+    entries = sum(stack.numel for stack, _ in stacks) if recording else 0
+    if not recording or entries > SMALL_MODEL or len(stacks) < 2:
         for stack, rule in stacks:
             work(stack, rule)
         return
@@ -134,4 +134,4 @@ def each_stack(work: Callable[[Stack, Rule], None], stacks: Sequence[tuple[Stack
 
 def _cost(stack: Stack) -> float:
     """In operations, with a constant for a kernel's least duration."""
-    return stack.g.numel() * float(sum(stack.shape)) + 1e8
+    return stack.numel * float(sum(stack.shape)) + 1e8

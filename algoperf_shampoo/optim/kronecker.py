@@ -18,7 +18,7 @@ from .buckets import Layout, Stack
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .eigensolvers import Solver
 from .graphs import Recorder, Run, direct, each_stack
-from .precision import MATMUL_PRECISIONS
+from .precision import MATMUL_PRECISIONS, matmul_precision
 from .preconditioners import Adam, EShampoo, GraftedShampoo, Hyper, Rule
 
 
@@ -183,7 +183,9 @@ class Kronecker(torch.optim.Optimizer):
             rule.accumulate(part, part.g, h)
             _write_back(stack, rows[id(stack)], part)
 
-        each_stack(accumulate, [(s, r) for s, r in group.rules if r.has_factors and rows[id(s)]])
+        with matmul_precision("highest"):
+            here = [(s, r) for s, r in group.rules if r.has_factors and rows[id(s)]]
+            each_stack(accumulate, here)
 
     def _update(
         self, group: Group, rows: dict[int, list[int]], present: list[bool], h: Hyper
@@ -199,7 +201,8 @@ class Kronecker(torch.optim.Optimizer):
             rule.update(part, part.g, here)
             _write_back(stack, rows[id(stack)], part)
 
-        each_stack(update, [(s, r) for s, r in group.rules if rows[id(s)]])
+        with matmul_precision(h.matmul_precision):
+            each_stack(update, [(s, r) for s, r in group.rules if rows[id(s)]])
         group.layout.apply(present, h.lr, h.weight_decay)
 
     def _refresh(

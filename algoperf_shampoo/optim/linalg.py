@@ -27,7 +27,8 @@ def rotate(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
     """
     shape = x.shape
     for q in bases:
-        x = x.reshape(shape[0], q.shape[-1], -1).mT @ q  # [B, rest, d_i]
+        # bmm: what @ does before it calls it takes longer than a small product.
+        x = torch.bmm(x.reshape(shape[0], q.shape[-1], -1).mT, q)  # [B, rest, d_i]
     return x.reshape(shape)
 
 
@@ -38,11 +39,11 @@ def rotate_back(x: Tensor, bases: Sequence[Tensor], out: Tensor | None = None) -
     """
     shape = x.shape
     for q in bases[:-1]:
-        x = x.reshape(shape[0], q.shape[-1], -1).mT @ q.mT
+        x = torch.bmm(x.reshape(shape[0], q.shape[-1], -1).mT, q.mT)
     q = bases[-1]
     x = x.reshape(shape[0], q.shape[-1], -1).mT
     if out is None:
-        return (x @ q.mT).reshape(shape)
+        return torch.bmm(x, q.mT).reshape(shape)
     torch.bmm(x, q.mT, out=out.view(shape[0], -1, q.shape[-1]))
     return out
 
@@ -73,8 +74,8 @@ def gram_ema_(factor: Tensor, x: Tensor, mode: int, beta: float, weight: float) 
         rows = x.movedim(mode + 1, 1).reshape(B, d, -1).mT
     if fused.gram_ema_(factor, rows, beta, weight):
         return
-    pieces = math.gcd(rows.shape[1], GRAM_PIECES)
-    if d <= SMALL_GRAM and rows.shape[1] >= 16 * pieces > 16:
+    pieces = math.gcd(rows.shape[1], GRAM_PIECES) if d <= SMALL_GRAM else 1
+    if pieces > 1 and rows.shape[1] >= 16 * pieces:
         rows = rows.reshape(B * pieces, -1, d)
         partial = (rows.mT @ rows).view(B, pieces, d, d).sum(1)
         factor.mul_(beta).add_(partial, alpha=weight)

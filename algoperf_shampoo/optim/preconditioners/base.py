@@ -1,11 +1,11 @@
 """What a preconditioner rule is: a few pure functions on a stack of blocks.
 
 The step loop (:mod:`algoperf_shampoo.optim.kronecker`) owns everything rules share: gathering
-gradients, deciding when to refresh, decomposing factors, weight decay, writing parameters. A rule
-says which statistics it keeps and how they turn a gradient into an update direction. The interface
-is wide enough for the relatives as well: SOAP and KL-Shampoo update their statistics after the
-parameters (``statistics_first = False``), and keep moments in the rotated basis, which
-:meth:`Rule.leave` and :meth:`Rule.enter` move when the basis changes.
+gradients, the precision of products, deciding when to refresh, decomposing factors, weight decay,
+writing parameters. A rule says which statistics it keeps and how they turn a gradient into an
+update direction. The interface is wide enough for the relatives as well: SOAP and KL-Shampoo update
+their statistics after the parameters (``statistics_first = False``), and keep moments in the
+rotated basis, which :meth:`Rule.leave` and :meth:`Rule.enter` move when the basis changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..buckets import Stack
 from ..linalg import gram_ema_
-from ..precision import matmul_precision
 
 
 class Hyper(NamedTuple):
@@ -29,7 +28,7 @@ class Hyper(NamedTuple):
     eps: float  # epsilon
     weight_decay: float  # lambda
     nadam: bool  # numerator beta1 M + (1 - beta1) G instead of M
-    matmul_precision: str  # of the rotations; Grams are always "highest"
+    matmul_precision: str  # of the products of `update`; `accumulate` runs at "highest"
     c1: float | Tensor = 1.0  # 1 - beta1^t: a number, or a tensor [] or [B, 1, ..., 1]
     c2: float | Tensor = 1.0  # 1 - beta2^t
 
@@ -44,9 +43,8 @@ class Rule(ABC):
 
     def accumulate(self, stack: Stack, g: Tensor, h: Hyper) -> None:
         """Update ``stack.factors`` with gradients g [B, *shape]: Eq. 15 unless overridden."""
-        with matmul_precision("highest"):
-            for mode, factor in enumerate(stack.factors):
-                gram_ema_(factor, g, mode, h.beta2, 1 - h.beta2)
+        for mode, factor in enumerate(stack.factors):
+            gram_ema_(factor, g, mode, h.beta2, 1 - h.beta2)
 
     @abstractmethod
     def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:

@@ -29,10 +29,9 @@ class EShampoo(Rule):
         if not any(stack.ready):
             adam_(g, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)
             return
-        with matmul_precision(h.matmul_precision):
-            x = rotate(g, stack.operators)
-            adam_(x, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)
-            rotate_back(x, stack.operators, out=g)
+        x = rotate(g, stack.operators)
+        adam_(x, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)
+        rotate_back(x, stack.operators, out=g)
 
     def leave(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:
         """M leaves the old basis; D stays where it is, by index (Algorithm 2; D.2 finds that

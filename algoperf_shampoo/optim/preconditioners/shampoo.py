@@ -47,9 +47,8 @@ class GraftedShampoo(Rule):
             return
         # The bias correction of M scales S alone, and the norm takes it out again.
         numerator = gradient.lerp_(m, h.beta1) if h.nadam else m
-        with matmul_precision(h.matmul_precision):
-            # Roots are symmetric: `rotate`, by the transpose, applies them as they are.
-            s = rotate(numerator, stack.operators)
+        # Roots are symmetric: `rotate`, by the transpose, applies them as they are.
+        s = rotate(numerator, stack.operators)
         dims = tuple(range(1, s.ndim))
         norm = torch.linalg.vector_norm
         s.mul_(norm(g, dim=dims, keepdim=True) / (norm(s, dim=dims, keepdim=True) + 1e-16))
