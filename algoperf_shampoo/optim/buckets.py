@@ -66,6 +66,7 @@ class Stack:
     operators: list[Tensor] = field(default_factory=list)
     ready: list[bool] = field(default_factory=list)
     g: Tensor = field(default_factory=lambda: torch.empty(0))
+    _ready_rows: tuple[list[bool], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -110,6 +111,14 @@ class Stack:
         values = torch.tensor([1 - beta**t for t in self.steps], dtype=torch.float64)
         shape = [len(self)] + [1] * len(self.shape)
         return values.to(self.dtype).to(self.device, non_blocking=True).reshape(shape)
+
+    def ready_rows(self) -> Tensor:
+        """Indices of the rows that are ready; made on the device when they change, not before, so
+        that a step that is recorded as a graph finds it made."""
+        if self._ready_rows is None or self._ready_rows[0] != self.ready:
+            rows = [r for r, ready in enumerate(self.ready) if ready]
+            self._ready_rows = list(self.ready), torch.tensor(rows, device=self.device)
+        return self._ready_rows[1]
 
     def select(self, rows: Sequence[int]) -> Stack:
         """A stack of copies of some rows; :meth:`put` writes them back."""
@@ -225,9 +234,12 @@ class Layout:
 
         lr: a number, or a tensor [] on the device if all are present.
         """
-        contiguous = all(p.is_contiguous() for p in self.params)
-        if isinstance(lr, Tensor) and self._transfer is not None and contiguous:
-            self._transfer.scatter(self.params, lr, weight_decay)
+        transfer = self._transfer
+        if (
+            isinstance(lr, Tensor)
+            and transfer is not None
+            and transfer.scatter(self.params, lr, weight_decay)
+        ):
             return
         if weight_decay != 0:
             decayed = [p for p, here in zip(self.params, present, strict=True) if here]

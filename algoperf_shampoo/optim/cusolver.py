@@ -112,6 +112,18 @@ def better_alone(n: int, count: int) -> bool:
     return n > 256 and count < 8
 
 
+def milliseconds(n: int, count: int) -> float:
+    """About how long :func:`enqueue_eigh_` takes on an H200. Only for planning: see
+    :mod:`.lanes`."""
+    if count == 1:
+        return 0.0104 * n
+    if better_alone(n, count):
+        return 0.0104 * n * count
+    if n <= 256:
+        return 0.011 * n
+    return 27.0 if n <= 512 else 52.0 if n <= 768 else 77.0
+
+
 def workspace(n: int, dtype: torch.dtype, device: torch.device, count: int) -> Tensor:
     """A workspace from torch's allocator, so that it is counted and reused."""
     size = workspace_bytes(n, dtype, device, count)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import cusolver
 from .buckets import Lent
+from .lanes import Batch, Task, plan
 from .warm import ORTHOGONALIZATIONS, sweep_
 
 log = logging.getLogger(__name__)
@@ -207,7 +208,8 @@ def _two_pieces(
         entries = max(least, limit // (2 * kind[0].itemsize))
         known = [x for x in lent if (x.memory.dtype, x.memory.device) == kind and x.memory.is_cuda]
         if wanted > entries and known and len(known[0].memory) // 2 > entries:
-            half = min(wanted, len(known[0].memory) // 2)
+            # A multiple of 64 entries: cuSOLVER's workspace wants to be aligned.
+            half = min(-(-wanted // 64), len(known[0].memory) // 128) * 64
             pieces[kind] = known[0].memory[:half], known[0].memory[half : 2 * half]
             parked.append(known[0].memory[known[0].free : 2 * half])
         else:
@@ -240,6 +242,8 @@ def exact(a: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
     """Eigenvalues [N, n], vectors [N, n, n] and who converged, of a few matrices of one size."""
     scaled, scale = _scaled(a)
     values, vectors, converged = _exact_scaled(scaled)
+    if not all(converged):  # from `a` again: cuSOLVER works in place
+        _mend(_scaled(a)[0], values, vectors, converged)
     return values * scale[:, None], vectors, converged
 
 
@@ -247,7 +251,6 @@ def _exact_scaled(a: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
     if a.is_cuda and cusolver.available():
         workspace = cusolver.workspace(a.shape[-1], a.dtype, a.device, len(a))
         values, converged = cusolver.eigh_(a, workspace)
-        _mend(a, values, a, converged)
         return values, a, converged
     try:
         values, vectors = torch.linalg.eigh(a)
@@ -337,58 +340,36 @@ def _in_lanes(jobs: Sequence[Job], workspace_bytes: int, lent: Sequence[Lent]) -
         if x.memory.device == device and lane.numel() >= least:
             lanes.append(lane)
             parked += [] if free else [x.memory[x.free :]]
-    largest = max(lane.numel() for lane in lanes)
     results = [_empty_result(job) for job in jobs]
-    order = sorted(range(len(jobs)), key=lambda k: -jobs[k].n)
-    position = dict.fromkeys(order, 0)
-    lock = threading.Lock()
-
-    def next_batch(room: int) -> tuple[int, int, Job] | None:
-        """(number of the job, position in it, as many of its matrices as fit)."""
-        with lock:
-            choice = None
-            for number in order:
-                job, start = jobs[number], position[number]
-                left = len(job.indices) - start
-                count = min(left, max(1, room // _bytes_per_matrix(job)))
-                alone = cusolver.better_alone(job.n, count)
-                if left and choice is None:
-                    choice = number, start, 1 if alone else count
-                    if room < largest:
-                        break
-                if left and not alone:  # the largest lane looks for a batch first
-                    choice = number, start, count
-                    break
-            if choice is None:
-                return None
-            number, start, count = choice
-            position[number] = start + count
-            job = jobs[number]
-            part = job.indices[start : start + count]
-            return number, start, Job(job.factors, job.operators, part)
-
+    tasks = [Task(job.n, len(job.indices), _bytes_per_matrix(job)) for job in jobs]
+    batches = plan(tasks, [lane.numel() for lane in lanes])
     errors: list[BaseException] = []
     caller = torch.cuda.current_stream(device)
 
-    def work(lane: Tensor, stream: torch.cuda.Stream) -> None:
+    def work(lane: Tensor, mine: list[Batch], stream: torch.cuda.Stream) -> None:
         try:
             with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
                 stream.wait_stream(caller)
-                while not errors and (batch := next_batch(lane.numel())) is not None:
-                    number, start, piece = batch
-                    done = _cusolver_job(piece, lane)
-                    stop = start + len(piece.indices)
-                    results[number].values[start:stop] = done.values
-                    results[number].converged[start:stop] = done.converged
-        except RuntimeError as error:
+                for batch in mine:
+                    if errors:
+                        return
+                    job, result = jobs[batch.task], results[batch.task]
+                    part = slice(batch.start, batch.start + batch.count)
+                    done = _cusolver_job(Job(job.factors, job.operators, job.indices[part]), lane)
+                    result.values[part] = done.values
+                    result.converged[part] = done.converged
+        except BaseException as error:  # raised again by the caller
             errors.append(error)
 
     with _parked(parked):
-        pairs = list(zip(lanes, _streams(device.index), strict=False))
-        threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+        streams = _streams(device.index)[: len(lanes)]
+        threads = [
+            threading.Thread(target=work, args=arguments)
+            for arguments in zip(lanes, batches, streams, strict=True)
+        ]
         for thread in threads:
             thread.start()
-        for thread, (_, stream) in zip(threads, pairs, strict=True):
+        for thread, stream in zip(threads, streams, strict=True):
             thread.join()
             caller.wait_stream(stream)
     if errors:
@@ -406,7 +387,7 @@ def _bytes_per_matrix(job: Job) -> int:
 @contextlib.contextmanager
 def _parked(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Tensors' contents stand aside in (pinned) host memory while their memory serves otherwise."""
-    hosts = [_pinned(i, x.numel(), x.dtype) for i, x in enumerate(tensors)]
+    hosts = [_pinned(i, x) for i, x in enumerate(tensors)]
     for host, x in zip(hosts, tensors, strict=True):
         host.copy_(x, non_blocking=True)
     try:
@@ -416,16 +397,16 @@ def _parked(tensors: Sequence[Tensor]) -> Iterator[None]:
             x.copy_(host, non_blocking=True)
 
 
-_PINNED: dict[tuple[int, torch.dtype], Tensor] = {}
+_PINNED: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 
-def _pinned(number: int, numel: int, dtype: torch.dtype) -> Tensor:
-    """Pinned host memory, kept for the next refresh: pinning takes longer than copying."""
-    known = _PINNED.get((number, dtype))
-    if known is None or known.numel() < numel:
-        known = torch.empty(numel, dtype=dtype, pin_memory=True)
-        _PINNED[number, dtype] = known
-    return known[:numel]
+def _pinned(number: int, x: Tensor) -> Tensor:
+    """Pinned host memory like x, kept for the next refresh: pinning takes longer than copying."""
+    key = number, x.dtype, x.device
+    known = _PINNED.get(key)
+    if known is None or known.numel() < x.numel():
+        known = _PINNED[key] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+    return known[: x.numel()]
 
 
 @functools.cache

@@ -37,7 +37,9 @@ class Recorder:
     directly.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._key: Hashable = None
         self._seen: set[str] = set()
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = {}
@@ -61,7 +63,7 @@ class Recorder:
 
         def run(name: str, section: Callable[[], Any]) -> Any:
             # Between the sections of one step bases may become ready.
-            self._expect((*constants, tuple(any(stack.ready) for stack in stacks)))
+            self._expect((*constants, tuple(tuple(stack.ready) for stack in stacks)))
             return self._run(name, section)
 
         return h._replace(lr=lr, c1=c1, c2=c2), run
@@ -77,22 +79,28 @@ class Recorder:
     def _run(self, name: str, section: Callable[[], Any]) -> Any:
         if name in self._graphs:
             graph, result = self._graphs[name]
-            graph.replay()
+            with torch.cuda.device(self._device):
+                graph.replay()
             return result
         if self._failed or name not in self._seen:
             self._seen.add(name)  # it runs once before, so that kernels are compiled and loaded
             return section()
-        return self._record(name, section)
+        with torch.cuda.device(self._device):
+            return self._record(name, section)
 
     def _record(self, name: str, section: Callable[[], Any]) -> Any:
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream()
+        # torch's own stream for it is on whatever device the process recorded on first.
+        self._stream = self._stream or torch.cuda.Stream(self._device)
         # A cuBLAS workspace from outside the graph's memory pool could be freed and handed to
         # someone else while the graph still writes to it (AlgoPerf frees them at every evaluation).
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 result = section()
         except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a failed recording does not put it back
             log.warning("recording a step as CUDA graphs failed, going on without: %s", error)
             self._failed = True
             return section()

@@ -114,10 +114,10 @@ class Kronecker(torch.optim.Optimizer):
         rules = [(stack, self._rule_for(stack.shape)) for stack in layout.stacks]
         sets = build_factor_sets([stack for stack, rule in rules if rule.has_factors])
         layout.allocate(self.rule.moments)
-        cuda = all(
-            s.device.type == "cuda" and s.dtype == layout.stacks[0].dtype for s in layout.stacks
-        )
-        recorder = Recorder() if cuda and self.cuda_graph else None
+        kinds = {(s.device, s.dtype) for s in layout.stacks}
+        device = layout.stacks[0].device
+        one_gpu = len(kinds) == 1 and device.type == "cuda"
+        recorder = Recorder(device) if one_gpu and self.cuda_graph else None
         self._groups.append(Group(layout, rules, sets, self.rule, recorder))
 
     def _blocks(self, param: Tensor) -> list[Block]:
@@ -246,8 +246,8 @@ class Kronecker(torch.optim.Optimizer):
         """Canonical: per parameter and per block, independent of stacking, device and back end.
 
         {"state": {i: {"step": t, "blocks": [{"start", "shape", "ready", name: tensor, ...}]}},
-        "param_groups": [...]}, parameters numbered as torch does. Tensors are views of the live
-        state: copy them if you step on.
+        "param_groups": [...]}, parameters numbered as torch does. Moments are copies,
+        factors and operators views of the live state: copy them if you step on.
         """
         return state.pack(self.param_groups, [(g.layout, g.factor_sets) for g in self._groups])
 

@@ -63,7 +63,12 @@ def pack(param_groups: Sequence[dict[str, Any]], groups: Groups) -> dict[str, An
                         "checks": [s.checks[k] for s, k in owners],
                         "refreshes": [s.refreshes[k] for s, k in owners],
                         "failures": [s.failures[k] for s, k in owners],
-                        **dict(_tensors(stack, row)),
+                        # Moments share memory with the gradient buffer, and torch.save writes
+                        # all of a memory that a view belongs to.
+                        **{
+                            name: x.clone() if name in stack.state else x
+                            for name, x in _tensors(stack, row)
+                        },
                     }
                 )
             stack, row = rows[i, 0]

@@ -110,33 +110,46 @@ class Transfer:
         )
 
     def gather(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Copy contiguous gradients into the buffer; False, and nothing done, if one is not."""
-        if not all(g is not None and g.is_contiguous() for g in gradients):
+        """Copy gradients into the buffer; False, and nothing done, if one is missing or is not
+        contiguous float32 on the buffer's device."""
+        present = [g for g in gradients if g is not None and g.is_contiguous()]
+        if len(present) < len(gradients):
             return False
-        table = self._table("gradients", gradients)  # type: ignore[arg-type]
+        table = self._table("gradients", present)
+        if table is None:
+            return False
         with torch.cuda.device(self._buffer.device):
             _kernels()[0][(len(self._tiles),)](
                 table, self._pieces, self._tiles, self._buffer, SIZE=TILE
             )
         return True
 
-    def scatter(self, params: Sequence[Tensor], lr: Tensor, weight_decay: float) -> None:
-        """W <- W (1 - lr * weight_decay) - lr * U, U in the buffer, lr [] on the device."""
-        table = self._table("parameters", params)
+    def scatter(self, params: Sequence[Tensor], lr: Tensor, weight_decay: float) -> bool:
+        """W <- W (1 - lr * weight_decay) - lr * U, U in the buffer, lr [] on the device.
+
+        False, and nothing done, if the parameters are not any more what :meth:`fits` asks for.
+        """
+        table = self._table("parameters", params) if self.fits(params) else None
+        if table is None:
+            return False
         with torch.cuda.device(self._buffer.device):
             _kernels()[1][(len(self._tiles),)](
                 table, self._pieces, self._tiles, self._buffer, lr, weight_decay, SIZE=TILE
             )
+        return True
 
-    def _table(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
-        """The addresses on the device."""
+    def _table(self, name: str, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The addresses on the device; None if one holds what the kernels cannot read."""
         addresses = [x.data_ptr() for x in tensors]
         known = self._tables.get(name)
         if known is not None and known[0] == addresses:
             return known[1]
+        device = self._buffer.device
+        if not all(x.dtype == torch.float32 and x.device == device for x in tensors):
+            return None
         # From pinned memory, which its allocator keeps until the copy has run.
         host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
-        table = host.to(self._buffer.device) if known is None else known[1]
+        table = host.to(device) if known is None else known[1]
         if known is not None:
             table.copy_(host, non_blocking=True)
         self._tables[name] = (addresses, table)

@@ -97,5 +97,8 @@ def _rayleigh_ritz_(a: Tensor, x: Tensor, lead: int, y: Tensor, z: Tensor) -> No
         small += torch.where(info != 0, torch.nan, 0.0).to(a.dtype)[:, None, None]
         vectors = small
     else:
-        vectors = torch.linalg.eigh(small).eigenvectors
+        try:
+            vectors = torch.linalg.eigh(small).eigenvectors
+        except torch.linalg.LinAlgError:  # Eq. 11 then reads nan, and the caller goes on
+            vectors = torch.full_like(small, torch.nan)
     top.copy_(torch.bmm(top, vectors.flip(-1), out=beside))

@@ -229,3 +229,19 @@ def test_step_takes_a_closure_and_leaves_precision_alone(variant):
     losses = [optimizer.step(closure).item() for _ in range(8)]
     assert losses[-1] < losses[0]
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_saved_state_holds_the_state_and_nothing_else(variant):
+    """Views would drag along what shares their memory, such as the gradient buffer."""
+    params = parameters(shapes=[(64, 48), (200,)])
+    optimizer = make(variant, params, **limits(variant, max_preconditioner_dim=256))
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    entries = 2 * (64 * 48 + 200)  # M and D
+    if variant != "adamw":
+        entries += 2 * (64**2 + 48**2 + 200**2)  # factors and bases, or roots
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    assert 4 * entries < file.tell() < 4 * entries + 12_000

@@ -55,7 +55,7 @@ class GraftedShampoo(Rule):
         if all(stack.ready):
             g.copy_(s)
         else:  # rows whose first root is still to come stay with Adam
-            index = torch.tensor([r for r, x in enumerate(stack.ready) if x], device=g.device)
+            index = stack.ready_rows()
             g.index_copy_(0, index, s[index])
 
     def operator(
