@@ -1,6 +1,6 @@
 """Steps as CUDA graphs: the arithmetic of a step recorded once and replayed.
 
-A step of a ViT is about 100 kernel launches; launched one by one from Python they take longer than
+A step of a ViT is about 80 kernel launches; launched one by one from Python they take longer than
 the kernels. Recorded are three sections, each a graph: the statistics, the check of all factors,
 and the update from gathered gradients to parameters. Between them stands what only the host can
 do: reading which factors fail, and refreshing those. The learning rate and the bias corrections are

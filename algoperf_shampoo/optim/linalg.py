@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import fused
-from .fused import off_diagonal_and_norm
 
 
 def rotate(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
@@ -101,7 +100,7 @@ def relative_off_diagonal(a: Tensor, q: Tensor) -> Tensor:
     """
     scale = largest_entry(a)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    off, norm = off_diagonal_and_norm(a, q, a @ q, scale)
+    off, norm = fused.off_diagonal_and_norm(a, q, a @ q, scale)
     return torch.where(norm > 0, off / norm, norm)
 
 

@@ -83,11 +83,13 @@ def volume(path: Path, slices: int, rows: int = 640, side: int = 320, top: bool 
 
 
 def test_good_folders_pass(ogbg: Path, volumes: Path) -> None:
+    """No error: what fails is below."""
     data_check.check("ogbg", ogbg, OGBG)
     data_check.check("fastmri", volumes, FASTMRI)
 
 
 def test_good_images_pass(imagenet: Path) -> None:
+    """No error: what fails is below."""
     data_check.check("imagenet_vit", imagenet, IMAGENET)
 
 
