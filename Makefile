@@ -41,7 +41,7 @@ endif
 
 flag = $(if $($(1)),--$(2)='$($(1))')
 
-.PHONY: algoperf-env data-algoperf-mini docker-build help test test-slow test-gpu lint types table1 FORCE
+.PHONY: algoperf-env data-algoperf-mini docker-build help test test-slow test-gpu test-kernels lint types table1 FORCE
 .DEFAULT_GOAL := help
 
 help: ## list targets and variables
@@ -117,6 +117,9 @@ test-slow: $(DEV_READY) ## the tests that take minutes
 
 test-gpu: $(DEV_READY) ## the tests that need a CUDA device
 	@$(PY) -m pytest -m gpu
+
+test-kernels: $(VENV)/.ready-dev-kernels ## the GPU kernels without a GPU, by Triton's interpreter (Linux)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m gpu tests/optim/test_grouped.py
 
 lint: $(DEV_READY) ## ruff: rules and formatting of imports
 	@$(PY) -m ruff check .

@@ -17,7 +17,7 @@ from torch import Tensor
 from .blocking import Block
 from .transfer import Transfer
 
-GRADIENT = "gradient"
+GRADIENT, SCRATCH = "gradient", "scratch"
 ALIGNMENT = 64  # entries; what cuBLAS's and our kernels load at a time starts at a multiple
 
 
@@ -53,6 +53,7 @@ class Stack:
         factors: per mode, [B, d_i, d_i]; empty where the rule keeps none.
         operators: per mode, [B, d_i, d_i]: eigenbases Q, or inverse roots.
         g: [B, *shape], gradients and then update directions of the current step.
+        scratch: like g, for what is computed from it; None where nothing needs it.
         ready: per row, whether any of its operators was computed; until then they are the identity.
     """
 
@@ -66,6 +67,7 @@ class Stack:
     operators: list[Tensor] = field(default_factory=list)
     ready: list[bool] = field(default_factory=list)
     g: Tensor = field(default_factory=lambda: torch.empty(0))
+    scratch: Tensor | None = None
     _ready_rows: tuple[list[bool], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -277,23 +279,28 @@ class Layout:
         """The memory of a state tensor of all stacks: one flat tensor per dtype and device."""
         return [buffer for (key, _, _), buffer in self._buffers.items() if key == name]
 
-    def allocate(self, names: Sequence[str]) -> None:
-        """Zeros [B, *shape] as ``stack.state[name]`` of every stack, and the gradient buffer.
+    def allocate(self, names: Sequence[str], scratch: bool) -> None:
+        """Zeros [B, *shape] as ``stack.state[name]`` of every stack, and as ``g`` and (where
+        wanted) ``scratch``.
 
-        All in one piece of memory, gradients first, that a refresh can work in
-        (:class:`Lent`).
+        All in one piece of memory that a refresh can work in (:class:`Lent`): what holds nothing
+        between steps first, so that only the rest has to stand aside.
         """
+        free = [GRADIENT, *([SCRATCH] if scratch else [])]
         for dtype, device in {(stack.dtype, stack.device) for stack in self.stacks}:
             mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
             sizes = [-(-s.numel // ALIGNMENT) * ALIGNMENT for s in mine]
-            arena = torch.zeros((1 + len(names)) * sum(sizes), dtype=dtype, device=device)
-            self.lent.append(Lent(arena, sum(sizes)))
-            for name, flat in zip((GRADIENT, *names), arena.split(sum(sizes)), strict=True):
+            total = sum(sizes)
+            arena = torch.zeros((len(free) + len(names)) * total, dtype=dtype, device=device)
+            self.lent.append(Lent(arena, len(free) * total))
+            for name, flat in zip((*free, *names), arena.split(total), strict=True):
                 self._buffers[name, dtype, device] = flat
                 for stack, part in zip(mine, flat.split(sizes), strict=True):
                     view = part[: stack.numel].view(len(stack), *stack.shape)
                     if name == GRADIENT:
                         stack.g = view
+                    elif name == SCRATCH:
+                        stack.scratch = view
                     else:
                         stack.state[name] = view
 

@@ -1,22 +1,22 @@
 """Steps as CUDA graphs: the arithmetic of a step recorded once and replayed.
 
-A step of a ViT is about 80 kernel launches; launched one by one from Python they take longer than
-the kernels. Recorded are three sections, each a graph: the statistics, the check of all factors,
-and the update from gathered gradients to parameters. Between them stands what only the host can
-do: reading which factors fail, and refreshing those. The learning rate and the bias corrections are
-inputs, read from memory at replay.
+Launching a dozen kernels from Python takes longer than a small model's kernels run. Recorded are
+three sections, each a graph: the statistics, the check of all factors, and the update from gathered
+gradients to parameters. Between them stands what only the host can do: reading which factors fail,
+and refreshing those. The learning rate and the bias corrections are inputs, read from memory at
+replay.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
-from .buckets import Layout, Stack
-from .preconditioners.base import Hyper, Rule
+from .arithmetic import Hyper
+from .buckets import Layout
 
 log = logging.getLogger(__name__)
 
@@ -35,17 +35,20 @@ class Recorder:
     A recording holds for one set of parameter addresses, hyperparameters (but for the learning
     rate) and readiness of the bases; anything else starts over. If recording fails, sections run
     directly.
+
+    Args:
+        enabled: False to run all sections directly.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, enabled: bool = True) -> None:
         self._device = device
+        self._enabled = enabled
         self._stream: torch.cuda.Stream | None = None
         self._key: Hashable = None
         self._seen: set[str] = set()
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
         self._scalars: torch.Tensor | None = None
-        self._failed = False
 
     def begin(self, layout: Layout, h: Hyper) -> tuple[Hyper, Run]:
         """One step in which all parameters have gradients and all blocks the same step count: its
@@ -82,7 +85,7 @@ class Recorder:
             with torch.cuda.device(self._device):
                 graph.replay()
             return result
-        if self._failed or name not in self._seen:
+        if not self._enabled or name not in self._seen:
             self._seen.add(name)  # it runs once before, so that kernels are compiled and loaded
             return section()
         with torch.cuda.device(self._device):
@@ -102,44 +105,10 @@ class Recorder:
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a failed recording does not put it back
             log.warning("recording a step as CUDA graphs failed, going on without: %s", error)
-            self._failed = True
+            self._enabled = False
             return section()
         finally:
             torch._C._cuda_clearCublasWorkspaces()
         self._graphs[name] = graph, result
         graph.replay()
         return result
-
-
-# Stacks are independent. In a model that is too small to fill a GPU one stack at a time they are
-# recorded as branches of the graph, which run side by side; each branch has a cuBLAS workspace of
-# its own (32 MiB on an H200), which larger models had better do without.
-BRANCHES = 8
-SMALL_MODEL = 2**24  # entries of all stacks
-
-
-def each_stack(work: Callable[[Stack, Rule], None], stacks: Sequence[tuple[Stack, Rule]]) -> None:
-    """work(stack, rule) for all stacks, as parallel branches where a graph is being recorded."""
-    recording = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    entries = sum(stack.numel for stack, _ in stacks) if recording else 0
-    if not recording or entries > SMALL_MODEL or len(stacks) < 2:
-        for stack, rule in stacks:
-            work(stack, rule)
-        return
-    main = torch.cuda.current_stream()
-    branches = [main, *(torch.cuda.Stream(main.device) for _ in range(BRANCHES - 1))]
-    for branch in branches[1:]:
-        branch.wait_stream(main)
-    load = dict.fromkeys(range(BRANCHES), 0.0)
-    for stack, rule in sorted(stacks, key=lambda x: -_cost(x[0])):
-        number = min(load, key=lambda i: load[i])
-        load[number] += _cost(stack)
-        with torch.cuda.stream(branches[number]):
-            work(stack, rule)
-    for branch in branches[1:]:
-        main.wait_stream(branch)
-
-
-def _cost(stack: Stack) -> float:
-    """In operations, with a constant for a kernel's least duration."""
-    return stack.numel * float(sum(stack.shape)) + 1e8

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +13,31 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import state
+from . import gpu, state
+from .arithmetic import Arithmetic, Hyper
 from .blocking import Block, cut
 from .buckets import Layout, Stack
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .eigensolvers import Solver
-from .graphs import Recorder, Run, direct, each_stack
+from .graphs import Recorder, Run, direct
+from .grouped import Grouped
 from .precision import MATMUL_PRECISIONS, matmul_precision
-from .preconditioners import Adam, EShampoo, GraftedShampoo, Hyper, Rule
+from .preconditioners import Adam, EShampoo, GraftedShampoo, Rule
 
 
 @dataclass
 class Group:
-    """One parameter group laid out in stacks: each stack with its rule, and all its factors."""
+    """One parameter group laid out in stacks: which rule takes which, and all their factors.
+
+    recorder: on one GPU, runs steps in which all parameters take part; grouped: computes them,
+    where our kernels work.
+    """
 
     layout: Layout
-    rules: list[tuple[Stack, Rule]]
+    rules: list[tuple[Rule, list[Stack]]]
     factor_sets: list[FactorSet]
-    rule: Rule
     recorder: Recorder | None
+    grouped: Grouped | None
 
 
 class Kronecker(torch.optim.Optimizer):
@@ -94,6 +101,7 @@ class Kronecker(torch.optim.Optimizer):
             known = ", ".join(MATMUL_PRECISIONS)
             raise ValueError(f"matmul_precision must be one of {known}, got {matmul_precision!r}")
         self.rule = rule
+        self._adam = Adam()
         self.precondition_frequency = frequency
         self.tau = tau
         self.max_preconditioner_dim = max_preconditioner_dim
@@ -111,14 +119,19 @@ class Kronecker(torch.optim.Optimizer):
         group = self.param_groups[-1]
         _check_group(group)
         layout = Layout(group["params"], self._blocks)
-        rules = [(stack, self._rule_for(stack.shape)) for stack in layout.stacks]
-        sets = build_factor_sets([stack for stack, rule in rules if rule.has_factors])
-        layout.allocate(self.rule.moments)
-        kinds = {(s.device, s.dtype) for s in layout.stacks}
-        device = layout.stacks[0].device
-        one_gpu = len(kinds) == 1 and device.type == "cuda"
-        recorder = Recorder(device) if one_gpu and self.cuda_graph else None
-        self._groups.append(Group(layout, rules, sets, self.rule, recorder))
+        by_rule: dict[int, tuple[Rule, list[Stack]]] = {}
+        for stack in layout.stacks:
+            rule = self._rule_for(stack.shape)
+            by_rule.setdefault(id(rule), (rule, []))[1].append(stack)
+        rules = list(by_rule.values())
+        sets = build_factor_sets([s for rule, mine in rules if rule.has_factors for s in mine])
+        (device, dtype), *others = {(s.device, s.dtype) for s in layout.stacks}
+        one_gpu = device.type == "cuda" and not others
+        ours = one_gpu and gpu.multiplies(dtype, device)
+        layout.allocate(self.rule.moments, scratch=ours and self.rule.has_factors)
+        recorder = Recorder(device, self.cuda_graph) if one_gpu else None
+        grouped = Grouped(layout.stacks) if ours else None
+        self._groups.append(Group(layout, rules, sets, recorder, grouped))
 
     def _blocks(self, param: Tensor) -> list[Block]:
         return cut(tuple(param.shape), self.max_preconditioner_dim)
@@ -126,7 +139,7 @@ class Kronecker(torch.optim.Optimizer):
     def _rule_for(self, shape: tuple[int, ...]) -> Rule:
         # A 1x1 factor has one direction: every rule of the family is Adam there.
         plain = shape == (1,) or (len(shape) == 1 and self.one_dim == "adam")
-        return Adam() if plain else self.rule
+        return self._adam if plain else self.rule
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -149,23 +162,22 @@ class Kronecker(torch.optim.Optimizer):
         if not any(present):
             return
         layout.gather(present)  # first, so that the device has work during the bookkeeping
-        rows = {id(stack): stack.rows(present) for stack, _ in group.rules}
-        due = {}
-        for stack, rule in group.rules:
-            here = rows[id(stack)]
-            stack.count(here)
-            if rule.has_factors:
-                due[id(stack)] = stack.due(here, self.precondition_frequency)
+        rows = {id(stack): stack.rows(present) for stack in layout.stacks}
+        for stack in layout.stacks:
+            stack.count(rows[id(stack)])
+        with_factors = [s for rule, stacks in group.rules if rule.has_factors for s in stacks]
+        due = {id(s): s.due(rows[id(s)], self.precondition_frequency) for s in with_factors}
         h = self._hyper(settings)
         run: Run = direct
-        factors = any(rule.has_factors for _, rule in group.rules)
+        arithmetic = Arithmetic()
         if group.recorder is not None and _in_step(layout, present):
             h, run = group.recorder.begin(layout, h)
-        statistics = functools.partial(self._statistics, group, rows, h)
-        update = functools.partial(self._update, group, rows, present, h)
-        if not factors:
+            arithmetic = group.grouped or arithmetic
+        statistics = functools.partial(self._statistics, group, rows, h, arithmetic)
+        update = functools.partial(self._update, group, rows, present, h, arithmetic)
+        if not with_factors:
             run("update", update)
-        elif group.rule.statistics_first:
+        elif self.rule.statistics_first:
             run("statistics", statistics)
             self._refresh(group, due, present, h, run)
             run("update", update)
@@ -175,34 +187,32 @@ class Kronecker(torch.optim.Optimizer):
             run("statistics", statistics)
             self._refresh(group, due, present, h, run)
 
-    def _statistics(self, group: Group, rows: dict[int, list[int]], h: Hyper) -> None:
+    def _statistics(
+        self, group: Group, rows: dict[int, list[int]], h: Hyper, arithmetic: Arithmetic
+    ) -> None:
         """The factors learn the gradients."""
-
-        def accumulate(stack: Stack, rule: Rule) -> None:
-            part = _part(stack, rows[id(stack)])
-            rule.accumulate(part, part.g, h)
-            _write_back(stack, rows[id(stack)], part)
-
+        arithmetic.gradients_came(group.layout.stacks)
         with matmul_precision("highest"):
-            here = [(s, r) for s, r in group.rules if r.has_factors and rows[id(s)]]
-            each_stack(accumulate, here)
+            for rule, stacks in _taking_part(group, rows, arithmetic):
+                if rule.has_factors:
+                    with _parts(stacks, rows) as parts:
+                        rule.accumulate(parts, h, arithmetic)
 
     def _update(
-        self, group: Group, rows: dict[int, list[int]], present: list[bool], h: Hyper
+        self,
+        group: Group,
+        rows: dict[int, list[int]],
+        present: list[bool],
+        h: Hyper,
+        arithmetic: Arithmetic,
     ) -> None:
         """Update directions from gathered gradients, and the parameters from those."""
-
-        def update(stack: Stack, rule: Rule) -> None:
-            part = _part(stack, rows[id(stack)])
-            here = h
-            if isinstance(h.lr, float):
-                c1, c2 = part.bias_correction(h.beta1), part.bias_correction(h.beta2)
-                here = h._replace(c1=c1, c2=c2)
-            rule.update(part, part.g, here)
-            _write_back(stack, rows[id(stack)], part)
-
+        if not self.rule.statistics_first:
+            arithmetic.gradients_came(group.layout.stacks)
         with matmul_precision(h.matmul_precision):
-            each_stack(update, [(s, r) for s, r in group.rules if rows[id(s)]])
+            for rule, stacks in _taking_part(group, rows, arithmetic):
+                with _parts(stacks, rows) as parts:
+                    rule.update(parts, h, arithmetic)
         group.layout.apply(present, h.lr, h.weight_decay)
 
     def _refresh(
@@ -219,7 +229,7 @@ class Kronecker(torch.optim.Optimizer):
         overwritten = refresh(
             group.factor_sets,
             due,
-            group.rule,
+            self.rule,
             h.beta2,
             self.tau,
             self.solver,
@@ -227,7 +237,7 @@ class Kronecker(torch.optim.Optimizer):
             self.process_group,
             run,
         )
-        if overwritten and group.rule.statistics_first:
+        if overwritten and self.rule.statistics_first:
             group.layout.gather(present)
 
     def _hyper(self, settings: dict[str, Any]) -> Hyper:
@@ -273,13 +283,24 @@ def _in_step(layout: Layout, present: list[bool]) -> bool:
     return all(present) and all(s.uniform and s.steps[0] == step for s in layout.stacks)
 
 
-def _part(stack: Stack, rows: list[int]) -> Stack:
-    return stack if len(rows) == len(stack) else stack.select(rows)
+def _taking_part(
+    group: Group, rows: dict[int, list[int]], arithmetic: Arithmetic
+) -> Iterator[tuple[Rule, list[Stack]]]:
+    """Each rule with the stacks it takes at a time, of those that have rows taking part."""
+    for rule, stacks in group.rules:
+        here = [s for s in stacks if rows[id(s)]]
+        for together in arithmetic.together(here):
+            yield rule, together
 
 
-def _write_back(stack: Stack, rows: list[int], part: Stack) -> None:
-    if part is not stack:
-        stack.put(rows, part)
+@contextlib.contextmanager
+def _parts(stacks: list[Stack], rows: dict[int, list[int]]) -> Iterator[list[Stack]]:
+    """The stacks reduced to the rows that take part; what was copied is written back."""
+    parts = [s if len(rows[id(s)]) == len(s) else s.select(rows[id(s)]) for s in stacks]
+    yield parts
+    for stack, part in zip(stacks, parts, strict=True):
+        if part is not stack:
+            stack.put(rows[id(stack)], part)
 
 
 def _check_group(group: dict[str, Any]) -> None:

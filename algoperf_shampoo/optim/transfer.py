@@ -8,56 +8,16 @@ and writing the update, scaled and with weight decay, one pass over the paramete
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .blocking import Block
+from .gpu import kernels
 
 TILE = 4096  # entries copied by one program
-
-
-@functools.cache
-def _kernels() -> Any:
-    """(gather, scatter), or None where Triton is missing."""
-    try:
-        import triton
-        from triton import language as tl
-    except ImportError:
-        return None
-
-    @triton.jit
-    def gather(addresses, pieces, tiles, buffer, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-        piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 6
-        k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
-        run = tl.load(piece + 3).to(tl.int32)
-        row = k // run
-        mask = k < tl.load(piece + 5)
-        source = tl.load(addresses + tl.load(piece)).to(tl.pointer_type(tl.float32))
-        source += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
-        tl.store(buffer + tl.load(piece + 2) + k, tl.load(source, mask=mask), mask=mask)
-
-    @triton.jit
-    def scatter(  # type: ignore[no-untyped-def]
-        addresses, pieces, tiles, buffer, lr_ptr, weight_decay, SIZE: tl.constexpr
-    ):
-        piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 6
-        k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
-        run = tl.load(piece + 3).to(tl.int32)
-        row = k // run
-        mask = k < tl.load(piece + 5)
-        to = tl.load(addresses + tl.load(piece)).to(tl.pointer_type(tl.float32))
-        to += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
-        lr = tl.load(lr_ptr)
-        u = tl.load(buffer + tl.load(piece + 2) + k, mask=mask)
-        p = tl.load(to, mask=mask)
-        tl.store(to, p * (1 - lr * weight_decay) - lr * u, mask=mask)
-
-    return gather, scatter
 
 
 def runs(block: Block) -> Iterable[tuple[int, int, int, int, int]]:
@@ -93,6 +53,9 @@ class Transfer:
             for offset, inside, run, stride, entries in runs(block):
                 tiles += [(len(pieces), start) for start in range(0, entries, TILE)]
                 pieces.append((param, offset, position + inside, run, stride, entries))
+        module = kernels()
+        assert module is not None
+        self._kernels = module
         self._buffer = buffer
         self._pieces = torch.tensor(pieces, dtype=torch.int64, device=buffer.device)
         self._tiles = torch.tensor(tiles, dtype=torch.int64, device=buffer.device)
@@ -101,7 +64,7 @@ class Transfer:
     @staticmethod
     def fits(params: Sequence[Tensor]) -> bool:
         """Whether the parameters are such that this class can serve."""
-        return _kernels() is not None and all(
+        return kernels() is not None and all(
             p.is_cuda
             and p.device == params[0].device
             and p.dtype == torch.float32
@@ -119,7 +82,7 @@ class Transfer:
         if table is None:
             return False
         with torch.cuda.device(self._buffer.device):
-            _kernels()[0][(len(self._tiles),)](
+            self._kernels.gather[(len(self._tiles),)](
                 table, self._pieces, self._tiles, self._buffer, SIZE=TILE
             )
         return True
@@ -133,7 +96,7 @@ class Transfer:
         if table is None:
             return False
         with torch.cuda.device(self._buffer.device):
-            _kernels()[1][(len(self._tiles),)](
+            self._kernels.scatter[(len(self._tiles),)](
                 table, self._pieces, self._tiles, self._buffer, lr, weight_decay, SIZE=TILE
             )
         return True

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cusolver
-from .fused import off_diagonal_and_norm
-from .linalg import largest_entry
+from .linalg import largest_entry, off_diagonal_and_norm
 from .precision import matmul_precision
 
 ORTHOGONALIZATIONS = ("cholesky", "householder")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
+from ..arithmetic import Arithmetic, Hyper
 from ..buckets import Stack
-from ..fused import adam_
-from .base import Hyper, Rule
+from .base import Rule
 
 
 class Adam(Rule):
@@ -14,6 +14,5 @@ class Adam(Rule):
 
     has_factors = False
 
-    def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
-        m, d = stack.state["exp_avg"], stack.state["exp_avg_sq"]
-        adam_(g, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)
+    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
+        arithmetic.adam(stacks, [s.g for s in stacks], h)

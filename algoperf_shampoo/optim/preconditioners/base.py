@@ -1,36 +1,23 @@
-"""What a preconditioner rule is: a few pure functions on a stack of blocks.
+"""What a preconditioner rule is: a few functions on stacks of blocks.
 
 The step loop (:mod:`algoperf_shampoo.optim.kronecker`) owns everything rules share: gathering
-gradients, the precision of products, deciding when to refresh, decomposing factors, weight decay,
-writing parameters. A rule says which statistics it keeps and how they turn a gradient into an
-update direction. The interface is wide enough for the relatives as well: SOAP and KL-Shampoo update
-their statistics after the parameters (``statistics_first = False``), and keep moments in the
-rotated basis, which :meth:`Rule.leave` and :meth:`Rule.enter` move when the basis changes.
+gradients, deciding when to refresh, decomposing factors, weight decay, writing parameters. A rule
+says which statistics it keeps and how they turn a gradient into an update direction, in operations
+of :class:`~algoperf_shampoo.optim.arithmetic.Arithmetic`. The interface is wide enough for the
+relatives as well: SOAP and KL-Shampoo update their statistics after the parameters
+(``statistics_first = False``), and keep moments in the rotated basis, which :meth:`Rule.leave` and
+:meth:`Rule.enter` move when the basis changes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..arithmetic import Arithmetic, Hyper
 from ..buckets import Stack
-from ..linalg import gram_ema_
-
-
-class Hyper(NamedTuple):
-    """Hyperparameters of one stack at one step, the paper's symbols beside."""
-
-    lr: float | Tensor  # alpha_t
-    beta1: float
-    beta2: float
-    eps: float  # epsilon
-    weight_decay: float  # lambda
-    nadam: bool  # numerator beta1 M + (1 - beta1) G instead of M
-    matmul_precision: str  # of the products of `update`; `accumulate` runs at "highest"
-    c1: float | Tensor = 1.0  # 1 - beta1^t: a number, or a tensor [] or [B, 1, ..., 1]
-    c2: float | Tensor = 1.0  # 1 - beta2^t
 
 
 class Rule(ABC):
@@ -41,14 +28,13 @@ class Rule(ABC):
     # State tensors shaped like the blocks, zero at first: ``stack.state[name]``, [B, *shape].
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
-    def accumulate(self, stack: Stack, g: Tensor, h: Hyper) -> None:
-        """Update ``stack.factors`` with gradients g [B, *shape]: Eq. 15 unless overridden."""
-        for mode, factor in enumerate(stack.factors):
-            gram_ema_(factor, g, mode, h.beta2, 1 - h.beta2)
+    def accumulate(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
+        """Update the factors with the gradients ``g`` [B, *shape]: Eq. 15 unless overridden."""
+        arithmetic.gram_ema(stacks, h.beta2, 1 - h.beta2)
 
     @abstractmethod
-    def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
-        """Update ``stack.state`` and replace g [B, *shape] by the direction U: W <- W - lr * U."""
+    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
+        """Update ``state`` and replace ``g`` [B, *shape] by the direction U: W <- W - lr * U."""
 
     def operator(
         self, eigenvalues: Tensor, eigenvectors: Tensor, order: Tensor, correction: Tensor

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from ..arithmetic import Arithmetic, Hyper
 from ..buckets import Stack
 from ..eigensolvers import put, take
-from ..fused import adam_
-from ..linalg import rotate, rotate_back, rotate_mode
+from ..linalg import rotate_mode
 from ..precision import matmul_precision
-from .base import Hyper, Rule
+from .base import Rule
 
 
 class EShampoo(Rule):
@@ -24,14 +26,13 @@ class EShampoo(Rule):
     (NAdamW's) without any product.
     """
 
-    def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
-        m, d = stack.state["exp_avg"], stack.state["exp_avg_sq"]
-        if not any(stack.ready):
-            adam_(g, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)
-            return
-        x = rotate(g, stack.operators)
-        adam_(x, m, d, h.c1, h.c2, h.beta1, h.beta2, h.eps, h.nadam)
-        rotate_back(x, stack.operators, out=g)
+    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
+        if first := [s for s in stacks if not any(s.ready)]:
+            arithmetic.adam(first, [s.g for s in first], h)
+        if turned := [s for s in stacks if any(s.ready)]:
+            xs = arithmetic.rotate(turned, [s.g for s in turned], h)
+            arithmetic.adam(turned, xs, h)
+            arithmetic.rotate_back(turned, xs, h)
 
     def leave(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:
         """M leaves the old basis; D stays where it is, by index (Algorithm 2; D.2 finds that
@@ -45,4 +46,5 @@ class EShampoo(Rule):
     def _rotate(stack: Stack, mode: int, rows: list[int], q: Tensor) -> None:
         m = stack.state["exp_avg"]
         with matmul_precision("highest"):
-            put(m, rows, rotate_mode(take(m, rows), q, mode))
+            out = None if stack.scratch is None else take(stack.scratch, rows)
+            put(m, rows, rotate_mode(take(m, rows), q, mode, out))

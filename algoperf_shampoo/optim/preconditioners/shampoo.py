@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..arithmetic import Arithmetic, Hyper
 from ..buckets import Stack
-from ..fused import adam_
-from ..linalg import inverse_root, rotate
+from ..linalg import inverse_root
 from ..precision import matmul_precision
-from .base import Hyper, Rule
+from .base import Rule
 
 
 class GraftedShampoo(Rule):
@@ -38,25 +40,29 @@ class GraftedShampoo(Rule):
         self.grafting_eps = grafting_eps
         self.exponent_multiplier = exponent_multiplier
 
-    def update(self, stack: Stack, g: Tensor, h: Hyper) -> None:
-        m, v = stack.state["exp_avg"], stack.state["exp_avg_sq"]
-        ready = any(stack.ready)
-        gradient = g.clone() if ready and h.nadam else g
-        adam_(g, m, v, h.c1, h.c2, h.beta1, h.beta2, self.grafting_eps, h.nadam)  # g is now A
-        if not ready:
+    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
+        rooted = [s for s in stacks if any(s.ready)]
+        # NAdam's numerator needs the gradient, whose place Adam's direction A takes.
+        numerators = arithmetic.copy_of_gradients(rooted)
+        arithmetic.adam(stacks, [s.g for s in stacks], h._replace(eps=self.grafting_eps))
+        if not rooted:
             return
-        # The bias correction of M scales S alone, and the norm takes it out again.
-        numerator = gradient.lerp_(m, h.beta1) if h.nadam else m
-        # Roots are symmetric: `rotate`, by the transpose, applies them as they are.
-        s = rotate(numerator, stack.operators)
-        dims = tuple(range(1, s.ndim))
-        norm = torch.linalg.vector_norm
-        s.mul_(norm(g, dim=dims, keepdim=True) / (norm(s, dim=dims, keepdim=True) + 1e-16))
-        if all(stack.ready):
-            g.copy_(s)
-        else:  # rows whose first root is still to come stay with Adam
-            index = stack.ready_rows()
-            g.index_copy_(0, index, s[index])
+        for stack, x in zip(rooted, numerators, strict=True):
+            # The bias correction of M scales S alone, and the norm takes it out again.
+            m = stack.state["exp_avg"]
+            x.lerp_(m, h.beta1) if h.nadam else x.copy_(m)
+        lengths = [_norm(s.g) for s in rooted]
+        # Where some rows' first root is still to come, those stay with Adam.
+        adams = [None if all(s.ready) else s.g.clone() for s in rooted]
+        # Roots are symmetric: rotating, by the transpose, applies them as they are.
+        roots = arithmetic.rotate(rooted, numerators, h, orthogonal=False)
+        for stack, s, length, a in zip(rooted, roots, lengths, adams, strict=True):
+            s.mul_(length / (_norm(s) + 1e-16))
+            if a is None:
+                stack.g.copy_(s)
+            else:
+                rows = stack.ready_rows()
+                stack.g.copy_(a.index_copy_(0, rows, s[rows]))
 
     def operator(
         self, eigenvalues: Tensor, eigenvectors: Tensor, order: Tensor, correction: Tensor
@@ -65,3 +71,8 @@ class GraftedShampoo(Rule):
         with matmul_precision("highest"):
             values = eigenvalues / correction[:, None]
             return inverse_root(values, eigenvectors, exponent, self.eps)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Frobenius norm of each row of [B, ...], as [B, 1, ..., 1]."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -1,0 +1,33 @@
+"""Our GPU kernels, where they can run.
+
+They need Triton, which torch's Linux CUDA wheels bring along; without it, or on other devices, the
+same arithmetic runs as torch operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """:mod:`.kernels`, or None where Triton is missing. Compiled at their first launch."""
+    try:
+        from . import kernels as module
+    except ImportError:
+        return None
+    return module
+
+
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our kernels compute products there: float32, tensor cores for float16."""
+    return (
+        device.type == "cuda"
+        and dtype == torch.float32
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and kernels() is not None
+    )

@@ -1,0 +1,295 @@
+"""What rules compute on stacks, on a GPU: every operation one launch, or a few, for all stacks.
+
+A model has stacks of many shapes, some of a single small block. One after the other they leave most
+of a GPU idle. Here the tiles of all stacks' products stand in one table (:mod:`.kernels`), so that
+an ordinary step of any model is about a dozen launches, and its only temporary memory is one
+scratch buffer as large as the gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tiles
+from .arithmetic import Arithmetic, Hyper
+from .buckets import Stack
+from .gpu import kernels
+from .tiles import Tile
+
+Launches = list[Callable[..., None]]
+
+
+class Grouped(Arithmetic):
+    """:class:`~.arithmetic.Arithmetic` for float32 stacks on one GPU, all rows taking part.
+
+    Args:
+        stacks: all stacks there will be; ``scratch`` of each like its ``g``.
+
+    Products are accurate to float32 (relative error 3e-7 of the result's norm), those of rotations
+    under ``matmul_precision`` "high" to 11 bits of their inputs, as in TF32 (3e-4).
+    """
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        module = kernels()
+        assert module is not None
+        self._kernels = module
+        self._device = stacks[0].device
+        small = sum(s.numel for s in stacks) < tiles.SMALL_MODEL
+        self._wide = tiles.SMALL if small else tiles.LARGE
+        count = sum(len(s) for s in stacks)
+        starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
+        # The largest absolute entry of every row ("top") of `g`, of `scratch` and of operators,
+        # kept up to date by whatever writes there. 1 bounds the entries of orthogonal operators.
+        self._tops = torch.zeros(2, count, dtype=torch.int32, device=self._device)
+        self._rows = {id(s): slice(i, i + len(s)) for s, i in zip(stacks, starts, strict=True)}
+        self._ones = torch.ones(count, device=self._device)
+        self._operator_tops: dict[tuple[int, int], Tensor] = {}
+        self._launches: dict[Hashable, Launches] = {}
+
+    def together(self, stacks: Sequence[Stack]) -> Iterable[list[Stack]]:
+        return [list(stacks)] if stacks else []
+
+    def gradients_came(self, stacks: Sequence[Stack]) -> None:
+        self._measure(stacks, [s.g for s in stacks])
+
+    def gram_ema(self, stacks: Sequence[Stack], beta: float, weight: float) -> None:
+        """In rounds: the first and the last mode of every stack and one of those between, which is
+        brought to the front in the scratch buffer, then another one of those."""
+        for number in range(max(1, max(len(s.shape) for s in stacks) - 2)):
+            some = [s for s in stacks if number == 0 or number + 2 < len(s.shape)]
+            for stack in some:
+                if number + 2 < len(stack.shape):
+                    front = stack.g.movedim(number + 2, 1)
+                    _scratch(stack).view(front.shape).copy_(front)
+            build = functools.partial(self._gram_launches, some, number)
+            for launch in self._known(("gram", number), some, (), build):
+                launch(beta, weight)
+
+    def adam(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
+        def build() -> Launches:
+            groups = []
+            for s, x in zip(stacks, xs, strict=True):
+                tensors = x, s.state["exp_avg"], s.state["exp_avg_sq"], self._top(s, x)
+                groups.append([*(t.data_ptr() for t in tensors), math.prod(s.shape)])
+            return self._elementwise(self._kernels.adam, stacks, groups, 4)
+
+        self._forget_tops(stacks, xs)
+        for launch in self._known("adam", stacks, xs, build):
+            launch(h.c1, h.c2, h.beta1, h.beta2, h.eps, NADAM=h.nadam)
+
+    def copy_of_gradients(self, stacks: Sequence[Stack]) -> list[Tensor]:
+        copies = [_scratch(s) for s in stacks]
+        if copies:
+            torch._foreach_copy_(copies, [s.g for s in stacks])
+        return copies
+
+    def rotate(
+        self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper, orthogonal: bool = True
+    ) -> list[Tensor]:
+        if not orthogonal:
+            self._measure(stacks, xs)
+            self._measure_operators(stacks)
+        return self._products(stacks, xs, h, transposed=False, orthogonal=orthogonal)
+
+    def rotate_back(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
+        self._products(stacks, xs, h, transposed=True, orthogonal=True)
+
+    def _products(
+        self,
+        stacks: Sequence[Stack],
+        xs: Sequence[Tensor],
+        h: Hyper,
+        transposed: bool,
+        orthogonal: bool,
+    ) -> list[Tensor]:
+        """One product per mode, to and fro between ``g`` and ``scratch``.
+
+        Each contracts the leading mode and appends it at the back (see :func:`.linalg.rotate`).
+        """
+        xs = list(xs)
+        for mode in range(max(len(s.shape) for s in stacks)):
+            here = [i for i, s in enumerate(stacks) if mode < len(s.shape)]
+            some, sources = [stacks[i] for i in here], [xs[i] for i in here]
+            targets = [
+                _scratch(s) if _is_gradient(s, x) else s.g
+                for s, x in zip(some, sources, strict=True)
+            ]
+            self._forget_tops(some, targets)
+            build = functools.partial(
+                self._product_launches, some, sources, targets, mode, orthogonal
+            )
+            name = "product", mode, orthogonal
+            for launch in self._known(name, some, sources, build):
+                launch(transposed, h.matmul_precision == "highest")
+            for i, target in zip(here, targets, strict=True):
+                xs[i] = target
+        return xs
+
+    def _known(
+        self,
+        name: Hashable,
+        stacks: Sequence[Stack],
+        xs: Sequence[Tensor],
+        build: Callable[[], Launches],
+    ) -> Launches:
+        """The launches of an operation, with their tables: made once, all addresses stay."""
+        buffers = tuple(_is_gradient(s, x) for s, x in zip(stacks, xs, strict=False))
+        key = name, tuple(id(s) for s in stacks), buffers
+        if key not in self._launches:
+            self._launches[key] = build()
+        return self._launches[key]
+
+    def _top(self, stack: Stack, x: Tensor) -> Tensor:
+        """Tops of the rows of x, which is the stack's ``g`` or ``scratch``."""
+        return self._tops[0 if _is_gradient(stack, x) else 1, self._rows[id(stack)]]
+
+    def _forget_tops(self, stacks: Sequence[Stack], xs: Sequence[Tensor]) -> None:
+        """Kernels raise tops: zeros first."""
+        if len(xs) == len(self._rows):
+            kinds = {_is_gradient(s, x) for s, x in zip(stacks, xs, strict=True)}
+            if len(kinds) == 1:
+                self._tops[0 if kinds.pop() else 1].zero_()
+                return
+        torch._foreach_zero_([self._top(s, x) for s, x in zip(stacks, xs, strict=True)])
+
+    def _measure(self, stacks: Sequence[Stack], xs: Sequence[Tensor]) -> None:
+        def build() -> Launches:
+            groups = [
+                [x.data_ptr(), self._top(s, x).data_ptr(), math.prod(s.shape)]
+                for s, x in zip(stacks, xs, strict=True)
+            ]
+            return self._elementwise(self._kernels.tops, stacks, groups, 2)
+
+        self._forget_tops(stacks, xs)
+        for launch in self._known("tops", stacks, xs, build):
+            launch()
+
+    def _measure_operators(self, stacks: Sequence[Stack]) -> None:
+        modes = [(s, mode) for s in stacks for mode in range(len(s.shape))]
+        for s, mode in modes:
+            if (id(s), mode) not in self._operator_tops:
+                zeros = torch.zeros(len(s), dtype=torch.int32, device=self._device)
+                self._operator_tops[id(s), mode] = zeros
+        tops = [self._operator_tops[id(s), mode] for s, mode in modes]
+
+        def build() -> Launches:
+            groups = [
+                [s.operators[mode].data_ptr(), top.data_ptr(), s.shape[mode] ** 2]
+                for (s, mode), top in zip(modes, tops, strict=True)
+            ]
+            rows = [s for s, _ in modes]
+            return self._elementwise(self._kernels.tops, rows, groups, 2)
+
+        torch._foreach_zero_(tops)
+        for launch in self._known("operators", stacks, (), build):
+            launch()
+
+    def _elementwise(
+        self, kernel: Any, stacks: Sequence[Stack], groups: list[list[int]], size_at: int
+    ) -> Launches:
+        """A pass over all rows of all stacks; word ``size_at`` of a group is a row's entries."""
+        sizes = [(len(s), group[size_at]) for s, group in zip(stacks, groups, strict=True)]
+        return [
+            self._launch(kernel, groups, mine, SIZE=tiles.ENTRIES, ALIGN=align, num_warps=4)
+            for align, mine in tiles.elementwise(sizes).items()
+        ]
+
+    def _product_launches(
+        self,
+        stacks: Sequence[Stack],
+        sources: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        mode: int,
+        orthogonal: bool,
+    ) -> Launches:
+        """Each to be called with (transposed, split), see :func:`.kernels.product`."""
+        groups, sizes = [], []
+        for stack, x, y in zip(stacks, sources, targets, strict=True):
+            d, M = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
+            top_q = self._ones if orthogonal else self._operator_tops[id(stack), mode]
+            tensors = x, stack.operators[mode], y, self._top(stack, x), top_q, self._top(stack, y)
+            groups.append([*(t.data_ptr() for t in tensors), M, d])
+            sizes.append((len(stack), M, d))
+        launches: Launches = []
+        for (shape, align_m, align_d), mine in tiles.products(sizes, self._wide).items():
+            if shape == "vector":
+                settings = dict(tiles.VECTOR, ALIGN_D=align_d)
+                run = self._launch(self._kernels.matvec, groups, mine, **settings)
+                launches.append(lambda transposed, split, r=run: r(TRANSPOSED=transposed))
+                continue
+            tile = tiles.NARROW if shape == "narrow" else self._wide
+            settings = dict(tile, ALIGN_M=align_m, ALIGN_D=align_d)
+            run = self._launch(self._kernels.product, groups, mine, **settings)
+            launches.append(lambda transposed, split, r=run: r(TRANSPOSED=transposed, SPLIT=split))
+        return launches
+
+    def _gram_launches(self, stacks: Sequence[Stack], number: int) -> Launches:
+        """Each to be called with (beta, weight)."""
+        groups: list[list[int]] = []
+        sizes: list[tuple[int, int, int, bool]] = []
+        for stack in stacks:
+            last = len(stack.shape) - 1
+            modes = [(0, stack.g, False)] if number == 0 else []
+            if number == 0 < last:
+                modes.append((last, stack.g, True))
+            if number + 1 < last:
+                modes.append((number + 1, _scratch(stack), False))
+            for mode, x, columns in modes:
+                d, K = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
+                tensors = x, stack.factors[mode], self._top(stack, stack.g)
+                groups.append([*(t.data_ptr() for t in tensors), d, K])
+                sizes.append((len(stack), d, K, columns))
+        launches: Launches = []
+        for kind, mine in tiles.grams(sizes).items():
+            if kind.outer:
+                settings = dict(tiles.OUTER, ALIGN_D=kind.align_d)
+                launches.append(self._launch(self._kernels.outer, groups, mine, **settings))
+                continue
+            settings = dict(
+                tiles.NARROW_GRAM if kind.narrow else tiles.GRAM,
+                COLUMNS=kind.columns,
+                IN_PIECES=kind.in_pieces,
+                ALIGN_D=kind.align_d,
+                ALIGN_K=kind.align_k,
+            )
+            run = self._launch(self._kernels.gram, groups, mine, **settings)
+            S = settings["S"]
+            partial = torch.empty(len(mine) if kind.in_pieces else 1, S, S, device=self._device)
+            launches.append(functools.partial(run, partial))
+            if kind.in_pieces:
+                run = self._launch(self._kernels.gram_of_pieces, groups, tiles.sums(mine), S=S)
+                launches.append(functools.partial(run, partial))
+        return launches
+
+    def _launch(
+        self,
+        kernel: Any,
+        groups: Sequence[Sequence[int]],
+        places: Sequence[Tile],
+        **settings: Any,
+    ) -> Callable[..., None]:
+        """The kernel on tables of these groups and tiles, one program a tile."""
+        padded = [[*group, *[0] * (8 - len(group))] for group in groups]
+        table = torch.tensor(padded, dtype=torch.int64, device=self._device)
+        where = torch.tensor(places, dtype=torch.int32, device=self._device)
+
+        def run(*arguments: Any, **more: Any) -> None:
+            with torch.cuda.device_of(table):
+                kernel[(len(where),)](table, where, *arguments, **settings, **more)
+
+        return run
+
+
+def _is_gradient(stack: Stack, x: Tensor) -> bool:
+    return x.data_ptr() == stack.g.data_ptr()
+
+
+def _scratch(stack: Stack) -> Tensor:
+    assert stack.scratch is not None
+    return stack.scratch

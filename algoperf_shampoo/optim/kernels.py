@@ -1,0 +1,381 @@
+"""GPU kernels (Triton) for all stacks of a model at once. Import through :mod:`.grouped` only.
+
+A launch takes two tables. ``groups`` (int64, 8 words a row) says where a stack's tensors are:
+addresses and sizes. ``tiles`` (int32, 4 or 6 words a row) says what each program does: which group,
+which row of the stack, where in it. So stacks of different shapes share one launch.
+
+Products run on tensor cores at float32 accuracy: each operand, scaled by a power of two so that its
+largest entry is just below 2^15, is split into two float16 numbers of 11 bits, a = high + low, and
+a b = low high + high low + high high (Ootomo and Yokota 2022, arXiv:2203.03341). The scale keeps
+entries down to 2^-17 of the largest exact to 22 bits, and what is smaller to 2^-39 of the largest.
+Tensor cores round sums towards zero, so sums over k leave them after every BK entries.
+
+The largest absolute entry of every row of a stack ("top") is kept as the bits of a float32: bits of
+non-negative numbers are ordered as the numbers are, nan above all, so that an integer atomic
+maximum works, and its result does not depend on the order.
+"""
+
+# No `from __future__ import annotations`: Triton reads the annotations.
+
+import triton
+from triton import language as tl
+
+
+@triton.jit
+def _exponent(top):
+    """e such that top * 2^e is in [2^14, 2^15), within what leaves 2^-e a normal number."""
+    e = 14 + 127 - (top.to(tl.int32, bitcast=True) >> 23)
+    return tl.minimum(tl.maximum(e, -126), 126)
+
+
+@triton.jit
+def _power(e):
+    """2^e."""
+    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _float_pointer(word):
+    """The address in a table as a pointer; tensors of a stack start at multiples of 16 bytes."""
+    return tl.multiple_of(tl.load(word).to(tl.pointer_type(tl.float32)), 16)
+
+
+@triton.jit
+def _raise_top(word, row, values):
+    """Let the top at a table's address know of some values."""
+    top = tl.max(tl.max(tl.abs(values).to(tl.int32, bitcast=True), 1), 0)
+    tl.atomic_max(tl.load(word).to(tl.pointer_type(tl.int32)) + row, top)
+
+
+@triton.jit
+def product(
+    groups,
+    tiles,
+    TRANSPOSED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ALIGN_M: tl.constexpr,
+    ALIGN_D: tl.constexpr,
+):
+    """c[row] = a[row]' q[row], or a[row]' q[row]' with TRANSPOSED.
+
+    a [rows, d, M], q [rows, d, d], c [rows, M, d]. Group: a, q, c, tops of a, of q, of c, M, d.
+    Tile: group, row, first m, first column. SPLIT: float32 accuracy, else inputs of 11 bits.
+    """
+    tile = tiles + tl.program_id(0) * 4
+    group = groups + tl.load(tile) * 8
+    row = tl.load(tile + 1).to(tl.int64)
+    m = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, BM)
+    n = tl.multiple_of(tl.load(tile + 3), 16) + tl.arange(0, BN)
+    M = tl.multiple_of(tl.load(group + 6).to(tl.int32), ALIGN_M)
+    d = tl.multiple_of(tl.load(group + 7).to(tl.int32), ALIGN_D)
+    a_ptr = _float_pointer(group) + row * d * M
+    q_ptr = _float_pointer(group + 1) + row * d * d
+    c_ptr = _float_pointer(group + 2) + row * d * M
+    e_a = _exponent(tl.load(_float_pointer(group + 3) + row))
+    e_q = _exponent(tl.load(_float_pointer(group + 4) + row))
+    scale_a, scale_q = _power(e_a), _power(e_q)
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, d, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(
+            a_ptr + k[:, None] * M + m[None, :],
+            mask=(k[:, None] < d) & (m[None, :] < M),
+            other=0.0,
+        )
+        a = tl.trans(a * scale_a)
+        if TRANSPOSED:
+            q = tl.load(
+                q_ptr + n[:, None] * d + k[None, :],
+                mask=(n[:, None] < d) & (k[None, :] < d),
+                other=0.0,
+            )
+            q = tl.trans(q * scale_q)
+        else:
+            q = tl.load(
+                q_ptr + k[:, None] * d + n[None, :],
+                mask=(k[:, None] < d) & (n[None, :] < d),
+                other=0.0,
+            )
+            q = q * scale_q
+        a_high = a.to(tl.float16)
+        q_high = q.to(tl.float16)
+        if SPLIT:
+            a_low = (a - a_high.to(tl.float32)).to(tl.float16)
+            q_low = (q - q_high.to(tl.float32)).to(tl.float16)
+            part = tl.dot(a_low, q_high)
+            part = tl.dot(a_high, q_low, part)
+            total += tl.dot(a_high, q_high, part)
+        else:
+            total = tl.dot(a_high, q_high, total)
+    total = total * _power(-e_a) * _power(-e_q)
+    _raise_top(group + 5, row, total)
+    mask = (m[:, None] < M) & (n[None, :] < d)
+    tl.store(c_ptr + m[:, None] * d + n[None, :], total, mask=mask)
+
+
+@triton.jit
+def matvec(
+    groups,
+    tiles,
+    TRANSPOSED: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    ALIGN_D: tl.constexpr,
+):
+    """:func:`product` for M = 1, in float32: a [rows, d], c [rows, d]."""
+    tile = tiles + tl.program_id(0) * 4
+    group = groups + tl.load(tile) * 8
+    row = tl.load(tile + 1).to(tl.int64)
+    n = tl.multiple_of(tl.load(tile + 3), 16) + tl.arange(0, BN)
+    d = tl.multiple_of(tl.load(group + 7).to(tl.int32), ALIGN_D)
+    a_ptr = _float_pointer(group) + row * d
+    q_ptr = _float_pointer(group + 1) + row * d * d
+    c_ptr = _float_pointer(group + 2) + row * d
+    if TRANSPOSED:
+        total = tl.zeros((BN, BK), tl.float32)
+    else:
+        total = tl.zeros((BK, BN), tl.float32)
+    for start in range(0, d, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(a_ptr + k, mask=k < d, other=0.0)
+        if TRANSPOSED:
+            mask = (n[:, None] < d) & (k[None, :] < d)
+            total += tl.load(q_ptr + n[:, None] * d + k[None, :], mask=mask, other=0.0) * a[None, :]
+        else:
+            mask = (k[:, None] < d) & (n[None, :] < d)
+            total += tl.load(q_ptr + k[:, None] * d + n[None, :], mask=mask, other=0.0) * a[:, None]
+    tl.store(c_ptr + n, tl.sum(total, 1 if TRANSPOSED else 0), mask=n < d)
+
+
+@triton.jit
+def gram(
+    groups,
+    tiles,
+    partial_ptr,
+    beta,
+    weight,
+    COLUMNS: tl.constexpr,
+    IN_PIECES: tl.constexpr,
+    S: tl.constexpr,
+    BK: tl.constexpr,
+    ALIGN_D: tl.constexpr,
+    ALIGN_K: tl.constexpr,
+):
+    """factor <- beta factor + weight X X', one triangle computed and mirrored.
+
+    x is X [rows, d, K], or X' [rows, K, d] with COLUMNS. Group: x, factor, top of x, d, K. Tile:
+    group, row, first row, first column <= first row, first k, last k + 1. IN_PIECES: X X' over the
+    tile's k goes to ``partial_ptr`` [tiles, S, S] instead.
+    """
+    tile = tiles + tl.program_id(0) * 6
+    group = groups + tl.load(tile) * 8
+    row = tl.load(tile + 1).to(tl.int64)
+    i = tl.multiple_of(tl.load(tile + 2), 16)
+    j = tl.multiple_of(tl.load(tile + 3), 16)
+    first = tl.multiple_of(tl.load(tile + 4), 16)
+    last = tl.multiple_of(tl.load(tile + 5), ALIGN_K)
+    d = tl.multiple_of(tl.load(group + 3).to(tl.int32), ALIGN_D)
+    K = tl.multiple_of(tl.load(group + 4).to(tl.int32), ALIGN_K)
+    x = _float_pointer(group) + row * d * K
+    e = _exponent(tl.load(_float_pointer(group + 2) + row))
+    scale = _power(e)
+    r = i + tl.arange(0, S)
+    c = j + tl.arange(0, S)
+    total = tl.zeros((S, S), tl.float32)
+    for start in range(first, last, BK):
+        k = start + tl.arange(0, BK)
+        if COLUMNS:
+            here = k[:, None] < last
+            a = tl.load(x + k[:, None] * d + r[None, :], mask=here & (r[None, :] < d), other=0.0)
+            b = tl.load(x + k[:, None] * d + c[None, :], mask=here & (c[None, :] < d), other=0.0)
+            a, b = tl.trans(a * scale), b * scale
+        else:
+            here = k[None, :] < last
+            a = tl.load(x + r[:, None] * K + k[None, :], mask=here & (r[:, None] < d), other=0.0)
+            b = tl.load(x + c[:, None] * K + k[None, :], mask=here & (c[:, None] < d), other=0.0)
+            a, b = a * scale, tl.trans(b * scale)
+        a_high = a.to(tl.float16)
+        b_high = b.to(tl.float16)
+        a_low = (a - a_high.to(tl.float32)).to(tl.float16)
+        b_low = (b - b_high.to(tl.float32)).to(tl.float16)
+        part = tl.dot(a_low, b_high)
+        part = tl.dot(a_high, b_low, part)
+        total += tl.dot(a_high, b_high, part)
+    total = total * _power(-e) * _power(-e)
+    if IN_PIECES:
+        inside = tl.arange(0, S)
+        partial = partial_ptr + tl.program_id(0).to(tl.int64) * S * S
+        tl.store(partial + inside[:, None] * S + inside[None, :], total)
+    else:
+        factor = _float_pointer(group + 1) + row * d * d
+        mask = (r[:, None] < d) & (c[None, :] < d)
+        old = tl.load(factor + r[:, None] * d + c[None, :], mask=mask, other=0.0)
+        new = old * beta + total * weight
+        tl.store(factor + r[:, None] * d + c[None, :], new, mask=mask)
+        if i != j:
+            tl.store(factor + r[:, None] + c[None, :] * d, new, mask=mask)
+
+
+@triton.jit
+def gram_of_pieces(groups, tiles, partial_ptr, beta, weight, S: tl.constexpr):
+    """factor <- beta factor + weight (sum of pieces), in their order.
+
+    Tile: group, row, first row, first column, first piece, last piece + 1.
+    """
+    tile = tiles + tl.program_id(0) * 6
+    group = groups + tl.load(tile) * 8
+    row = tl.load(tile + 1).to(tl.int64)
+    i, j = tl.load(tile + 2), tl.load(tile + 3)
+    d = tl.load(group + 3).to(tl.int32)
+    inside = tl.arange(0, S)
+    total = tl.zeros((S, S), tl.float32)
+    first = tl.load(tile + 4)
+    partial = partial_ptr + first.to(tl.int64) * S * S + inside[:, None] * S + inside[None, :]
+    for _ in range(first, tl.load(tile + 5)):
+        total += tl.load(partial)
+        partial += S * S
+    r, c = i + inside, j + inside
+    factor = _float_pointer(group + 1) + row * d * d
+    mask = (r[:, None] < d) & (c[None, :] < d)
+    old = tl.load(factor + r[:, None] * d + c[None, :], mask=mask, other=0.0)
+    new = old * beta + total * weight
+    tl.store(factor + r[:, None] * d + c[None, :], new, mask=mask)
+    if i != j:
+        tl.store(factor + r[:, None] + c[None, :] * d, new, mask=mask)
+
+
+@triton.jit
+def outer(groups, tiles, beta, weight, S: tl.constexpr, ALIGN_D: tl.constexpr):
+    """factor <- beta factor + weight x x' for vectors x [rows, d], in float32.
+
+    Group: x, factor, -, d. Tile: group, row, first row, first column, -, -.
+    """
+    tile = tiles + tl.program_id(0) * 6
+    group = groups + tl.load(tile) * 8
+    row = tl.load(tile + 1).to(tl.int64)
+    r = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, S)
+    c = tl.multiple_of(tl.load(tile + 3), 16) + tl.arange(0, S)
+    d = tl.multiple_of(tl.load(group + 3).to(tl.int32), ALIGN_D)
+    x = _float_pointer(group) + row * d
+    where = _float_pointer(group + 1) + row * d * d + r[:, None] * d + c[None, :]
+    mask = (r[:, None] < d) & (c[None, :] < d)
+    square = tl.load(x + r, mask=r < d, other=0.0)[:, None]
+    square = square * tl.load(x + c, mask=c < d, other=0.0)[None, :]
+    tl.store(where, tl.load(where, mask=mask, other=0.0) * beta + weight * square, mask=mask)
+
+
+@triton.jit
+def tops(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
+    """The top of every row. Group: x, top, entries a row. Tile: group, row, first entry."""
+    tile = tiles + tl.program_id(0) * 4
+    group = groups + tl.load(tile) * 8
+    row = tl.load(tile + 1).to(tl.int64)
+    size = tl.multiple_of(tl.load(group + 2), ALIGN)
+    k = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, SIZE)
+    x = tl.load(_float_pointer(group) + row * size + k, mask=k < size, other=0.0)
+    _raise_top(group + 1, row, x[None, :])
+
+
+@triton.jit
+def adam(
+    groups,
+    tiles,
+    c1_ptr,
+    c2_ptr,
+    beta1,
+    beta2,
+    eps,
+    NADAM: tl.constexpr,
+    SIZE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Both moments, and Adam's direction in place of x; see :func:`.fused.adam_`.
+
+    Group: x, m, v, top of the direction, entries a row. Tile: group, row, first entry.
+    """
+    tile = tiles + tl.program_id(0) * 4
+    group = groups + tl.load(tile) * 8
+    row = tl.load(tile + 1).to(tl.int64)
+    size = tl.multiple_of(tl.load(group + 4), ALIGN)
+    k = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, SIZE)
+    mask = k < size
+    x_ptr = _float_pointer(group) + row * size + k
+    m_ptr = _float_pointer(group + 1) + row * size + k
+    v_ptr = _float_pointer(group + 2) + row * size + k
+    x = tl.load(x_ptr, mask=mask, other=0.0)
+    m = tl.load(m_ptr, mask=mask, other=0.0)
+    v = tl.load(v_ptr, mask=mask, other=0.0)
+    m += (x - m) * (1 - beta1)
+    v = v * beta2 + x * x * (1 - beta2)
+    u = x + (m - x) * beta1 if NADAM else m
+    u /= (tl.sqrt(v) / tl.sqrt(tl.load(c2_ptr)) + eps) * tl.load(c1_ptr)
+    u = tl.where(mask, u, 0.0)
+    _raise_top(group + 3, row, u[None, :])
+    tl.store(x_ptr, u, mask=mask)
+    tl.store(m_ptr, m, mask=mask)
+    tl.store(v_ptr, v, mask=mask)
+
+
+@triton.jit
+def criterion(
+    a_ptr, q_ptr, aq_ptr, scale_ptr, off_ptr, norm_ptr, n, R: tl.constexpr, C: tl.constexpr
+):
+    """Per column of AQ - Q diag(Q'AQ) and of A, divided by the scale: sums of squares [N, n].
+
+    a, q, aq: [N, n, n]; scale: [N]. One program per matrix and C of its columns, R rows at a time.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    row = tl.arange(0, R)
+    scale = 1.0 / tl.load(scale_ptr + matrix)
+    base = matrix * n * n
+    lam = tl.zeros((C,), tl.float32)
+    for r in range(0, n, R):
+        where = base + (r + row)[:, None] * n + column[None, :]
+        mask = ((r + row)[:, None] < n) & (column[None, :] < n)
+        q = tl.load(q_ptr + where, mask=mask, other=0.0)
+        lam += tl.sum(q * tl.load(aq_ptr + where, mask=mask, other=0.0), axis=0)
+    off = tl.zeros((C,), tl.float32)
+    norm = tl.zeros((C,), tl.float32)
+    for r in range(0, n, R):
+        where = base + (r + row)[:, None] * n + column[None, :]
+        mask = ((r + row)[:, None] < n) & (column[None, :] < n)
+        q = tl.load(q_ptr + where, mask=mask, other=0.0)
+        d = (tl.load(aq_ptr + where, mask=mask, other=0.0) - q * lam[None, :]) * scale
+        a = tl.load(a_ptr + where, mask=mask, other=0.0) * scale
+        off += tl.sum(d * d, axis=0)
+        norm += tl.sum(a * a, axis=0)
+    tl.store(off_ptr + matrix * n + column, off, mask=column < n)
+    tl.store(norm_ptr + matrix * n + column, norm, mask=column < n)
+
+
+@triton.jit
+def gather(addresses, pieces, tiles, buffer, SIZE: tl.constexpr):
+    """Gradients into the buffer, see :mod:`.transfer`."""
+    piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 6
+    k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
+    run = tl.load(piece + 3).to(tl.int32)
+    row = k // run
+    mask = k < tl.load(piece + 5)
+    source = tl.load(addresses + tl.load(piece)).to(tl.pointer_type(tl.float32))
+    source += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
+    tl.store(buffer + tl.load(piece + 2) + k, tl.load(source, mask=mask), mask=mask)
+
+
+@triton.jit
+def scatter(addresses, pieces, tiles, buffer, lr_ptr, weight_decay, SIZE: tl.constexpr):
+    """Update directions from the buffer into parameters, see :mod:`.transfer`."""
+    piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 6
+    k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
+    run = tl.load(piece + 3).to(tl.int32)
+    row = k // run
+    mask = k < tl.load(piece + 5)
+    to = tl.load(addresses + tl.load(piece)).to(tl.pointer_type(tl.float32))
+    to += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
+    lr = tl.load(lr_ptr)
+    u = tl.load(buffer + tl.load(piece + 2) + k, mask=mask)
+    p = tl.load(to, mask=mask)
+    tl.store(to, p * (1 - lr * weight_decay) - lr * u, mask=mask)

@@ -1,0 +1,122 @@
+"""Which program of a launch works on what: tables of tiles for all stacks of a model.
+
+Pure functions of sizes. Stacks are numbered as in the launch's table of groups; what differs in
+more than sizes (a kernel's compile-time settings) is a kind, and each kind a launch of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+Tile = list[int]
+
+# Tiles of products. Few columns are kernel sizes of convolutions, 3 or 9; they would waste most of
+# a wide tile. Models too small for a few large tiles on every multiprocessor get small ones.
+LARGE = dict(BM=128, BN=128, BK=32, num_warps=8, num_stages=3)
+SMALL = dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=3)
+NARROW = dict(BM=256, BN=16, BK=16, num_warps=4, num_stages=2)
+VECTOR = dict(BN=32, BK=128, num_warps=4)
+SMALL_MODEL = 2**24  # entries of all stacks
+# Tiles of Gram products.
+GRAM = dict(S=64, BK=32, num_warps=4, num_stages=3)
+NARROW_GRAM = dict(S=16, BK=64, num_warps=4, num_stages=3)
+OUTER = dict(S=64, num_warps=4)
+NARROW_COLUMNS = 16
+LONGEST_SUM = 1024  # longer ones are cut, or a few programs would run long after all others
+ENTRIES = 1024  # a program without products works on
+
+
+class ProductKind(NamedTuple):
+    """shape: "vector", "narrow" or "wide"; align_m, align_d: divisors of M and d."""
+
+    shape: str
+    align_m: int
+    align_d: int
+
+
+class GramKind(NamedTuple):
+    """x is [K, d] with ``columns``, else [d, K]; ``outer`` products have K = 1."""
+
+    outer: bool
+    narrow: bool
+    columns: bool
+    in_pieces: bool
+    align_d: int
+    align_k: int
+
+
+def elementwise(sizes: Sequence[tuple[int, int]]) -> dict[int, list[Tile]]:
+    """Alignment -> [group, row, first entry, 0], given (rows, entries a row) of each group."""
+    tiles = (
+        (alignment(size), [group, row, start, 0])
+        for group, (rows, size) in enumerate(sizes)
+        for row in range(rows)
+        for start in range(0, size, ENTRIES)
+    )
+    return _by_kind(tiles)
+
+
+def products(
+    sizes: Sequence[tuple[int, int, int]], wide: dict[str, int]
+) -> dict[ProductKind, list[Tile]]:
+    """Kind -> [group, row, first m, first column], given (rows, M, d) of each group: products
+    [M, d] with sums over d."""
+    tiles = []
+    # Long sums first, so that no program starts one when all others are done.
+    for group, (rows, M, d) in sorted(enumerate(sizes), key=lambda x: -x[1][2]):
+        shape = "vector" if M == 1 else "narrow" if d <= NARROW_COLUMNS else "wide"
+        tile = {"vector": dict(VECTOR, BM=1), "narrow": NARROW, "wide": wide}[shape]
+        kind = ProductKind(shape, alignment(M), alignment(d))
+        tiles += [
+            (kind, [group, row, m, n])
+            for row in range(rows)
+            for m in range(0, M, tile["BM"])
+            for n in range(0, d, tile["BN"])
+        ]
+    return _by_kind(tiles)
+
+
+def grams(sizes: Sequence[tuple[int, int, int, bool]]) -> dict[GramKind, list[Tile]]:
+    """Kind -> [group, row, first row, first column <= first row, first k, last k + 1], given
+    (rows, d, K, columns) of each group: products [d, d] with sums over K.
+
+    Pieces of one product stand together and in order. Outer products have all columns.
+    """
+    tiles = []
+    for group, (rows, d, K, columns) in sorted(enumerate(sizes), key=lambda x: -x[1][2]):
+        outer, narrow = K == 1, d <= NARROW_COLUMNS and K > 1
+        align_k = 1 if columns or outer else alignment(K)
+        kind = GramKind(outer, narrow, columns, K > LONGEST_SUM, alignment(d), align_k)
+        S = (OUTER if outer else NARROW_GRAM if narrow else GRAM)["S"]
+        tiles += [
+            (kind, [group, row, i, j, start, min(start + LONGEST_SUM, K)])
+            for row in range(rows)
+            for i in range(0, d, S)
+            for j in range(0, d if outer else i + 1, S)
+            for start in range(0, K, LONGEST_SUM)
+        ]
+    return _by_kind(tiles)
+
+
+def sums(pieces: Sequence[Tile]) -> list[Tile]:
+    """[group, row, first row, first column, first piece, last piece + 1] for tiles of
+    :func:`grams`."""
+    totals: list[Tile] = []
+    for number, piece in enumerate(pieces):
+        if not totals or totals[-1][:4] != piece[:4]:
+            totals.append([*piece[:4], number, number])
+        totals[-1][5] = number + 1
+    return totals
+
+
+def alignment(size: int) -> int:
+    """4 if rows of that many float32 entries all start at multiples of 16 bytes, else 1."""
+    return 4 if size % 4 == 0 else 1
+
+
+def _by_kind(tiles: Iterable[tuple[Any, Tile]]) -> dict[Any, list[Tile]]:
+    kinds: dict[Any, list[Tile]] = {}
+    for kind, tile in tiles:
+        kinds.setdefault(kind, []).append(tile)
+    return kinds

@@ -1,0 +1,207 @@
+"""All stacks at once by our kernels, against float64 one stack at a time.
+
+On a GPU, and without one under Triton's interpreter, which runs the kernels' Python: `make
+test-kernels` (the tiles are smaller there).
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from algoperf_shampoo.optim import grouped, linalg, tiles
+from algoperf_shampoo.optim.arithmetic import Hyper
+from algoperf_shampoo.optim.blocking import cut
+from algoperf_shampoo.optim.buckets import Layout
+from algoperf_shampoo.optim.eigenbasis import build_factor_sets
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(),
+        reason="needs a CUDA device, or TRITON_INTERPRET=1",
+    ),
+]
+
+# Matrices that fill no tile, vectors, order 3 with a narrow mode first, between and last, odd sizes
+# and one that is cut: every kind of launch.
+SHAPES = [
+    (40, 36), (40, 36), (44,), (44,), (20, 50), (18, 24, 3), (3, 30, 22), (20, 9, 16), (7, 9, 20),
+    (12, 6, 11, 13), (1,), (61, 33), (130,),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiles, "LONGEST_SUM", 128)
+    if INTERPRETED:
+        for name, tile in {
+            "SMALL": dict(BM=32, BN=32, BK=16),
+            "NARROW": dict(BM=32, BN=16, BK=16),
+            "VECTOR": dict(BN=32, BK=32),
+            "GRAM": dict(S=32, BK=16),
+            "NARROW_GRAM": dict(S=16, BK=16),
+            "OUTER": dict(S=32),
+        }.items():
+            monkeypatch.setattr(tiles, name, tile)
+
+
+@pytest.fixture
+def layout():
+    """Random gradients, moments, orthogonal operators; magnitudes from 1e-18 to 1e12 per row."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.zeros(s, device=DEVICE)) for s in SHAPES]
+    layout = Layout(params, lambda p: cut(tuple(p.shape), 64))
+    build_factor_sets(layout.stacks)
+    layout.allocate(("exp_avg", "exp_avg_sq"), scratch=True)
+    exponents = iter(torch.randint(-18, 12, (99,)).tolist())
+    for stack in layout.stacks:
+        for row in range(len(stack)):
+            scale = 10.0 ** next(exponents)
+            stack.g[row] = scale * torch.randn(stack.shape, device=DEVICE)
+            stack.state["exp_avg"][row] = scale * torch.randn(stack.shape, device=DEVICE)
+            stack.state["exp_avg_sq"][row] = scale**2 * torch.rand(stack.shape, device=DEVICE)
+        for q in stack.operators:
+            q.copy_(torch.linalg.qr(torch.randn(q.shape)).Q)
+    return layout
+
+
+def hyper(precision="highest"):
+    c1, c2 = (torch.tensor(c, device=DEVICE) for c in (0.3, 0.2))
+    return Hyper(0.0, 0.9, 0.99, 1e-30, 0.0, True, precision, c1, c2)
+
+
+def exact(x):
+    return x.double().cpu().clone()
+
+
+def rotated(x, operators, back=False):
+    apply = linalg.rotate_back if back else linalg.rotate
+    return apply(exact(x), [exact(q) for q in operators])
+
+
+def relative_errors(values, expected):
+    """Per row of all stacks, ||x - expected|| / ||expected||."""
+    for x, e in zip(values, expected, strict=True):
+        x, e = exact(x).flatten(1), e.flatten(1)
+        yield from ((x - e).norm(dim=1) / e.norm(dim=1)).tolist()
+
+
+PRECISIONS = [("highest", 1e-6), ("high", 1e-3)]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
+def test_rotations_and_adam_between(layout, precision, tolerance):
+    stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper(precision)
+    arithmetic.gradients_came(stacks)
+    expected = [rotated(s.g, s.operators) for s in stacks]
+    xs = arithmetic.rotate(stacks, [s.g for s in stacks], h)
+    assert max(relative_errors(xs, expected)) < tolerance
+    # Adam's own arithmetic is float32: on the same input.
+    copies = [exact(x) for x in xs]
+    moments = [[exact(s.state[n]) for n in ("exp_avg", "exp_avg_sq")] for s in stacks]
+    arithmetic.adam(stacks, xs, h)
+    for s, x, copy, (m, v) in zip(stacks, xs, copies, moments, strict=True):
+        m, v = 0.9 * m + 0.1 * copy, 0.99 * v + 0.01 * copy**2
+        direction = (0.9 * m + 0.1 * copy) / 0.3 / ((v / 0.2).sqrt() + 1e-30)
+        assert max(relative_errors([s.state["exp_avg"]], [m])) < 1e-6
+        assert max(relative_errors([s.state["exp_avg_sq"]], [v])) < 1e-6
+        assert max(relative_errors([x], [direction])) < 1e-6
+    expected = [rotated(x, s.operators, back=True) for s, x in zip(stacks, xs, strict=True)]
+    arithmetic.rotate_back(stacks, xs, h)
+    assert max(relative_errors([s.g for s in stacks], expected)) < tolerance
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
+def test_operators_that_are_not_orthogonal(layout, precision, tolerance):
+    stacks, arithmetic = layout.stacks, grouped.Grouped(layout.stacks)
+    for stack in stacks:
+        for q in stack.operators:
+            q.mul_(1e3)
+    for _ in range(2):  # what is kept of a first call must not disturb a second
+        for stack in stacks:
+            stack.scratch.copy_(stack.g)
+        arithmetic.gradients_came(stacks)
+        xs = arithmetic.copy_of_gradients(stacks)
+        for x in xs:
+            x.mul_(0.01)  # by torch: nobody has told
+        expected = [rotated(x, s.operators) for s, x in zip(stacks, xs, strict=True)]
+        kept = [s.g.clone() for s in stacks]
+        xs = arithmetic.rotate(stacks, xs, hyper(precision), orthogonal=False)
+        assert max(relative_errors(xs, expected)) < tolerance
+        for stack, g in zip(stacks, kept, strict=True):
+            stack.g.copy_(g)
+
+
+def test_gram(layout):
+    """Alone (beta = 0), and as an average; symmetric to rounding."""
+    stacks, arithmetic = layout.stacks, grouped.Grouped(layout.stacks)
+    arithmetic.gradients_came(stacks)
+    grams = []
+    for s in stacks:
+        wide = [exact(s.g).movedim(i + 1, 1).reshape(len(s), d, -1) for i, d in enumerate(s.shape)]
+        grams.append([x @ x.mT for x in wide])
+    for beta, weight in ((0.0, 1.0), (0.9, 0.1)):
+        arithmetic.gram_ema(stacks, beta, weight)
+        for s, expected in zip(stacks, grams, strict=True):
+            assert max(relative_errors(s.factors, expected)) < 5e-7
+            assert max(relative_errors([f.mT for f in s.factors], expected)) < 5e-7
+
+
+def test_one_bad_row_spares_the_others_and_zeros_stay_zero(layout):
+    stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper()
+    bad = stacks[0]
+    assert len(bad) == 2
+    bad.g[0, 3, 4] = torch.nan
+    stacks[1].g[1] = torch.inf
+    stacks[2].g[0] = 0
+    for precision in ("highest", "high"):
+        arithmetic.gradients_came(stacks)
+        expected = [rotated(s.g, s.operators) for s in stacks]
+        kept = [s.g.clone() for s in stacks]
+        arithmetic.gram_ema(stacks, 0.0, 1.0)
+        h = h._replace(matmul_precision=precision)
+        xs = arithmetic.rotate(stacks, [s.g for s in stacks], h)
+        for s, x, e in zip(stacks, xs, expected, strict=True):
+            for row in range(len(s)):
+                fine = bool(e[row].isfinite().all())
+                assert bool(x[row].isfinite().all()) == fine
+                assert all(bool(f[row].isfinite().all()) == fine for f in s.factors)
+        assert not xs[2][0].any() and not any(f[0].any() for f in stacks[2].factors)
+        for s, g in zip(stacks, kept, strict=True):
+            s.g.copy_(g)
+
+
+def test_entries_far_below_the_largest_keep_an_absolute_accuracy(layout):
+    """Powers of ten down to 1e-10 of the top: what scaling to float16's range could lose."""
+    stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper()
+    for s in stacks:
+        decay = torch.logspace(0, -10, s.shape[-1], device=DEVICE)
+        s.g.copy_(torch.randn(s.g.shape, device=DEVICE) * decay)
+        for q in s.operators:  # permutations: entries pass unchanged
+            q.copy_(torch.eye(q.shape[-1]).flip(0).expand_as(q))
+    arithmetic.gradients_came(stacks)
+    expected = [rotated(s.g, s.operators) for s in stacks]
+    xs = arithmetic.rotate(stacks, [s.g for s in stacks], h)
+    for s, x, e in zip(stacks, xs, expected, strict=True):
+        top = e.flatten(1).abs().amax(1).reshape(-1, *[1] * len(s.shape))
+        error = (exact(x) - e).abs()
+        assert (error <= 3e-7 * e.abs() + 1e-11 * top).all()
+
+
+def test_results_do_not_depend_on_what_else_steps(layout):
+    """Rows are computed alike in a launch of all and in one of some."""
+    stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper()
+    arithmetic.gradients_came(stacks)
+    kept = [s.g.clone() for s in stacks]
+    together = [x.clone() for x in arithmetic.rotate(stacks, [s.g for s in stacks], h)]
+    for s, g in zip(stacks, kept, strict=True):
+        s.g.copy_(g)
+    arithmetic.gradients_came(stacks)
+    for some in (stacks[::2], stacks[1::2]):
+        xs = arithmetic.rotate(some, [s.g for s in some], h)
+        for s, x in zip(some, xs, strict=True):
+            assert torch.equal(x, together[stacks.index(s)])
