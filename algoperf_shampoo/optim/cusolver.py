@@ -86,7 +86,8 @@ def workspace_bytes(n: int, dtype: torch.dtype, device: torch.device, count: int
     """Device memory that :func:`eigh_` needs for ``count`` matrices of size n."""
     library = _library()
     assert library is not None
-    dummy = torch.empty(1, n, n, dtype=dtype, device=device)
+    # Its address is all that is asked for; a whole matrix would count towards the peak.
+    dummy = torch.empty(1, dtype=dtype, device=device).expand(1, n, n)
     on_device, on_host = ctypes.c_size_t(), ctypes.c_size_t()
     with torch.cuda.device(device):
         status = library.cusolverDnXsyevBatched_bufferSize(
@@ -105,23 +106,31 @@ def workspace_bytes(n: int, dtype: torch.dtype, device: torch.device, count: int
 def better_alone(n: int, count: int) -> bool:
     """Whether ``count`` matrices take less time one after the other than as a batch.
 
-    A batch of two to sixteen matrices takes about the same time, seven to nine times that of one
-    alone, for which cuSOLVER has another algorithm (H200, CUDA 13: 77 against 10.6 ms at n = 1024,
-    27 against 3.4 at 384). Up to n = 256 batches are as fast as one.
+    For one matrix alone cuSOLVER has another algorithm, which takes a seventh of the time of the
+    smallest batch (see :func:`milliseconds`). Up to n = 256 batches are as fast as one.
     """
     return n > 256 and count < 8
 
 
+# (n, base, slope) of batches, in ms, measured on an H100.
+_BATCHES = ((384, 20.0, 0.123), (512, 25.0, 0.2), (1024, 75.0, 0.63))
+
+
 def milliseconds(n: int, count: int) -> float:
-    """About how long :func:`enqueue_eigh_` takes on an H200. Only for planning: see
-    :mod:`.lanes`."""
-    if count == 1:
-        return 0.0104 * n
+    """About how long :func:`enqueue_eigh_` takes on an H100 in float32. Only for planning: see
+    :mod:`.lanes`.
+
+    A batch takes base + slope * count: thousands of short kernels in a row, whatever the count.
+    Linear in n between the sizes measured, and beyond.
+    """
     if better_alone(n, count):
         return 0.0104 * n * count
     if n <= 256:
-        return 0.011 * n
-    return 27.0 if n <= 512 else 52.0 if n <= 768 else 77.0
+        return 0.011 * n + 0.055 * (n / 256) ** 2 * count
+    low, high = _BATCHES[:2] if n <= 512 else _BATCHES[1:]
+    x = (n - low[0]) / (high[0] - low[0])
+    base, slope = (low[i] + x * (high[i] - low[i]) for i in (1, 2))
+    return base + slope * count
 
 
 def workspace(n: int, dtype: torch.dtype, device: torch.device, count: int) -> Tensor:

@@ -4,7 +4,7 @@ test-gpu`."""
 import pytest
 import torch
 
-from algoperf_shampoo.optim import cusolver, eigensolvers, eshampoo
+from algoperf_shampoo.optim import batched, cusolver, eigensolvers, eshampoo, lanes
 from algoperf_shampoo.optim.buckets import Lent
 from algoperf_shampoo.optim.eigensolvers import Solver
 from algoperf_shampoo.optim.linalg import gram_ema_, relative_off_diagonal
@@ -76,7 +76,7 @@ def test_back_ends_against_float64(n, dtype, method):
         memory = torch.randn(40 * 2**20 // a.element_size(), dtype=dtype, device="cuda")
         kept = memory[len(memory) // 2 :].clone()
         lent = Lent(memory, len(memory) // 2)
-        (result,) = Solver(workspace_mib=20).solve([job], 0.0, [lent])
+        (result,) = Solver().solve([job], 0.0, [lent])
         assert torch.equal(memory[len(memory) // 2 :], kept)
         rows = torch.tensor(indices, device="cuda")
         assert not operators[[i for i in range(8) if i not in indices]].any()
@@ -91,6 +91,85 @@ def test_back_ends_against_float64(n, dtype, method):
     assert error.max() < tolerance
     assert (q.mT @ q - torch.eye(n, device="cuda")).abs().max() < tolerance
     assert ((lam.cpu() - truth).abs().amax(-1) / norm.cpu()).max() < tolerance
+
+
+@pytest.fixture
+def batched_solver():
+    if not cusolver.available():
+        pytest.skip("this CUDA has no batched solver")
+
+
+ALL = {384: range(260), 1024: range(24), 9: range(50), 768: range(1), 512: range(20)}
+SOME = {384: [*range(60), *range(62, 100)], 1024: [0, *range(2, 24)], 768: [0], 512: [3, 7, 8]}
+
+
+def assert_eigenvectors(a, q, values):
+    """Residual relative to the norm, and orthogonality."""
+    a, q = a.double(), q.double()
+    norm = torch.linalg.matrix_norm
+    assert (norm((q * values.double()[:, None]) @ q.mT - a) / norm(a)).max() < 1e-5
+    eye = torch.eye(a.shape[-1], device="cuda", dtype=torch.float64)
+    assert (q.mT @ q - eye).abs().max() < 1e-5
+
+
+def mixed_jobs(chosen):
+    """Factors of several sizes, and old operators."""
+    jobs = []
+    for n, indices in chosen.items():
+        a = factors(n, max(indices) + 3, n).float()
+        jobs.append(eigensolvers.Job(a, torch.randn_like(a), list(indices)))
+    return jobs
+
+
+def solve_and_check(jobs, entries, solver):
+    """Within lent memory of which a half is free."""
+    before = [job.operators.clone() for job in jobs]
+    memory = torch.randn(entries, device="cuda")
+    kept = memory[entries // 2 :].clone()
+    results = solver.solve(jobs, 0.0, [Lent(memory, entries // 2)])
+    assert torch.equal(memory[entries // 2 :], kept)
+    for job, result, old in zip(jobs, results, before, strict=True):
+        assert all(result.converged)
+        rows = torch.tensor(job.indices, device="cuda")
+        assert_eigenvectors(job.factors[rows], job.operators[rows], result.values)
+        others = [i for i in range(len(old)) if i not in job.indices]
+        assert torch.equal(job.operators[others], old[others])
+
+
+@pytest.mark.usefixtures("batched_solver")
+@pytest.mark.parametrize("mib", [0, 12, 200, 1000])
+@pytest.mark.parametrize("chosen", [ALL, SOME], ids=["all", "some"])
+def test_sizes_in_two_phases(chosen, mib, monkeypatch):
+    """The large ones in the memory of the small ones' operators, with little and much lent."""
+    schedules = []
+
+    def schedule(*arguments):
+        schedules.append(lanes.schedule(*arguments))
+        return schedules[-1]
+
+    monkeypatch.setattr(batched, "schedule", schedule)
+    for _ in range(3):  # a race would not show every time
+        solve_and_check(mixed_jobs(chosen), mib * 2**18, Solver())
+    assert schedules == schedules[:1] * 3
+    if mib == 200:
+        (both,) = {len(found.phases) for found in schedules}
+        assert both == 2 and max(schedules[0].used[2:]) > 0
+
+
+@pytest.mark.usefixtures("batched_solver")
+@pytest.mark.parametrize("chosen", [ALL, SOME], ids=["all", "some"])
+def test_what_cusolver_gives_up_is_decomposed_from_the_factor(chosen, monkeypatch):
+    honest = cusolver.eigh_
+
+    def spoiled(a, work):
+        values, converged = honest(a, work)
+        a[-1] = torch.nan
+        values[-1] = torch.nan
+        return values, [*converged[:-1], False]
+
+    monkeypatch.setattr(cusolver, "eigh_", spoiled)
+    small = {n: list(indices)[:8] for n, indices in chosen.items()}
+    solve_and_check(mixed_jobs(small), 50 * 2**20, Solver())
 
 
 @pytest.mark.parametrize("n", [9, 100, 384])
@@ -166,6 +245,31 @@ def test_warm_start_in_lent_memory(indices):
     rayleigh = (q[rows] * (a[rows] @ q[rows])).sum(-2)
     torch.testing.assert_close(result.values, rayleigh, rtol=1e-4, atol=1e-5)
     assert (q[rows].mT @ q[rows] - torch.eye(128, device="cuda")).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("batched_solver")
+def test_what_a_warm_start_leaves_over_takes_no_memory_of_its_own():
+    """All of 60, in lent memory; and sizes below WARM_MIN."""
+    jobs = mixed_jobs({384: range(60), 20: range(30)})
+    solver = Solver(method="warm", max_iterations=1, tolerance=1e-6)
+    peaks = []
+    for _ in range(2):  # the first time, libraries allocate theirs
+        for job in jobs:
+            job.operators.copy_(torch.eye(job.n, device="cuda").expand_as(job.operators))
+        memory = torch.randn(25 * 2**20, device="cuda")
+        kept = memory[10**6 :].clone()
+        torch.ones(64, 64, device="cuda").mm(torch.ones(64, 64, device="cuda"))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = solver.solve(jobs, 0.0, [Lent(memory, 10**6)])
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert torch.equal(memory[10**6 :], kept)
+    for job, result in zip(jobs, results, strict=True):
+        assert all(result.converged)
+        rows = torch.tensor(job.indices, device="cuda")
+        assert_eigenvectors(job.factors[rows], job.operators[rows], result.values)
+    assert peaks[-1] < 16 * 2**20
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,0 +1,82 @@
+"""What is to be decomposed, what comes back, and rows of stacks by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """Matrices to decompose: operators[indices] receive the eigenvectors of factors[indices].
+
+    factors, operators: [N, n, n], contiguous. On entry operators[indices] are the old eigenvectors
+    (columns by ascending eigenvalue): the start of method "warm", memory to work in for "eigh".
+    """
+
+    factors: Tensor
+    operators: Tensor
+    indices: list[int]
+
+    @property
+    def n(self) -> int:
+        return self.factors.shape[-1]
+
+    def part(self, positions: Sequence[int]) -> Job:
+        """Those at ``positions`` of the indices."""
+        return Job(self.factors, self.operators, [self.indices[p] for p in positions])
+
+
+@dataclass(frozen=True)
+class Result:
+    """values: [len(indices), n] ascending; converged: per index. Where it is False the vectors are
+    I."""
+
+    values: Tensor
+    converged: list[bool]
+
+    @staticmethod
+    def empty(job: Job) -> Result:
+        """To be filled: values not set yet, and all converged."""
+        values = job.factors.new_empty(len(job.indices), job.n)
+        return Result(values, [True] * len(job.indices))
+
+    def put(self, positions: Sequence[int], part: Result) -> None:
+        """The part's values and convergence at ``positions``."""
+        put(self.values, positions, part.values)
+        for p, ok in zip(positions, part.converged, strict=True):
+            self.converged[p] = ok
+
+
+def consecutive(indices: Sequence[int]) -> bool:
+    """Whether they are first, first + 1, ..."""
+    first, count = indices[0], len(indices)
+    return indices[-1] == first + count - 1 and list(indices) == list(range(first, first + count))
+
+
+def longest_run(indices: Sequence[int]) -> tuple[int, int]:
+    """(first, count) of the longest run of consecutive indices, the earliest of equal ones."""
+    best = first, count = indices[0], 1
+    for i in indices[1:]:
+        first, count = (first, count + 1) if i == first + count else (i, 1)
+        if count > best[1]:
+            best = first, count
+    return best
+
+
+def take(x: Tensor, indices: Sequence[int]) -> Tensor:
+    """x[indices] along the first dimension: a view when they are consecutive, else a copy."""
+    if consecutive(indices):
+        return x[indices[0] : indices[0] + len(indices)]
+    return x[torch.tensor(indices, device=x.device)]
+
+
+def put(x: Tensor, indices: Sequence[int], value: Tensor) -> None:
+    """x[indices] = value along the first dimension; value is other memory than x."""
+    if consecutive(indices):
+        x[indices[0] : indices[0] + len(indices)].copy_(value)
+    else:
+        x.index_copy_(0, torch.tensor(indices, device=x.device), value)
