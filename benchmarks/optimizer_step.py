@@ -69,8 +69,10 @@ def eigen_floor(params: list[torch.nn.Parameter], device: torch.device) -> float
     return total
 
 
-def peak_memory(build: Any, workload: str, device: torch.device, F: int) -> float:
-    """MiB at the peak of F + 1 steps, one of them a refresh."""
+def peak_memory(build: Any, workload: str, device: torch.device, F: int) -> tuple[float, float]:
+    """MiB at the peak of F + 3 steps, one of them a refresh, and how many seconds they took: the
+    first contender that needs a kernel has it compiled, or loaded where the compiler finds it in
+    its cache."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -80,10 +82,13 @@ def peak_memory(build: Any, workload: str, device: torch.device, F: int) -> floa
     optimizer = build(params, F)
     for p in params:
         p.grad = torch.randn_like(p)
-    for _ in range(F + 3):
-        optimizer.step()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    def steps() -> None:
+        for _ in range(F + 3):
+            optimizer.step()
+
+    took = seconds(steps, device)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20, took
 
 
 def main() -> None:
@@ -106,7 +111,7 @@ def main() -> None:
     table_of = contenders(args.meta, args.soap)
     if args.only:
         table_of = {k: v for k, v in table_of.items() if k in args.only.split(";")}
-    memory = {}
+    memory: dict[str, tuple[float, float]] = {}
     if device.type == "cuda":
         memory = {n: peak_memory(b, args.workload, device, F) for n, b in table_of.items()}
     replicas = {name: parameters(args.workload, device) for name in table_of}
@@ -141,8 +146,9 @@ def main() -> None:
             name: {
                 "ordinary_ms": spread(ordinary[name]),
                 "refresh_ms": spread(refreshing[name]),
+                "very_first_steps_s": memory[name][1] if memory else None,
                 "first_steps_ms": one_off[name],
-                "peak_mib": memory.get(name),
+                "peak_mib": memory[name][0] if memory else None,
             }
             for name in table_of
         },

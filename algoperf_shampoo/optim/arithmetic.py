@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import linalg
 from .buckets import Stack
+from .jobs import put, take
+from .precision import matmul_precision
 
 
 class Hyper(NamedTuple):
@@ -80,6 +82,16 @@ class Arithmetic:
         ``g``."""
         for stack, x in zip(stacks, xs, strict=True):
             linalg.rotate_back(x, stack.operators, out=stack.g)
+
+    def rotate_mode_(
+        self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int], back: bool
+    ) -> None:
+        """x[rows] <- their product in one mode with Q' (with Q if ``back``), Q the stack's
+        operators. x: [B, *shape], not ``g``, which may be overwritten."""
+        q = take(stack.operators[mode], rows)
+        with matmul_precision("highest"):
+            rotated = linalg.rotate_mode(take(x, rows), q.mT if back else q, mode)
+            put(x, rows, rotated)
 
 
 def adam_(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .arithmetic import Arithmetic
 from .buckets import Lent, Stack
 from .eigensolvers import Job, Result, Solver, put, take
 from .graphs import Run, direct
@@ -125,6 +126,7 @@ def refresh(
     beta2: float,
     tau: float,
     solver: Solver,
+    arithmetic: Arithmetic,
     lent: Sequence[Lent] = (),
     group: dist.ProcessGroup | None = None,
     run: Run = direct,
@@ -133,6 +135,7 @@ def refresh(
 
     Args:
         rows: id(stack) -> rows due now (t mod F = 0).
+        arithmetic: with which the rule takes what it keeps from one basis to the other.
         group: with replicas in a process group, rank 0's decision is broadcast, so that replicas
             cannot part over rounding near the threshold.
         lent: memory to work in; its free part is overwritten if the result is True.
@@ -170,28 +173,23 @@ def refresh(
     if not jobs:
         return False
     for factor_set, job in jobs:
-        _move(factor_set, job.indices, rule.leave)
+        _move(factor_set, job.indices, rule.leave, arithmetic)
     results = solver.solve([job for _, job in jobs], tau, lent)
     for (factor_set, job), result in zip(jobs, results, strict=True):
         _finish(factor_set, job.indices, result, rule, beta2)
-        _move(factor_set, job.indices, rule.enter)
+        _move(factor_set, job.indices, rule.enter, arithmetic)
     return True
 
 
 def _move(
     factor_set: FactorSet,
     indices: Sequence[int],
-    hook: Callable[[Stack, int, list[int], Tensor], None],
+    hook: Callable[[Stack, int, list[int], Arithmetic], None],
+    arithmetic: Arithmetic,
 ) -> None:
     """Call a rule's leave or enter hook for all blocks whose factors are among ``indices``."""
-    for chunk in chunks(indices, factor_set.n):
-        for span, rows, positions in factor_set.spans_of(chunk):
-            hook(
-                span.stack,
-                span.mode,
-                rows,
-                take(factor_set.operators, [chunk[p] for p in positions]),
-            )
+    for span, rows, _ in factor_set.spans_of(indices):
+        hook(span.stack, span.mode, rows, arithmetic)
 
 
 def _finish(

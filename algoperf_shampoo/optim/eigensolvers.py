@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 METHODS = ("eigh", "warm")
 WARM_MIN = 64  # below this size a warm start does not pay
+SWEEP_TOGETHER = 16  # matrices; a sweep over more is hardly faster per matrix
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,12 @@ def _two_pieces(
         wanted = max(max(len(job.indices) * job.n**2 for job in mine), least)
         entries = max(least, limit // (2 * kind[0].itemsize))
         known = [x for x in lent if (x.memory.dtype, x.memory.device) == kind and x.memory.is_cuda]
-        room = usable(known[0]) // 2 if known else 0
+        # What holds something is parked only if the rest is too small to sweep well.
+        enough = max(min(len(job.indices), SWEEP_TOGETHER) * job.n**2 for job in mine)
+        room = 0
+        if known:
+            free = known[0].free // 2
+            room = free if free >= enough else usable(known[0]) // 2
         if wanted > entries and room > entries:
             step = ALIGNMENT // kind[0].itemsize  # each piece starts aligned
             half = min(-(-wanted // step), room // step) * step

@@ -20,6 +20,7 @@ from . import tiles
 from .arithmetic import Arithmetic, Hyper
 from .buckets import Stack
 from .gpu import kernels
+from .jobs import runs
 from .tiles import Tile
 
 Launches = list[Callable[..., None]]
@@ -40,13 +41,13 @@ class Grouped(Arithmetic):
         assert module is not None
         self._kernels = module
         self._device = stacks[0].device
-        small = sum(s.numel for s in stacks) < tiles.SMALL_MODEL
-        self._wide = tiles.SMALL if small else tiles.LARGE
+        self._small = sum(s.numel for s in stacks) < tiles.SMALL_MODEL
         count = sum(len(s) for s in stacks)
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
-        # The largest absolute entry of every row ("top") of `g`, of `scratch` and of operators,
-        # kept up to date by whatever writes there. 1 bounds the entries of orthogonal operators.
-        self._tops = torch.zeros(2, count, dtype=torch.int32, device=self._device)
+        # The largest absolute entry of every row ("top"): of `g` and `scratch` kept up to date by
+        # whatever writes there, of other tensors measured when they are needed.
+        self._tops = torch.zeros(3, count, dtype=torch.int32, device=self._device)
+        # What bounds the entries of orthogonal operators.
         self._rows = {id(s): slice(i, i + len(s)) for s, i in zip(stacks, starts, strict=True)}
         self._ones = torch.ones(count, device=self._device)
         self._operator_tops: dict[tuple[int, int], Tensor] = {}
@@ -95,24 +96,41 @@ class Grouped(Arithmetic):
         if not orthogonal:
             self._measure(stacks, xs)
             self._measure_operators(stacks)
-        return self._products(stacks, xs, h, transposed=False, orthogonal=orthogonal)
+        return self._products(stacks, xs, h, back=False, orthogonal=orthogonal)
 
     def rotate_back(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
-        self._products(stacks, xs, h, transposed=True, orthogonal=True)
+        self._products(stacks, xs, h, back=True, orthogonal=True)
+
+    def rotate_mode_(
+        self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int], back: bool
+    ) -> None:
+        if 0 < mode < len(stack.shape) - 1:
+            super().rotate_mode_(stack, x, mode, rows, back)
+            return
+        scratch = _scratch(stack)
+        tops = torch.linalg.vector_norm(x.flatten(1), torch.inf, 1)
+        self._top(stack, x).copy_(tops.view(torch.int32))
+        self._forget_tops([stack], [scratch])
+        build = functools.partial(self._one_rotation, stack, x, mode, rows)
+        key = "one rotation", mode, tuple(rows)
+        for launch in self._known(key, [stack], [x], build, keep=len(rows) == len(stack)):
+            launch(back)
+        for part in runs(rows):
+            x[part].copy_(scratch[part])
 
     def _products(
         self,
         stacks: Sequence[Stack],
         xs: Sequence[Tensor],
         h: Hyper,
-        transposed: bool,
+        back: bool,
         orthogonal: bool,
     ) -> list[Tensor]:
         """One product per mode, to and fro between ``g`` and ``scratch``.
 
         Each contracts the leading mode and appends it at the back (see :func:`.linalg.rotate`).
         """
-        xs = list(xs)
+        xs, split = list(xs), h.matmul_precision == "highest"
         for mode in range(max(len(s.shape) for s in stacks)):
             here = [i for i, s in enumerate(stacks) if mode < len(s.shape)]
             some, sources = [stacks[i] for i in here], [xs[i] for i in here]
@@ -122,11 +140,11 @@ class Grouped(Arithmetic):
             ]
             self._forget_tops(some, targets)
             build = functools.partial(
-                self._product_launches, some, sources, targets, mode, orthogonal
+                self._rotations, some, sources, targets, mode, orthogonal, split
             )
-            name = "product", mode, orthogonal
+            name = "rotation", mode, orthogonal, split
             for launch in self._known(name, some, sources, build):
-                launch(transposed, h.matmul_precision == "highest")
+                launch(A_ROWS=False, B_ROWS=back)
             for i, target in zip(here, targets, strict=True):
                 xs[i] = target
         return xs
@@ -137,24 +155,26 @@ class Grouped(Arithmetic):
         stacks: Sequence[Stack],
         xs: Sequence[Tensor],
         build: Callable[[], Launches],
+        keep: bool = True,
     ) -> Launches:
         """The launches of an operation, with their tables: made once, all addresses stay."""
-        buffers = tuple(_is_gradient(s, x) for s, x in zip(stacks, xs, strict=False))
+        buffers = tuple(_buffer(s, x) for s, x in zip(stacks, xs, strict=False))
         key = name, tuple(id(s) for s in stacks), buffers
-        if key not in self._launches:
-            self._launches[key] = build()
-        return self._launches[key]
+        launches = self._launches.get(key) or build()
+        if keep:
+            self._launches[key] = launches
+        return launches
 
     def _top(self, stack: Stack, x: Tensor) -> Tensor:
-        """Tops of the rows of x, which is the stack's ``g`` or ``scratch``."""
-        return self._tops[0 if _is_gradient(stack, x) else 1, self._rows[id(stack)]]
+        """Tops of the rows of x."""
+        return self._tops[_buffer(stack, x), self._rows[id(stack)]]
 
     def _forget_tops(self, stacks: Sequence[Stack], xs: Sequence[Tensor]) -> None:
         """Kernels raise tops: zeros first."""
         if len(xs) == len(self._rows):
-            kinds = {_is_gradient(s, x) for s, x in zip(stacks, xs, strict=True)}
-            if len(kinds) == 1:
-                self._tops[0 if kinds.pop() else 1].zero_()
+            buffers = {_buffer(s, x) for s, x in zip(stacks, xs, strict=True)}
+            if len(buffers) == 1:
+                self._tops[buffers.pop()].zero_()
                 return
         torch._foreach_zero_([self._top(s, x) for s, x in zip(stacks, xs, strict=True)])
 
@@ -194,39 +214,68 @@ class Grouped(Arithmetic):
         self, kernel: Any, stacks: Sequence[Stack], groups: list[list[int]], size_at: int
     ) -> Launches:
         """A pass over all rows of all stacks; word ``size_at`` of a group is a row's entries."""
-        sizes = [(len(s), group[size_at]) for s, group in zip(stacks, groups, strict=True)]
+        sizes = [(range(len(s)), group[size_at]) for s, group in zip(stacks, groups, strict=True)]
         return [
             self._launch(kernel, groups, mine, SIZE=tiles.ENTRIES, ALIGN=align, num_warps=4)
             for align, mine in tiles.elementwise(sizes).items()
         ]
 
-    def _product_launches(
+    def _one_rotation(self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int]) -> Launches:
+        """x in one mode into ``scratch``; each to be called with whether it is back."""
+        d, rest = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
+        scratch = _scratch(stack)
+        tensors = [(x, self._top(stack, x)), (stack.operators[mode], self._ones)]
+        first = mode == 0 and rest > 1  # Q'x or Qx; in the last mode, and of vectors, x Q or x Q'
+        (a, top_a), (b, top_b) = reversed(tensors) if first else tensors
+        M, N = (d, rest) if first else (rest, d)
+        addresses = [t.data_ptr() for t in (a, b, scratch, top_a, top_b, self._top(stack, scratch))]
+        launches = self._multiply([[*addresses, M, N, d]], [(rows, M, N, d)], True)
+        if first:
+            return [lambda back, r=run: r(A_ROWS=back, B_ROWS=False) for run in launches]
+        return [lambda back, r=run: r(A_ROWS=True, B_ROWS=back) for run in launches]
+
+    def _rotations(
         self,
         stacks: Sequence[Stack],
         sources: Sequence[Tensor],
         targets: Sequence[Tensor],
         mode: int,
         orthogonal: bool,
+        split: bool,
     ) -> Launches:
-        """Each to be called with (transposed, split), see :func:`.kernels.product`."""
         groups, sizes = [], []
         for stack, x, y in zip(stacks, sources, targets, strict=True):
             d, M = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
             top_q = self._ones if orthogonal else self._operator_tops[id(stack), mode]
             tensors = x, stack.operators[mode], y, self._top(stack, x), top_q, self._top(stack, y)
-            groups.append([*(t.data_ptr() for t in tensors), M, d])
-            sizes.append((len(stack), M, d))
+            groups.append([*(t.data_ptr() for t in tensors), M, d, d])
+            sizes.append((range(len(stack)), M, d, d))
+        return self._multiply(groups, sizes, split)
+
+    def _multiply(
+        self,
+        groups: Sequence[Sequence[int]],
+        sizes: Sequence[tuple[Sequence[int], int, int, int]],
+        split: bool,
+    ) -> Launches:
+        """Launches of :func:`.kernels.product`; call each with the layouts A_ROWS and B_ROWS."""
+        large = tiles.LARGE if split else tiles.LARGE_ROUNDED
+        wide = tiles.SMALL if self._small else large
         launches: Launches = []
-        for (shape, align_m, align_d), mine in tiles.products(sizes, self._wide).items():
-            if shape == "vector":
-                settings = dict(tiles.VECTOR, ALIGN_D=align_d)
+        for kind, mine in tiles.products(sizes, wide).items():
+            if kind.shape == "vector":
+                settings = dict(tiles.VECTOR, ALIGN_K=kind.align_k)
                 run = self._launch(self._kernels.matvec, groups, mine, **settings)
-                launches.append(lambda transposed, split, r=run: r(TRANSPOSED=transposed))
+                launches.append(lambda A_ROWS, B_ROWS, r=run: r(B_ROWS=B_ROWS))
                 continue
-            tile = tiles.NARROW if shape == "narrow" else self._wide
-            settings = dict(tile, ALIGN_M=align_m, ALIGN_D=align_d)
-            run = self._launch(self._kernels.product, groups, mine, **settings)
-            launches.append(lambda transposed, split, r=run: r(TRANSPOSED=transposed, SPLIT=split))
+            settings = dict(
+                tiles.shapes(wide)[kind.shape],
+                SPLIT=split,
+                ALIGN_M=kind.align_m,
+                ALIGN_N=kind.align_n,
+                ALIGN_K=kind.align_k,
+            )
+            launches.append(self._launch(self._kernels.product, groups, mine, **settings))
         return launches
 
     def _gram_launches(self, stacks: Sequence[Stack], number: int) -> Launches:
@@ -275,7 +324,8 @@ class Grouped(Arithmetic):
         **settings: Any,
     ) -> Callable[..., None]:
         """The kernel on tables of these groups and tiles, one program a tile."""
-        padded = [[*group, *[0] * (8 - len(group))] for group in groups]
+        words = self._kernels.WORDS.value
+        padded = [[*group, *[0] * (words - len(group))] for group in groups]
         table = torch.tensor(padded, dtype=torch.int64, device=self._device)
         where = torch.tensor(places, dtype=torch.int32, device=self._device)
 
@@ -286,8 +336,16 @@ class Grouped(Arithmetic):
         return run
 
 
+def _buffer(stack: Stack, x: Tensor) -> int:
+    """0 for the stack's ``g``, 1 for its ``scratch``, 2 for anything else."""
+    if x.data_ptr() == stack.g.data_ptr():
+        return 0
+    scratch = stack.scratch
+    return 1 if scratch is not None and x.data_ptr() == scratch.data_ptr() else 2
+
+
 def _is_gradient(stack: Stack, x: Tensor) -> bool:
-    return x.data_ptr() == stack.g.data_ptr()
+    return _buffer(stack, x) == 0
 
 
 def _scratch(stack: Stack) -> Tensor:

@@ -57,14 +57,21 @@ def consecutive(indices: Sequence[int]) -> bool:
     return indices[-1] == first + count - 1 and list(indices) == list(range(first, first + count))
 
 
+def runs(indices: Sequence[int]) -> list[slice]:
+    """The longest stretches of consecutive indices, in order."""
+    found: list[slice] = []
+    for i in indices:
+        if found and found[-1].stop == i:
+            found[-1] = slice(found[-1].start, i + 1)
+        else:
+            found.append(slice(i, i + 1))
+    return found
+
+
 def longest_run(indices: Sequence[int]) -> tuple[int, int]:
     """(first, count) of the longest run of consecutive indices, the earliest of equal ones."""
-    best = first, count = indices[0], 1
-    for i in indices[1:]:
-        first, count = (first, count + 1) if i == first + count else (i, 1)
-        if count > best[1]:
-            best = first, count
-    return best
+    best = max(runs(indices), key=lambda run: run.stop - run.start)
+    return best.start, best.stop - best.start
 
 
 def take(x: Tensor, indices: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """GPU kernels (Triton) for all stacks of a model at once. Import through :mod:`.grouped` only.
 
-A launch takes two tables. ``groups`` (int64, 8 words a row) says where a stack's tensors are:
+A launch takes two tables. ``groups`` (int64, WORDS words a row) says where a stack's tensors are:
 addresses and sizes. ``tiles`` (int32, 4 or 6 words a row) says what each program does: which group,
 which row of the stack, where in it. So stacks of different shapes share one launch.
 
@@ -19,6 +19,8 @@ maximum works, and its result does not depend on the order.
 
 import triton
 from triton import language as tl
+
+WORDS = tl.constexpr(9)
 
 
 @triton.jit
@@ -51,103 +53,101 @@ def _raise_top(word, row, values):
 def product(
     groups,
     tiles,
-    TRANSPOSED: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr,
     SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     ALIGN_M: tl.constexpr,
-    ALIGN_D: tl.constexpr,
+    ALIGN_N: tl.constexpr,
+    ALIGN_K: tl.constexpr,
 ):
-    """c[row] = a[row]' q[row], or a[row]' q[row]' with TRANSPOSED.
+    """c[row] = A[row] B[row], A [M, K], B [K, N], c [rows, M, N].
 
-    a [rows, d, M], q [rows, d, d], c [rows, M, d]. Group: a, q, c, tops of a, of q, of c, M, d.
-    Tile: group, row, first m, first column. SPLIT: float32 accuracy, else inputs of 11 bits.
+    a is A' [rows, K, M], or A with A_ROWS; b is B [rows, K, N], or B' with B_ROWS. Group: a, b, c,
+    tops of a, of b, of c, M, N, K. Tile: group, row, first m, first n. SPLIT: float32 accuracy,
+    else inputs of 11 bits.
     """
     tile = tiles + tl.program_id(0) * 4
-    group = groups + tl.load(tile) * 8
+    group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
     m = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, BM)
     n = tl.multiple_of(tl.load(tile + 3), 16) + tl.arange(0, BN)
     M = tl.multiple_of(tl.load(group + 6).to(tl.int32), ALIGN_M)
-    d = tl.multiple_of(tl.load(group + 7).to(tl.int32), ALIGN_D)
-    a_ptr = _float_pointer(group) + row * d * M
-    q_ptr = _float_pointer(group + 1) + row * d * d
-    c_ptr = _float_pointer(group + 2) + row * d * M
+    N = tl.multiple_of(tl.load(group + 7).to(tl.int32), ALIGN_N)
+    K = tl.multiple_of(tl.load(group + 8).to(tl.int32), ALIGN_K)
+    a_ptr = _float_pointer(group) + row * M * K
+    b_ptr = _float_pointer(group + 1) + row * K * N
+    c_ptr = _float_pointer(group + 2) + row * M * N
     e_a = _exponent(tl.load(_float_pointer(group + 3) + row))
-    e_q = _exponent(tl.load(_float_pointer(group + 4) + row))
-    scale_a, scale_q = _power(e_a), _power(e_q)
+    e_b = _exponent(tl.load(_float_pointer(group + 4) + row))
+    scale_a, scale_b = _power(e_a), _power(e_b)
     total = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, d, BK):
+    for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(
-            a_ptr + k[:, None] * M + m[None, :],
-            mask=(k[:, None] < d) & (m[None, :] < M),
-            other=0.0,
-        )
-        a = tl.trans(a * scale_a)
-        if TRANSPOSED:
-            q = tl.load(
-                q_ptr + n[:, None] * d + k[None, :],
-                mask=(n[:, None] < d) & (k[None, :] < d),
-                other=0.0,
-            )
-            q = tl.trans(q * scale_q)
+        if A_ROWS:
+            mask = (m[:, None] < M) & (k[None, :] < K)
+            a = tl.load(a_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0) * scale_a
         else:
-            q = tl.load(
-                q_ptr + k[:, None] * d + n[None, :],
-                mask=(k[:, None] < d) & (n[None, :] < d),
-                other=0.0,
-            )
-            q = q * scale_q
+            mask = (k[:, None] < K) & (m[None, :] < M)
+            a = tl.load(a_ptr + k[:, None] * M + m[None, :], mask=mask, other=0.0)
+            a = tl.trans(a * scale_a)
+        if B_ROWS:
+            mask = (n[:, None] < N) & (k[None, :] < K)
+            b = tl.load(b_ptr + n[:, None] * K + k[None, :], mask=mask, other=0.0)
+            b = tl.trans(b * scale_b)
+        else:
+            mask = (k[:, None] < K) & (n[None, :] < N)
+            b = tl.load(b_ptr + k[:, None] * N + n[None, :], mask=mask, other=0.0) * scale_b
         a_high = a.to(tl.float16)
-        q_high = q.to(tl.float16)
+        b_high = b.to(tl.float16)
         if SPLIT:
             a_low = (a - a_high.to(tl.float32)).to(tl.float16)
-            q_low = (q - q_high.to(tl.float32)).to(tl.float16)
-            part = tl.dot(a_low, q_high)
-            part = tl.dot(a_high, q_low, part)
-            total += tl.dot(a_high, q_high, part)
+            b_low = (b - b_high.to(tl.float32)).to(tl.float16)
+            part = tl.dot(a_low, b_high)
+            part = tl.dot(a_high, b_low, part)
+            total += tl.dot(a_high, b_high, part)
         else:
-            total = tl.dot(a_high, q_high, total)
-    total = total * _power(-e_a) * _power(-e_q)
+            total = tl.dot(a_high, b_high, total)
+    total = total * _power(-e_a) * _power(-e_b)
     _raise_top(group + 5, row, total)
-    mask = (m[:, None] < M) & (n[None, :] < d)
-    tl.store(c_ptr + m[:, None] * d + n[None, :], total, mask=mask)
+    mask = (m[:, None] < M) & (n[None, :] < N)
+    tl.store(c_ptr + m[:, None] * N + n[None, :], total, mask=mask)
 
 
 @triton.jit
 def matvec(
     groups,
     tiles,
-    TRANSPOSED: tl.constexpr,
+    B_ROWS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    ALIGN_D: tl.constexpr,
+    ALIGN_K: tl.constexpr,
 ):
-    """:func:`product` for M = 1, in float32: a [rows, d], c [rows, d]."""
+    """:func:`product` for M = 1 and N = K, in float32: a [rows, K], c [rows, K]."""
     tile = tiles + tl.program_id(0) * 4
-    group = groups + tl.load(tile) * 8
+    group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
     n = tl.multiple_of(tl.load(tile + 3), 16) + tl.arange(0, BN)
-    d = tl.multiple_of(tl.load(group + 7).to(tl.int32), ALIGN_D)
-    a_ptr = _float_pointer(group) + row * d
-    q_ptr = _float_pointer(group + 1) + row * d * d
-    c_ptr = _float_pointer(group + 2) + row * d
-    if TRANSPOSED:
+    K = tl.multiple_of(tl.load(group + 8).to(tl.int32), ALIGN_K)
+    a_ptr = _float_pointer(group) + row * K
+    b_ptr = _float_pointer(group + 1) + row * K * K
+    if B_ROWS:
         total = tl.zeros((BN, BK), tl.float32)
     else:
         total = tl.zeros((BK, BN), tl.float32)
-    for start in range(0, d, BK):
+    for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        a = tl.load(a_ptr + k, mask=k < d, other=0.0)
-        if TRANSPOSED:
-            mask = (n[:, None] < d) & (k[None, :] < d)
-            total += tl.load(q_ptr + n[:, None] * d + k[None, :], mask=mask, other=0.0) * a[None, :]
+        a = tl.load(a_ptr + k, mask=k < K, other=0.0)
+        if B_ROWS:
+            mask = (n[:, None] < K) & (k[None, :] < K)
+            total += tl.load(b_ptr + n[:, None] * K + k[None, :], mask=mask, other=0.0) * a[None, :]
         else:
-            mask = (k[:, None] < d) & (n[None, :] < d)
-            total += tl.load(q_ptr + k[:, None] * d + n[None, :], mask=mask, other=0.0) * a[:, None]
-    tl.store(c_ptr + n, tl.sum(total, 1 if TRANSPOSED else 0), mask=n < d)
+            mask = (k[:, None] < K) & (n[None, :] < K)
+            total += tl.load(b_ptr + k[:, None] * K + n[None, :], mask=mask, other=0.0) * a[:, None]
+    c_ptr = _float_pointer(group + 2) + row * K
+    tl.store(c_ptr + n, tl.sum(total, 1 if B_ROWS else 0), mask=n < K)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def gram(
     tile's k goes to ``partial_ptr`` [tiles, S, S] instead.
     """
     tile = tiles + tl.program_id(0) * 6
-    group = groups + tl.load(tile) * 8
+    group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
     i = tl.multiple_of(tl.load(tile + 2), 16)
     j = tl.multiple_of(tl.load(tile + 3), 16)
@@ -226,7 +226,7 @@ def gram_of_pieces(groups, tiles, partial_ptr, beta, weight, S: tl.constexpr):
     Tile: group, row, first row, first column, first piece, last piece + 1.
     """
     tile = tiles + tl.program_id(0) * 6
-    group = groups + tl.load(tile) * 8
+    group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
     i, j = tl.load(tile + 2), tl.load(tile + 3)
     d = tl.load(group + 3).to(tl.int32)
@@ -254,7 +254,7 @@ def outer(groups, tiles, beta, weight, S: tl.constexpr, ALIGN_D: tl.constexpr):
     Group: x, factor, -, d. Tile: group, row, first row, first column, -, -.
     """
     tile = tiles + tl.program_id(0) * 6
-    group = groups + tl.load(tile) * 8
+    group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
     r = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, S)
     c = tl.multiple_of(tl.load(tile + 3), 16) + tl.arange(0, S)
@@ -271,7 +271,7 @@ def outer(groups, tiles, beta, weight, S: tl.constexpr, ALIGN_D: tl.constexpr):
 def tops(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
     """The top of every row. Group: x, top, entries a row. Tile: group, row, first entry."""
     tile = tiles + tl.program_id(0) * 4
-    group = groups + tl.load(tile) * 8
+    group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
     size = tl.multiple_of(tl.load(group + 2), ALIGN)
     k = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, SIZE)
@@ -297,7 +297,7 @@ def adam(
     Group: x, m, v, top of the direction, entries a row. Tile: group, row, first entry.
     """
     tile = tiles + tl.program_id(0) * 4
-    group = groups + tl.load(tile) * 8
+    group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
     size = tl.multiple_of(tl.load(group + 4), ALIGN)
     k = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, SIZE)

@@ -179,13 +179,13 @@ class Kronecker(torch.optim.Optimizer):
             run("update", update)
         elif self.rule.statistics_first:
             run("statistics", statistics)
-            self._refresh(group, due, present, h, run)
+            self._refresh(group, due, present, h, arithmetic, run)
             run("update", update)
         else:
             run("update", update)
             layout.gather(present)
             run("statistics", statistics)
-            self._refresh(group, due, present, h, run)
+            self._refresh(group, due, present, h, arithmetic, run)
 
     def _statistics(
         self, group: Group, rows: dict[int, list[int]], h: Hyper, arithmetic: Arithmetic
@@ -221,6 +221,7 @@ class Kronecker(torch.optim.Optimizer):
         due: dict[int, list[int]],
         present: list[bool],
         h: Hyper,
+        arithmetic: Arithmetic,
         run: Run,
     ) -> None:
         """Check the factors that are due; the gradients stand in the buffer afterwards."""
@@ -233,6 +234,7 @@ class Kronecker(torch.optim.Optimizer):
             h.beta2,
             self.tau,
             self.solver,
+            arithmetic,
             group.layout.lent,
             self.process_group,
             run,

@@ -47,22 +47,11 @@ def rotate_back(x: Tensor, bases: Sequence[Tensor], out: Tensor | None = None) -
     return out
 
 
-def rotate_mode(x: Tensor, q: Tensor, mode: int, out: Tensor | None = None) -> Tensor:
-    """Multiply one mode by q': [B, ..., d_i, ...] with q [B, d_i, d_i] -> same shape as x.
-
-    out: contiguous, like x but other memory; receives the result.
-    """
-    B, d = q.shape[:2]
-    out = torch.empty_like(x) if out is None else out
-    if mode == 0:
-        torch.bmm(q.mT, x.reshape(B, d, -1), out=out.view(B, d, -1))
-    elif mode == x.ndim - 2:
-        torch.bmm(x.reshape(B, -1, d), q, out=out.view(B, -1, d))
-    else:
-        moved = x.movedim(mode + 1, 1)  # [B, d_i, ...]
-        product = torch.bmm(q.mT, moved.reshape(B, d, -1))
-        out.copy_(product.view(moved.shape).movedim(1, mode + 1))
-    return out
+def rotate_mode(x: Tensor, q: Tensor, mode: int) -> Tensor:
+    """Multiply one mode by q': [B, ..., d_i, ...] with q [B, d_i, d_new] -> same shape as x."""
+    moved = x.movedim(mode + 1, 1)  # [B, d_i, ...]
+    flat = moved.reshape(x.shape[0], x.shape[mode + 1], -1)
+    return (q.mT @ flat).reshape(moved.shape).movedim(1, mode + 1)
 
 
 # Below this size a Gram product has too few outputs to occupy a GPU: its long sum is cut in pieces.

@@ -14,13 +14,16 @@ Tile = list[int]
 # Tiles of products. Few columns are kernel sizes of convolutions, 3 or 9; they would waste most of
 # a wide tile. Models too small for a few large tiles on every multiprocessor get small ones.
 LARGE = dict(BM=128, BN=128, BK=32, num_warps=8, num_stages=3)
+LARGE_ROUNDED = dict(BM=128, BN=64, BK=32, num_warps=4, num_stages=3)  # of inputs of 11 bits
 SMALL = dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=3)
-NARROW = dict(BM=256, BN=16, BK=16, num_warps=4, num_stages=2)
+NARROW = dict(BM=256, BN=16, BK=16, num_warps=4, num_stages=1)
+# Entry by entry, loads ahead of time take longer than they save.
+UNALIGNED = dict(BM=64, BN=64, BK=64, num_warps=4, num_stages=2)
 VECTOR = dict(BN=32, BK=128, num_warps=4)
 SMALL_MODEL = 2**24  # entries of all stacks
 # Tiles of Gram products.
 GRAM = dict(S=64, BK=32, num_warps=4, num_stages=3)
-NARROW_GRAM = dict(S=16, BK=64, num_warps=4, num_stages=3)
+NARROW_GRAM = dict(S=16, BK=128, num_warps=2, num_stages=1)
 OUTER = dict(S=64, num_warps=4)
 NARROW_COLUMNS = 16
 LONGEST_SUM = 1024  # longer ones are cut, or a few programs would run long after all others
@@ -28,11 +31,12 @@ ENTRIES = 1024  # a program without products works on
 
 
 class ProductKind(NamedTuple):
-    """shape: "vector", "narrow" or "wide"; align_m, align_d: divisors of M and d."""
+    """shape: "vector", "narrow", "unaligned" or "wide"; the others divide M, N and K."""
 
     shape: str
     align_m: int
-    align_d: int
+    align_n: int
+    align_k: int
 
 
 class GramKind(NamedTuple):
@@ -46,33 +50,41 @@ class GramKind(NamedTuple):
     align_k: int
 
 
-def elementwise(sizes: Sequence[tuple[int, int]]) -> dict[int, list[Tile]]:
+def elementwise(sizes: Sequence[tuple[Sequence[int], int]]) -> dict[int, list[Tile]]:
     """Alignment -> [group, row, first entry, 0], given (rows, entries a row) of each group."""
     tiles = (
         (alignment(size), [group, row, start, 0])
         for group, (rows, size) in enumerate(sizes)
-        for row in range(rows)
+        for row in rows
         for start in range(0, size, ENTRIES)
     )
     return _by_kind(tiles)
 
 
+def shapes(wide: dict[str, int]) -> dict[str, dict[str, int]]:
+    """The tile of each shape of products, ``wide`` being that for large ones."""
+    return {"vector": VECTOR, "narrow": NARROW, "unaligned": UNALIGNED, "wide": wide}
+
+
 def products(
-    sizes: Sequence[tuple[int, int, int]], wide: dict[str, int]
+    sizes: Sequence[tuple[Sequence[int], int, int, int]], wide: dict[str, int]
 ) -> dict[ProductKind, list[Tile]]:
-    """Kind -> [group, row, first m, first column], given (rows, M, d) of each group: products
-    [M, d] with sums over d."""
+    """Kind -> [group, row, first m, first n], given (rows, M, N, K) of each group: products
+    [M, N] with sums over K."""
     tiles = []
     # Long sums first, so that no program starts one when all others are done.
-    for group, (rows, M, d) in sorted(enumerate(sizes), key=lambda x: -x[1][2]):
-        shape = "vector" if M == 1 else "narrow" if d <= NARROW_COLUMNS else "wide"
-        tile = {"vector": dict(VECTOR, BM=1), "narrow": NARROW, "wide": wide}[shape]
-        kind = ProductKind(shape, alignment(M), alignment(d))
+    for group, (rows, M, N, K) in sorted(enumerate(sizes), key=lambda x: -x[1][3]):
+        aligned = alignment(M), alignment(N), alignment(K)
+        shape = "wide" if min(aligned) > 1 else "unaligned"
+        shape = "narrow" if N <= NARROW_COLUMNS else shape
+        shape = "vector" if M == 1 and N == K else shape
+        tile = shapes(wide)[shape]
+        kind = ProductKind(shape, *aligned)
         tiles += [
             (kind, [group, row, m, n])
-            for row in range(rows)
-            for m in range(0, M, tile["BM"])
-            for n in range(0, d, tile["BN"])
+            for row in rows
+            for m in range(0, M, tile.get("BM", 1))
+            for n in range(0, N, tile["BN"])
         ]
     return _by_kind(tiles)
 

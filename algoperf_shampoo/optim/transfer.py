@@ -18,6 +18,7 @@ from .blocking import Block
 from .gpu import kernels
 
 TILE = 4096  # entries copied by one program
+GRADIENT_TABLES = 4
 
 
 def runs(block: Block) -> Iterable[tuple[int, int, int, int, int]]:
@@ -59,7 +60,10 @@ class Transfer:
         self._buffer = buffer
         self._pieces = torch.tensor(pieces, dtype=torch.int64, device=buffer.device)
         self._tiles = torch.tensor(tiles, dtype=torch.int64, device=buffer.device)
-        self._tables: dict[str, tuple[list[int], Tensor]] = {}
+        # Gradients come and go between a few places, so a few tables are kept. That of parameters
+        # is kept apart: a recorded step goes on reading it.
+        self._gradients: dict[tuple[int, ...], Tensor] = {}
+        self._parameters: dict[tuple[int, ...], Tensor] = {}
 
     @staticmethod
     def fits(params: Sequence[Tensor]) -> bool:
@@ -78,7 +82,7 @@ class Transfer:
         present = [g for g in gradients if g is not None and g.is_contiguous()]
         if len(present) < len(gradients):
             return False
-        table = self._table("gradients", present)
+        table = self._table(self._gradients, GRADIENT_TABLES, present)
         if table is None:
             return False
         with torch.cuda.device(self._buffer.device):
@@ -92,7 +96,7 @@ class Transfer:
 
         False, and nothing done, if the parameters are not any more what :meth:`fits` asks for.
         """
-        table = self._table("parameters", params) if self.fits(params) else None
+        table = self._table(self._parameters, 1, params) if self.fits(params) else None
         if table is None:
             return False
         with torch.cuda.device(self._buffer.device):
@@ -101,19 +105,19 @@ class Transfer:
             )
         return True
 
-    def _table(self, name: str, tensors: Sequence[Tensor]) -> Tensor | None:
-        """The addresses on the device; None if one holds what the kernels cannot read."""
-        addresses = [x.data_ptr() for x in tensors]
-        known = self._tables.get(name)
-        if known is not None and known[0] == addresses:
-            return known[1]
-        device = self._buffer.device
-        if not all(x.dtype == torch.float32 and x.device == device for x in tensors):
-            return None
-        # From pinned memory, which its allocator keeps until the copy has run.
-        host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
-        table = host.to(device) if known is None else known[1]
-        if known is not None:
-            table.copy_(host, non_blocking=True)
-        self._tables[name] = (addresses, table)
-        return table
+    def _table(
+        self, tables: dict[tuple[int, ...], Tensor], limit: int, tensors: Sequence[Tensor]
+    ) -> Tensor | None:
+        """The tensors' addresses on the device, from ``tables`` or made and kept there, the oldest
+        beyond ``limit`` forgotten; None if one is no tensor that the kernels can read."""
+        addresses = tuple(x.data_ptr() for x in tensors)
+        if addresses not in tables:
+            device = self._buffer.device
+            if not all(x.dtype == torch.float32 and x.device == device for x in tensors):
+                return None
+            if len(tables) >= limit:
+                del tables[next(iter(tables))]
+            # From pinned memory, which its allocator keeps until the copy has run.
+            host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+            tables[addresses] = host.to(device, non_blocking=True)
+        return tables[addresses]

@@ -88,12 +88,15 @@ def _rayleigh_ritz_(a: Tensor, x: Tensor, lead: int, y: Tensor, z: Tensor) -> No
     scale = largest_entry(small).clamp_min(torch.finfo(a.dtype).tiny)
     small /= scale[:, None, None]
     if small.is_cuda and cusolver.available():
-        needed = cusolver.workspace_bytes(lead, a.dtype, a.device, N)
-        work = y.view(-1).view(torch.uint8)
-        if needed > work.numel():
-            work = cusolver.workspace(lead, a.dtype, a.device, N)
-        _, info = cusolver.enqueue_eigh_(small, work)
-        small += torch.where(info != 0, torch.nan, 0.0).to(a.dtype)[:, None, None]
+        # For small matrices cuSOLVER wants twenty times their size, so not all at a time.
+        work, size = y.view(-1).view(torch.uint8), N
+        while size > 1 and cusolver.workspace_bytes(lead, a.dtype, a.device, size) > work.numel():
+            size = -(-size // 2)
+        if cusolver.workspace_bytes(lead, a.dtype, a.device, size) > work.numel():
+            work = cusolver.workspace(lead, a.dtype, a.device, size)
+        for part in small.split(size):
+            _, info = cusolver.enqueue_eigh_(part, work)
+            part += torch.where(info != 0, torch.nan, 0.0).to(a.dtype)[:, None, None]
         vectors = small
     else:
         try:

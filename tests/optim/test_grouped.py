@@ -151,6 +151,24 @@ def test_gram(layout):
             assert max(relative_errors([f.mT for f in s.factors], expected)) < 5e-7
 
 
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("first_row", [0, 1])
+def test_one_mode_of_some_rows_in_place(layout, back, first_row):
+    """As moments leave and enter a basis; other rows stay as they are."""
+    arithmetic = grouped.Grouped(layout.stacks)
+    for stack in layout.stacks:
+        rows = list(range(first_row, len(stack)))
+        for mode in range(len(stack.shape)):
+            x = stack.state["exp_avg"]
+            before = exact(x)
+            q = exact(stack.operators[mode])
+            expected = linalg.rotate_mode(before, q.mT if back else q, mode)
+            if rows:
+                arithmetic.rotate_mode_(stack, x, mode, rows, back)
+                assert max(relative_errors([x[rows]], [expected[rows]])) < 1e-6
+            assert torch.equal(exact(x)[:first_row], before[:first_row])
+
+
 def test_one_bad_row_spares_the_others_and_zeros_stay_zero(layout):
     stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper()
     bad = stacks[0]

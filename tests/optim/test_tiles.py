@@ -23,7 +23,7 @@ def entries(*spans):
 @given(st.lists(st.tuples(rows, st.integers(1, 5000)), min_size=1, max_size=4))
 def test_elementwise(groups):
     met = Counter()
-    for align, mine in tiles.elementwise(groups).items():
+    for align, mine in tiles.elementwise([(range(n), size) for n, size in groups]).items():
         for group, row, start, _ in mine:
             assert groups[group][1] % align == 0 and start < groups[group][1]
             met[group, row, start] += 1
@@ -34,23 +34,23 @@ def test_elementwise(groups):
     assert covered == {(g, r): size for g, (n, size) in enumerate(groups) for r in range(n)}
 
 
-@pytest.mark.parametrize("wide", [tiles.SMALL, tiles.LARGE])
-@given(groups=st.lists(st.tuples(rows, sizes, sizes), min_size=1, max_size=4))
+@pytest.mark.parametrize("wide", [tiles.SMALL, tiles.LARGE, tiles.LARGE_ROUNDED])
+@given(groups=st.lists(st.tuples(rows, sizes, sizes, sizes), min_size=1, max_size=4))
 def test_products(wide, groups):
     covered = Counter()
     seen = set()
-    shapes = {"vector": dict(tiles.VECTOR, BM=1), "narrow": tiles.NARROW, "wide": wide}
-    for kind, mine in tiles.products(groups, wide).items():
-        tile = shapes[kind.shape]
-        sums = [groups[t[0]][2] for t in mine]
+    table = tiles.products([(range(n), *size) for n, *size in groups], wide)
+    for kind, mine in table.items():
+        tile = tiles.shapes(wide)[kind.shape]
+        sums = [groups[t[0]][3] for t in mine]
         assert sums == sorted(sums, reverse=True)
         for group, row, m, n in mine:
-            _, M, d = groups[group]
-            assert M % kind.align_m == 0 and d % kind.align_d == 0
+            _, M, N, K = groups[group]
+            assert (M % kind.align_m, N % kind.align_n, K % kind.align_k) == (0, 0, 0)
             assert (group, row, m, n) not in seen
             seen.add((group, row, m, n))
-            covered[group, row] += entries((m, tile["BM"], M), (n, tile["BN"], d))
-    assert covered == {(g, r): M * d for g, (n, M, d) in enumerate(groups) for r in range(n)}
+            covered[group, row] += entries((m, tile.get("BM", 1), M), (n, tile["BN"], N))
+    assert covered == {(g, r): M * N for g, (n, M, N, _) in enumerate(groups) for r in range(n)}
 
 
 @given(

@@ -46,13 +46,17 @@ class Rule(ABC):
         """
         return eigenvectors
 
-    def leave(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:  # noqa: B027
+    def leave(  # noqa: B027
+        self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic
+    ) -> None:
         """Before the operators of ``rows`` and ``mode`` change: bring what is kept in their basis
         back.
 
-        operator: the old ones, [len(rows), d, d]. A rule that keeps nothing in a basis has nothing
-        to do, nor has one for what stays by index (D in Algorithm 2).
+        A rule that keeps nothing in a basis has nothing to do, nor has one for what stays by index
+        (D in Algorithm 2).
         """
 
-    def enter(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:  # noqa: B027
-        """After they changed: take it to the new basis, operator [len(rows), d, d]."""
+    def enter(  # noqa: B027
+        self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic
+    ) -> None:
+        """After they changed: take it to the new basis."""

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from ..arithmetic import Arithmetic, Hyper
 from ..buckets import Stack
-from ..eigensolvers import put, take
-from ..linalg import rotate_mode
-from ..precision import matmul_precision
 from .base import Rule
 
 
@@ -34,17 +29,10 @@ class EShampoo(Rule):
             arithmetic.adam(turned, xs, h)
             arithmetic.rotate_back(turned, xs, h)
 
-    def leave(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:
+    def leave(self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic) -> None:
         """M leaves the old basis; D stays where it is, by index (Algorithm 2; D.2 finds that
         rotating it hurts)."""
-        self._rotate(stack, mode, rows, operator.mT)
+        arithmetic.rotate_mode_(stack, stack.state["exp_avg"], mode, rows, back=True)
 
-    def enter(self, stack: Stack, mode: int, rows: list[int], operator: Tensor) -> None:
-        self._rotate(stack, mode, rows, operator)
-
-    @staticmethod
-    def _rotate(stack: Stack, mode: int, rows: list[int], q: Tensor) -> None:
-        m = stack.state["exp_avg"]
-        with matmul_precision("highest"):
-            out = None if stack.scratch is None else take(stack.scratch, rows)
-            put(m, rows, rotate_mode(take(m, rows), q, mode, out))
+    def enter(self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic) -> None:
+        arithmetic.rotate_mode_(stack, stack.state["exp_avg"], mode, rows, back=False)
