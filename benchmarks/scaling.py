@@ -18,7 +18,7 @@ from measure import machine, seconds, spread, table, write
 from optimizer_step import floor
 from peers import Build, contenders
 
-DEFAULT = "ours, fp32;ours, TF32 rotations;ours, fp32, warm;torch AdamW;public EShampoo;SOAP"
+DEFAULT = "ours, fp32;ours, 11-bit rotations;ours, fp32, warm;torch AdamW;public EShampoo;SOAP"
 
 
 def case(

@@ -89,16 +89,19 @@ class Stack:
         """Whether all rows have the same step count."""
         return self.steps.count(self.steps[0]) == len(self.steps)
 
-    def rows(self, present: Sequence[bool]) -> list[int]:
-        """Rows whose parameter has a gradient."""
-        if all(present):
+    def rows(self, present: Sequence[bool] | None) -> list[int]:
+        """Rows whose parameter has a gradient; None: all have."""
+        if present is None:
             return list(range(len(self)))
         return [r for r, member in enumerate(self.members) if present[member.param]]
 
     def count(self, rows: Sequence[int]) -> None:
         """One step more for these rows."""
-        for r in rows:
-            self.steps[r] += 1
+        if len(rows) == len(self):
+            self.steps = [t + 1 for t in self.steps]
+        else:
+            for r in rows:
+                self.steps[r] += 1
 
     def due(self, rows: list[int], frequency: int) -> list[int]:
         """Those of the rows whose step count is a multiple of ``frequency``."""
@@ -204,13 +207,14 @@ class Layout:
         self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
         self._transfer: Transfer | None = None
 
-    def gather(self, present: Sequence[bool]) -> None:
-        """Copy the gradients of the parameters that have one into ``stack.g`` of all stacks."""
+    def gather(self) -> list[bool]:
+        """Copy the gradients into ``stack.g`` of all stacks; which parameters have one."""
         if not self._pieces:
             self._prepare()
-        transfer = self._transfer if all(present) else None
-        if transfer is not None and transfer.gather([p.grad for p in self.params]):
-            return
+        gradients = [p.grad for p in self.params]
+        present = [g is not None for g in gradients]
+        if self._transfer is not None and self._transfer.gather(gradients):
+            return present
         to, source = [], []
         for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
             if not here:
@@ -230,6 +234,7 @@ class Layout:
                     row.copy_(piece)
         if to:
             torch._foreach_copy_(to, source)
+        return present
 
     def apply(self, present: Sequence[bool], lr: float | Tensor, weight_decay: float) -> None:
         """W <- W (1 - lr * weight_decay) - lr * U, U its rows of the buffer, for those present.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .arithmetic import Hyper
-from .buckets import Layout
+from .buckets import Layout, Stack
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +61,12 @@ class Recorder:
         lr.fill_(h.lr)
         c1.fill_(1 - h.beta1**step)
         c2.fill_(1 - h.beta2**step)
-        constants = h._replace(lr=0.0), tuple(p.data_ptr() for p in layout.params)
+        constants = h._replace(lr=0.0), tuple([p.data_ptr() for p in layout.params])
         stacks = layout.stacks
 
         def run(name: str, section: Callable[[], Any]) -> Any:
             # Between the sections of one step bases may become ready.
-            self._expect((*constants, tuple(tuple(stack.ready) for stack in stacks)))
+            self._expect((*constants, tuple([_readiness(stack) for stack in stacks])))
             return self._run(name, section)
 
         return h._replace(lr=lr, c1=c1, c2=c2), run
@@ -112,3 +112,8 @@ class Recorder:
         self._graphs[name] = graph, result
         graph.replay()
         return result
+
+
+def _readiness(stack: Stack) -> bool | tuple[bool, ...]:
+    """Whether all rows are ready, or none, or which."""
+    return all(stack.ready) or (any(stack.ready) and tuple(stack.ready))

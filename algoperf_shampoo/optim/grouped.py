@@ -2,8 +2,8 @@
 
 A model has stacks of many shapes, some of a single small block. One after the other they leave most
 of a GPU idle. Here the tiles of all stacks' products stand in one table (:mod:`.kernels`), so that
-an ordinary step of any model is about a dozen launches, and its only temporary memory is one
-scratch buffer as large as the gradients.
+an ordinary step of any model is about a dozen launches, and its temporary memory one scratch buffer
+as large as the gradients (and in models with convolutions the pieces of long sums).
 """
 
 from __future__ import annotations
@@ -42,14 +42,18 @@ class Grouped(Arithmetic):
         self._kernels = module
         self._device = stacks[0].device
         self._small = sum(s.numel for s in stacks) < tiles.SMALL_MODEL
+        self._wide = {
+            split: tiles.SMALL if self._small or not _much_shared_memory(self._device) else large
+            for split, large in ((True, tiles.LARGE), (False, tiles.LARGE_ROUNDED))
+        }
         count = sum(len(s) for s in stacks)
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
         # The largest absolute entry of every row ("top"): of `g` and `scratch` kept up to date by
-        # whatever writes there, of other tensors measured when they are needed.
-        self._tops = torch.zeros(3, count, dtype=torch.int32, device=self._device)
-        # What bounds the entries of orthogonal operators.
+        # whatever leaves gradients, directions or what is between there, of other tensors measured
+        # when they are needed; and a place for those that nobody will ask for.
+        self._tops = torch.zeros(4, count, dtype=torch.int32, device=self._device)
         self._rows = {id(s): slice(i, i + len(s)) for s, i in zip(stacks, starts, strict=True)}
-        self._ones = torch.ones(count, device=self._device)
+        self._ones = torch.ones(count, device=self._device)  # tops of orthogonal operators
         self._operator_tops: dict[tuple[int, int], Tensor] = {}
         self._launches: dict[Hashable, Launches] = {}
 
@@ -73,6 +77,8 @@ class Grouped(Arithmetic):
                 launch(beta, weight)
 
     def adam(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
+        """h.c1, h.c2: tensors."""
+
         def build() -> Launches:
             groups = []
             for s, x in zip(stacks, xs, strict=True):
@@ -82,7 +88,7 @@ class Grouped(Arithmetic):
 
         self._forget_tops(stacks, xs)
         for launch in self._known("adam", stacks, xs, build):
-            launch(h.c1, h.c2, h.beta1, h.beta2, h.eps, NADAM=h.nadam)
+            launch(h.c1, h.c2, h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps, NADAM=h.nadam)
 
     def copy_of_gradients(self, stacks: Sequence[Stack]) -> list[Tensor]:
         copies = [_scratch(s) for s in stacks]
@@ -104,19 +110,19 @@ class Grouped(Arithmetic):
     def rotate_mode_(
         self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int], back: bool
     ) -> None:
-        if 0 < mode < len(stack.shape) - 1:
-            super().rotate_mode_(stack, x, mode, rows, back)
-            return
         scratch = _scratch(stack)
         tops = torch.linalg.vector_norm(x.flatten(1), torch.inf, 1)
         self._top(stack, x).copy_(tops.view(torch.int32))
-        self._forget_tops([stack], [scratch])
-        build = functools.partial(self._one_rotation, stack, x, mode, rows)
-        key = "one rotation", mode, tuple(rows)
-        for launch in self._known(key, [stack], [x], build, keep=len(rows) == len(stack)):
+        source, target = x, scratch
+        if between := 0 < mode < len(stack.shape) - 1:  # as the first mode, by way of `g`
+            x = x.movedim(mode + 1, 1)
+            source, target = scratch.view(x.shape).copy_(x), stack.g.view(x.shape)
+        build = functools.partial(self._one_rotation, stack, source, target, mode, between, rows)
+        key = "one rotation", x.data_ptr(), mode, tuple(rows)
+        for launch in self._known(key, [stack], [source], build, keep=len(rows) == len(stack)):
             launch(back)
         for part in runs(rows):
-            x[part].copy_(scratch[part])
+            x[part].copy_(target[part])
 
     def _products(
         self,
@@ -220,15 +226,25 @@ class Grouped(Arithmetic):
             for align, mine in tiles.elementwise(sizes).items()
         ]
 
-    def _one_rotation(self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int]) -> Launches:
-        """x in one mode into ``scratch``; each to be called with whether it is back."""
+    def _one_rotation(
+        self,
+        stack: Stack,
+        source: Tensor,
+        target: Tensor,
+        mode: int,
+        between: bool,
+        rows: Sequence[int],
+    ) -> Launches:
+        """One mode of source into target, the first one if it is ``between`` others; each to be
+        called with whether it is back."""
         d, rest = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
-        scratch = _scratch(stack)
-        tensors = [(x, self._top(stack, x)), (stack.operators[mode], self._ones)]
-        first = mode == 0 and rest > 1  # Q'x or Qx; in the last mode, and of vectors, x Q or x Q'
+        top, unused = self._tops[2:, self._rows[id(stack)]]
+        tensors = [(source, top), (stack.operators[mode], self._ones)]
+        # In the first mode Q'x or Q x; in the last one, and for vectors, x Q or x Q'.
+        first = between or (mode == 0 and rest > 1)
         (a, top_a), (b, top_b) = reversed(tensors) if first else tensors
         M, N = (d, rest) if first else (rest, d)
-        addresses = [t.data_ptr() for t in (a, b, scratch, top_a, top_b, self._top(stack, scratch))]
+        addresses = [t.data_ptr() for t in (a, b, target, top_a, top_b, unused)]
         launches = self._multiply([[*addresses, M, N, d]], [(rows, M, N, d)], True)
         if first:
             return [lambda back, r=run: r(A_ROWS=back, B_ROWS=False) for run in launches]
@@ -259,8 +275,7 @@ class Grouped(Arithmetic):
         split: bool,
     ) -> Launches:
         """Launches of :func:`.kernels.product`; call each with the layouts A_ROWS and B_ROWS."""
-        large = tiles.LARGE if split else tiles.LARGE_ROUNDED
-        wide = tiles.SMALL if self._small else large
+        wide = self._wide[split]
         launches: Launches = []
         for kind, mine in tiles.products(sizes, wide).items():
             if kind.shape == "vector":
@@ -295,7 +310,14 @@ class Grouped(Arithmetic):
                 groups.append([*(t.data_ptr() for t in tensors), d, K])
                 sizes.append((len(stack), d, K, columns))
         launches: Launches = []
-        for kind, mine in tiles.grams(sizes).items():
+        kinds = tiles.grams(sizes, self._small)
+        pieces = [
+            (tiles.NARROW_GRAM if kind.narrow else tiles.GRAM)["S"] ** 2 * len(mine)
+            for kind, mine in kinds.items()
+            if kind.in_pieces
+        ]
+        partial = torch.empty(max(pieces, default=1), device=self._device)
+        for kind, mine in kinds.items():
             if kind.outer:
                 settings = dict(tiles.OUTER, ALIGN_D=kind.align_d)
                 launches.append(self._launch(self._kernels.outer, groups, mine, **settings))
@@ -308,11 +330,10 @@ class Grouped(Arithmetic):
                 ALIGN_K=kind.align_k,
             )
             run = self._launch(self._kernels.gram, groups, mine, **settings)
-            S = settings["S"]
-            partial = torch.empty(len(mine) if kind.in_pieces else 1, S, S, device=self._device)
             launches.append(functools.partial(run, partial))
             if kind.in_pieces:
-                run = self._launch(self._kernels.gram_of_pieces, groups, tiles.sums(mine), S=S)
+                sums, S = tiles.sums(mine), settings["S"]
+                run = self._launch(self._kernels.gram_of_pieces, groups, sums, S=S)
                 launches.append(functools.partial(run, partial))
         return launches
 
@@ -334,6 +355,14 @@ class Grouped(Arithmetic):
                 kernel[(len(where),)](table, where, *arguments, **settings, **more)
 
         return run
+
+
+def _much_shared_memory(device: torch.device) -> bool:
+    """Whether large tiles fit a multiprocessor, as in data centres."""
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= 2**17
 
 
 def _buffer(stack: Stack, x: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""GPU kernels (Triton) for all stacks of a model at once. Import through :mod:`.grouped` only.
+"""GPU kernels (Triton) for all stacks of a model at once. Import through :mod:`.gpu` only.
 
 A launch takes two tables. ``groups`` (int64, WORDS words a row) says where a stack's tensors are:
 addresses and sizes. ``tiles`` (int32, 4 or 6 words a row) says what each program does: which group,
@@ -38,8 +38,18 @@ def _power(e):
 
 @triton.jit
 def _float_pointer(word):
-    """The address in a table as a pointer; tensors of a stack start at multiples of 16 bytes."""
+    """The address of a tensor in a table as a pointer, for loads of several entries at a time.
+
+    It starts at a multiple of 16 bytes, but for operators and factors of odd sizes, and those have
+    no such loads: their rows are not said to be aligned.
+    """
     return tl.multiple_of(tl.load(word).to(tl.pointer_type(tl.float32)), 16)
+
+
+@triton.jit
+def _load_top(word, row):
+    """The top of a row, given the address of the tops in a table."""
+    return tl.load(tl.load(word).to(tl.pointer_type(tl.float32)) + row)
 
 
 @triton.jit
@@ -80,8 +90,8 @@ def product(
     a_ptr = _float_pointer(group) + row * M * K
     b_ptr = _float_pointer(group + 1) + row * K * N
     c_ptr = _float_pointer(group + 2) + row * M * N
-    e_a = _exponent(tl.load(_float_pointer(group + 3) + row))
-    e_b = _exponent(tl.load(_float_pointer(group + 4) + row))
+    e_a = _exponent(_load_top(group + 3, row))
+    e_b = _exponent(_load_top(group + 4, row))
     scale_a, scale_b = _power(e_a), _power(e_b)
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
@@ -125,7 +135,8 @@ def matvec(
     BK: tl.constexpr,
     ALIGN_K: tl.constexpr,
 ):
-    """:func:`product` for M = 1 and N = K, in float32: a [rows, K], c [rows, K]."""
+    """:func:`product` for M = 1 and N = K, in float32: a [rows, K], c [rows, K]; tops of a and b
+    are not read."""
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
@@ -146,8 +157,9 @@ def matvec(
         else:
             mask = (k[:, None] < K) & (n[None, :] < K)
             total += tl.load(b_ptr + k[:, None] * K + n[None, :], mask=mask, other=0.0) * a[:, None]
-    c_ptr = _float_pointer(group + 2) + row * K
-    tl.store(c_ptr + n, tl.sum(total, 1 if B_ROWS else 0), mask=n < K)
+    c = tl.sum(total, 1 if B_ROWS else 0)
+    _raise_top(group + 5, row, c[None, :])
+    tl.store(_float_pointer(group + 2) + row * K + n, c, mask=n < K)
 
 
 @triton.jit
@@ -180,7 +192,7 @@ def gram(
     d = tl.multiple_of(tl.load(group + 3).to(tl.int32), ALIGN_D)
     K = tl.multiple_of(tl.load(group + 4).to(tl.int32), ALIGN_K)
     x = _float_pointer(group) + row * d * K
-    e = _exponent(tl.load(_float_pointer(group + 2) + row))
+    e = _exponent(_load_top(group + 2, row))
     scale = _power(e)
     r = i + tl.arange(0, S)
     c = j + tl.arange(0, S)
@@ -286,15 +298,18 @@ def adam(
     c1_ptr,
     c2_ptr,
     beta1,
+    rest1,
     beta2,
+    rest2,
     eps,
     NADAM: tl.constexpr,
     SIZE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Both moments, and Adam's direction in place of x; see :func:`.fused.adam_`.
+    """Both moments, and Adam's direction in place of x; see :func:`.arithmetic.adam_`.
 
-    Group: x, m, v, top of the direction, entries a row. Tile: group, row, first entry.
+    rest1, rest2: 1 - beta1, 1 - beta2, which in float32 would be off by 1e-5. Group: x, m, v, top
+    of the direction, entries a row. Tile: group, row, first entry.
     """
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
@@ -308,8 +323,8 @@ def adam(
     x = tl.load(x_ptr, mask=mask, other=0.0)
     m = tl.load(m_ptr, mask=mask, other=0.0)
     v = tl.load(v_ptr, mask=mask, other=0.0)
-    m += (x - m) * (1 - beta1)
-    v = v * beta2 + x * x * (1 - beta2)
+    m += (x - m) * rest1
+    v = v * beta2 + x * x * rest2
     u = x + (m - x) * beta1 if NADAM else m
     u /= (tl.sqrt(v) / tl.sqrt(tl.load(c2_ptr)) + eps) * tl.load(c1_ptr)
     u = tl.where(mask, u, 0.0)

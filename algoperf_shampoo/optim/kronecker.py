@@ -45,7 +45,9 @@ class Kronecker(torch.optim.Optimizer):
 
     Parameters are merged and cut into blocks (:mod:`.blocking`), blocks of one shape are stacked
     (:mod:`.buckets`), and everything runs batched on stacks. State is float32 (float64 for float64
-    parameters). Parameters without a gradient are skipped and keep their own step count.
+    parameters). Parameters without a gradient are skipped and keep their own step count; from then
+    on steps go by torch's operations stack by stack, several times slower on a GPU than by our
+    kernels, which want all blocks to have the same count.
 
     Args:
         params: parameters or groups. Groups may differ in lr, betas, eps, weight_decay and nadam.
@@ -59,8 +61,9 @@ class Kronecker(torch.optim.Optimizer):
         tau: threshold of Eq. 11 in [0, 1); 0 refreshes at every check.
         max_preconditioner_dim: larger dimensions are cut.
         one_dim: "full" for full-matrix Adam on 1-D blocks, "adam" for Adam.
-        matmul_precision: of the rotations on a GPU, "highest" or "high" (TF32); Grams and
-            criterion are always float32-accurate.
+        matmul_precision: of the rotations on a GPU, "highest" (accurate to float32) or "high"
+            (inputs rounded to 11 bits, as in TF32); Grams and criterion are always accurate to
+            float32.
         solver: how factors are decomposed.
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs; see
             :mod:`.graphs`.
@@ -158,11 +161,11 @@ class Kronecker(torch.optim.Optimizer):
 
     def _step_group(self, settings: dict[str, Any], group: Group) -> None:
         layout = group.layout
-        present = [p.grad is not None for p in layout.params]
+        present = layout.gather()  # first, so that the device has work during the bookkeeping
         if not any(present):
             return
-        layout.gather(present)  # first, so that the device has work during the bookkeeping
-        rows = {id(stack): stack.rows(present) for stack in layout.stacks}
+        everyone = all(present)
+        rows = {id(s): s.rows(None if everyone else present) for s in layout.stacks}
         for stack in layout.stacks:
             stack.count(rows[id(stack)])
         with_factors = [s for rule, stacks in group.rules if rule.has_factors for s in stacks]
@@ -170,7 +173,7 @@ class Kronecker(torch.optim.Optimizer):
         h = self._hyper(settings)
         run: Run = direct
         arithmetic = Arithmetic()
-        if group.recorder is not None and _in_step(layout, present):
+        if group.recorder is not None and everyone and _in_step(layout):
             h, run = group.recorder.begin(layout, h)
             arithmetic = group.grouped or arithmetic
         statistics = functools.partial(self._statistics, group, rows, h, arithmetic)
@@ -179,13 +182,13 @@ class Kronecker(torch.optim.Optimizer):
             run("update", update)
         elif self.rule.statistics_first:
             run("statistics", statistics)
-            self._refresh(group, due, present, h, arithmetic, run)
+            self._refresh(group, due, h, arithmetic, run)
             run("update", update)
         else:
             run("update", update)
-            layout.gather(present)
+            layout.gather()
             run("statistics", statistics)
-            self._refresh(group, due, present, h, arithmetic, run)
+            self._refresh(group, due, h, arithmetic, run)
 
     def _statistics(
         self, group: Group, rows: dict[int, list[int]], h: Hyper, arithmetic: Arithmetic
@@ -219,12 +222,11 @@ class Kronecker(torch.optim.Optimizer):
         self,
         group: Group,
         due: dict[int, list[int]],
-        present: list[bool],
         h: Hyper,
         arithmetic: Arithmetic,
         run: Run,
     ) -> None:
-        """Check the factors that are due; the gradients stand in the buffer afterwards."""
+        """Check the factors that are due, and bring back the gradients if the update needs them."""
         if not any(due.values()):
             return
         overwritten = refresh(
@@ -240,7 +242,7 @@ class Kronecker(torch.optim.Optimizer):
             run,
         )
         if overwritten and self.rule.statistics_first:
-            group.layout.gather(present)
+            group.layout.gather()
 
     def _hyper(self, settings: dict[str, Any]) -> Hyper:
         beta1, beta2 = settings["betas"]
@@ -279,10 +281,10 @@ class Kronecker(torch.optim.Optimizer):
             yield from group.factor_sets
 
 
-def _in_step(layout: Layout, present: list[bool]) -> bool:
-    """Whether all parameters have gradients and all blocks the same step count."""
+def _in_step(layout: Layout) -> bool:
+    """Whether all blocks have the same step count."""
     step = layout.stacks[0].steps[0]
-    return all(present) and all(s.uniform and s.steps[0] == step for s in layout.stacks)
+    return all(s.uniform and s.steps[0] == step for s in layout.stacks)
 
 
 def _taking_part(

@@ -26,7 +26,9 @@ GRAM = dict(S=64, BK=32, num_warps=4, num_stages=3)
 NARROW_GRAM = dict(S=16, BK=128, num_warps=2, num_stages=1)
 OUTER = dict(S=64, num_warps=4)
 NARROW_COLUMNS = 16
-LONGEST_SUM = 1024  # longer ones are cut, or a few programs would run long after all others
+# Longer sums are cut, or a few programs would run long after all others. That takes memory for the
+# pieces, so large models, which have other work meanwhile, cut only much longer ones.
+LONGEST_SUM, LONGEST_SUM_OF_LARGE = 1024, 8192
 ENTRIES = 1024  # a program without products works on
 
 
@@ -89,9 +91,9 @@ def products(
     return _by_kind(tiles)
 
 
-def grams(sizes: Sequence[tuple[int, int, int, bool]]) -> dict[GramKind, list[Tile]]:
+def grams(sizes: Sequence[tuple[int, int, int, bool]], small: bool) -> dict[GramKind, list[Tile]]:
     """Kind -> [group, row, first row, first column <= first row, first k, last k + 1], given
-    (rows, d, K, columns) of each group: products [d, d] with sums over K.
+    (rows, d, K, columns) of each group: products [d, d] with sums over K. small: a small model.
 
     Pieces of one product stand together and in order. Outer products have all columns.
     """
@@ -99,14 +101,15 @@ def grams(sizes: Sequence[tuple[int, int, int, bool]]) -> dict[GramKind, list[Ti
     for group, (rows, d, K, columns) in sorted(enumerate(sizes), key=lambda x: -x[1][2]):
         outer, narrow = K == 1, d <= NARROW_COLUMNS and K > 1
         align_k = 1 if columns or outer else alignment(K)
-        kind = GramKind(outer, narrow, columns, K > LONGEST_SUM, alignment(d), align_k)
+        longest = LONGEST_SUM if small or narrow else LONGEST_SUM_OF_LARGE
+        kind = GramKind(outer, narrow, columns, longest < K, alignment(d), align_k)
         S = (OUTER if outer else NARROW_GRAM if narrow else GRAM)["S"]
         tiles += [
-            (kind, [group, row, i, j, start, min(start + LONGEST_SUM, K)])
+            (kind, [group, row, i, j, start, min(start + longest, K)])
             for row in range(rows)
             for i in range(0, d, S)
             for j in range(0, d if outer else i + 1, S)
-            for start in range(0, K, LONGEST_SUM)
+            for start in range(0, K, longest)
         ]
     return _by_kind(tiles)
 

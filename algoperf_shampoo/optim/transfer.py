@@ -109,12 +109,14 @@ class Transfer:
         self, tables: dict[tuple[int, ...], Tensor], limit: int, tensors: Sequence[Tensor]
     ) -> Tensor | None:
         """The tensors' addresses on the device, from ``tables`` or made and kept there, the oldest
-        beyond ``limit`` forgotten; None if one is no tensor that the kernels can read."""
-        addresses = tuple(x.data_ptr() for x in tensors)
+        beyond ``limit`` forgotten; None if one is of another dtype or device, which is looked at
+        when an address is new."""
+        addresses = tuple([x.data_ptr() for x in tensors])
         if addresses not in tables:
             device = self._buffer.device
-            if not all(x.dtype == torch.float32 and x.device == device for x in tensors):
-                return None
+            for x in tensors:
+                if x.dtype != torch.float32 or x.device != device:
+                    return None
             if len(tables) >= limit:
                 del tables[next(iter(tables))]
             # From pinned memory, which its allocator keeps until the copy has run.

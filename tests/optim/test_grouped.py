@@ -15,6 +15,9 @@ from algoperf_shampoo.optim.arithmetic import Hyper
 from algoperf_shampoo.optim.blocking import cut
 from algoperf_shampoo.optim.buckets import Layout
 from algoperf_shampoo.optim.eigenbasis import build_factor_sets
+from algoperf_shampoo.optim.graphs import direct
+
+from .support import VARIANTS, ReferenceParameter, bases_of, gradients, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -30,7 +33,7 @@ pytestmark = [
 # and one that is cut: every kind of launch.
 SHAPES = [
     (40, 36), (40, 36), (44,), (44,), (20, 50), (18, 24, 3), (3, 30, 22), (20, 9, 16), (7, 9, 20),
-    (12, 6, 11, 13), (1,), (61, 33), (130,),
+    (12, 6, 11, 13), (1,), (61, 33), (130,), (20, 65), (65, 20),
 ]  # fmt: skip
 
 
@@ -147,8 +150,8 @@ def test_gram(layout):
     for beta, weight in ((0.0, 1.0), (0.9, 0.1)):
         arithmetic.gram_ema(stacks, beta, weight)
         for s, expected in zip(stacks, grams, strict=True):
-            assert max(relative_errors(s.factors, expected)) < 5e-7
-            assert max(relative_errors([f.mT for f in s.factors], expected)) < 5e-7
+            assert max(relative_errors(s.factors, expected)) < 1e-6
+            assert max(relative_errors([f.mT for f in s.factors], expected)) < 1e-6
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -191,6 +194,44 @@ def test_one_bad_row_spares_the_others_and_zeros_stay_zero(layout):
         assert not xs[2][0].any() and not any(f[0].any() for f in stacks[2].factors)
         for s, g in zip(stacks, kept, strict=True):
             s.g.copy_(g)
+
+
+class Unrecorded:
+    """Stands in for :class:`.graphs.Recorder` where there is no GPU."""
+
+    def begin(self, layout, h):
+        step = layout.stacks[0].steps[0]
+        lr, c1, c2 = (torch.tensor(x) for x in (h.lr, 1 - h.beta1**step, 1 - h.beta2**step))
+        return h._replace(lr=lr, c1=c1, c2=c2), direct
+
+
+@pytest.mark.parametrize("nadam", [False, True])
+@pytest.mark.parametrize(("shape", "max_dim"), [((32, 20), 16), ((8, 4, 5, 3), 8)])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "adamw"])
+def test_steps_against_the_reference(variant, shape, max_dim, nadam):
+    """Statistics, refreshes that move moments, and updates; another parameter beside."""
+    start = next(gradients(shape, 1, seed=7))
+    params = [torch.nn.Parameter(x.to(DEVICE, torch.float32)) for x in (start, torch.zeros(9, 7))]
+    optimizer = make(variant, params, max_preconditioner_dim=max_dim, nadam=nadam)
+    if INTERPRETED:
+        (group,) = optimizer._groups
+        group.layout.lent.clear()
+        group.layout.allocate(optimizer.rule.moments, scratch=True)
+        group.recorder, group.grouped = Unrecorded(), grouped.Grouped(group.layout.stacks)
+    expected = ReferenceParameter(variant, start, max_dim=max_dim, nadam=nadam)
+    given = variant != "shampoo_grafting"
+    for t, gradient in enumerate(gradients(shape, 24, dtype=torch.float32)):
+        params[0].grad = gradient.to(DEVICE)
+        other = next(gradients((9, 7), 1, seed=99 + t, dtype=torch.float32))
+        params[1].grad = other.to(DEVICE)
+        # Two steps that go by torch, after which step counts are equal again.
+        if t in (11, 12):
+            params[t - 11].grad = None
+        optimizer.step()
+        if params[0].grad is not None:
+            bases = [[q.cpu() for q in block] for block in bases_of(optimizer)] if given else None
+            expected.step(gradient, bases=bases)
+    assert expected.relative_error(params[0].cpu()) < 1e-4
 
 
 def test_entries_far_below_the_largest_keep_an_absolute_accuracy(layout):

@@ -54,12 +54,13 @@ def test_products(wide, groups):
 
 
 @given(
-    st.lists(st.tuples(rows, sizes, st.integers(1, 3000), st.booleans()), min_size=1, max_size=3)
+    st.lists(st.tuples(rows, sizes, st.integers(1, 3000), st.booleans()), min_size=1, max_size=3),
+    st.booleans(),
 )
-def test_grams(groups):
+def test_grams(groups, small):
     """One triangle, all of K once in each of its tiles; pieces add up in order."""
     triangle = Counter()
-    for kind, mine in tiles.grams(groups).items():
+    for kind, mine in tiles.grams(groups, small).items():
         S = (tiles.OUTER if kind.outer else tiles.NARROW_GRAM if kind.narrow else tiles.GRAM)["S"]
         length = Counter()
         for group, row, i, j, first, last in mine:
