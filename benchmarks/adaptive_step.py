@@ -20,7 +20,8 @@ from measure import machine, seconds, spread, table, write
 from optimizer_step import parameters
 from peers import Build, adaptive_contenders
 
-from algoperf_shampoo.optim import Kronecker, eigensolvers
+from algoperf_shampoo.optim import Kronecker
+from algoperf_shampoo.optim.eigen import solvers
 from algoperf_shampoo.optim.eigenbasis import chunks
 from algoperf_shampoo.optim.linalg import relative_off_diagonal
 from algoperf_shampoo.optim.precision import matmul_precision
@@ -31,18 +32,18 @@ class SweepCounter:
 
     def __init__(self) -> None:
         self.matrices = 0
-        self._sweep = eigensolvers.sweep_
+        self._sweep = solvers.sweep_
 
     def __enter__(self) -> SweepCounter:
         def counting(a: torch.Tensor, *rest: Any) -> Any:
             self.matrices += len(a)
             return self._sweep(a, *rest)
 
-        eigensolvers.sweep_ = counting
+        solvers.sweep_ = counting
         return self
 
     def __exit__(self, *_: Any) -> None:
-        eigensolvers.sweep_ = self._sweep
+        solvers.sweep_ = self._sweep
 
 
 def criterion(optimizer: Kronecker, refreshed: list[list[int]] | None) -> float:

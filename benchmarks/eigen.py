@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from measure import machine, seconds, spread, table, write
 
-from algoperf_shampoo.optim import cusolver
-from algoperf_shampoo.optim.eigensolvers import Job, Solver
-from algoperf_shampoo.optim.warm import ORTHOGONALIZATIONS
+from algoperf_shampoo.optim.eigen import cusolver
+from algoperf_shampoo.optim.eigen.jobs import Job
+from algoperf_shampoo.optim.eigen.solvers import Solver
+from algoperf_shampoo.optim.eigen.warm import ORTHOGONALIZATIONS
 
 Run = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 

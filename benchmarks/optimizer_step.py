@@ -20,8 +20,8 @@ from measure import machine, seconds, spread, table, write
 from peers import BLOCKS, contenders
 
 from algoperf_shampoo.harness import prng
-from algoperf_shampoo.optim import cusolver
 from algoperf_shampoo.optim.blocking import cut
+from algoperf_shampoo.optim.eigen import cusolver
 from algoperf_shampoo.workloads import load
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from algoperf_shampoo.optim import eshampoo, shampoo_grafting
-from algoperf_shampoo.optim.eigensolvers import Solver
+from algoperf_shampoo.optim.eigen.solvers import Solver
 
 # The paper's point, as far as all contenders know it.
 POINT: dict[str, Any] = dict(lr=1.4e-3, betas=(0.9747, 0.9749), weight_decay=2e-4)

@@ -1,6 +1,6 @@
 """The optimizers. Imports torch and the standard library, nothing else of this project."""
 
-from .eigensolvers import Solver
+from .eigen.solvers import Solver
 from .kronecker import Kronecker, adamw, eshampoo, shampoo_grafting
 
 __all__ = ["Kronecker", "Solver", "adamw", "eshampoo", "shampoo_grafting"]

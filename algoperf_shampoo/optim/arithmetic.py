@@ -1,6 +1,6 @@
 """What rules compute on stacks: statistics, rotations, Adam. Here by torch, one stack at a time.
 
-:mod:`.grouped` does the same on a GPU for all stacks at once.
+:mod:`.gpu.grouped` does the same on a GPU for all stacks at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import linalg
 from .buckets import Stack
-from .jobs import put, take
+from .eigen.jobs import put, take
 from .precision import matmul_precision
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .blocking import Block
-from .transfer import Transfer
+from .gpu.transfer import Transfer
 
 GRADIENT, SCRATCH = "gradient", "scratch"
 ALIGNMENT = 64  # entries; what cuBLAS's and our kernels load at a time starts at a multiple

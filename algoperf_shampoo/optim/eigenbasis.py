@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .arithmetic import Arithmetic
 from .buckets import Lent, Stack
-from .eigensolvers import Job, Result, Solver, put, take
-from .graphs import Run, direct
+from .eigen.jobs import Job, Result, put, take
+from .eigen.solvers import Solver
+from .gpu.graphs import Run, direct
 from .linalg import largest_entry, relative_off_diagonal
 from .precision import matmul_precision
 from .preconditioners.base import Rule

@@ -17,10 +17,10 @@ from . import gpu, state
 from .arithmetic import Arithmetic, Hyper
 from .blocking import Block, cut
 from .buckets import Layout, Stack
+from .eigen.solvers import Solver
 from .eigenbasis import FactorSet, build_factor_sets, refresh
-from .eigensolvers import Solver
-from .graphs import Recorder, Run, direct
-from .grouped import Grouped
+from .gpu.graphs import Recorder, Run, direct
+from .gpu.grouped import Grouped
 from .precision import MATMUL_PRECISIONS, matmul_precision
 from .preconditioners import Adam, EShampoo, GraftedShampoo, Rule
 

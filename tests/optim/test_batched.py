@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim import batched, cusolver, lanes, parking
 from algoperf_shampoo.optim.buckets import Lent
-from algoperf_shampoo.optim.jobs import Job, consecutive, longest_run, put, take
+from algoperf_shampoo.optim.eigen import batched, cusolver, lanes, parking
+from algoperf_shampoo.optim.eigen.jobs import Job, consecutive, longest_run, put, take
 
 
 def span(x):

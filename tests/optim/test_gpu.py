@@ -4,9 +4,12 @@ test-gpu`."""
 import pytest
 import torch
 
-from algoperf_shampoo.optim import batched, cusolver, eigensolvers, eshampoo, lanes
+from algoperf_shampoo.optim import eshampoo
 from algoperf_shampoo.optim.buckets import Lent
-from algoperf_shampoo.optim.eigensolvers import Solver
+from algoperf_shampoo.optim.eigen import batched, cusolver, direct, lanes
+from algoperf_shampoo.optim.eigen.jobs import Job
+from algoperf_shampoo.optim.eigen.solvers import Solver
+from algoperf_shampoo.optim.eigen.warm import ORTHOGONALIZATIONS
 from algoperf_shampoo.optim.linalg import gram_ema_, relative_off_diagonal
 
 from .support import SETTINGS, VARIANTS, ReferenceParameter, bases_of, gradients, make
@@ -65,14 +68,14 @@ def test_back_ends_against_float64(n, dtype, method):
     if method == "torch":
         values, vectors = torch.linalg.eigh(a)
     elif method == "exact":
-        values, vectors, _ = eigensolvers.exact(a)
+        values, vectors, _ = direct.exact(a)
     elif method == "cusolver":
         vectors = a.clone()
         values, _ = cusolver.eigh_(vectors, cusolver.workspace(n, dtype, a.device, 8))
     else:  # as a refresh does: several batches in two lanes, in place or through copies
         indices = list(range(8)) if method == "lanes" else [0, 1, 3, 4, 6, 7]
         operators = torch.zeros_like(a)
-        job = eigensolvers.Job(a, operators, indices)
+        job = Job(a, operators, indices)
         memory = torch.randn(40 * 2**20 // a.element_size(), dtype=dtype, device="cuda")
         kept = memory[len(memory) // 2 :].clone()
         lent = Lent(memory, len(memory) // 2)
@@ -117,7 +120,7 @@ def mixed_jobs(chosen):
     jobs = []
     for n, indices in chosen.items():
         a = factors(n, max(indices) + 3, n).float()
-        jobs.append(eigensolvers.Job(a, torch.randn_like(a), list(indices)))
+        jobs.append(Job(a, torch.randn_like(a), list(indices)))
     return jobs
 
 
@@ -211,14 +214,14 @@ def test_gram_against_float64(shape, mode):
     assert ((factor - factor.mT).abs() / scale).max() < 1e-6
 
 
-@pytest.mark.parametrize("orthogonalization", eigensolvers.ORTHOGONALIZATIONS)
+@pytest.mark.parametrize("orthogonalization", ORTHOGONALIZATIONS)
 @pytest.mark.parametrize("rank", [20, 384])
 def test_warm_start_ends_below_tau(orthogonalization, rank):
     a = factors(384, 4, rank).float()
     old = torch.linalg.eigh(a + 0.05 * factors(384, 4, 384).float()).eigenvectors
     solver = Solver(method="warm", orthogonalization=orthogonalization)
     q = old.clone()
-    (result,) = solver.solve([eigensolvers.Job(a, q, [0, 1, 2, 3])], 0.1)
+    (result,) = solver.solve([Job(a, q, [0, 1, 2, 3])], 0.1)
     values = result.values
     assert all(result.converged)
     assert relative_off_diagonal(a, q).max() < 0.1
@@ -235,7 +238,7 @@ def test_warm_start_in_lent_memory(indices):
     memory = torch.randn(600_000, device="cuda")
     kept = memory[200_000:].clone()
     solver = Solver(method="warm", workspace_mib=1)
-    job = eigensolvers.Job(a, q, list(indices))
+    job = Job(a, q, list(indices))
     (result,) = solver.solve([job], 0.1, [Lent(memory, 200_000)])
     assert torch.equal(memory[200_000:], kept)
     rows = torch.tensor(job.indices, device="cuda")

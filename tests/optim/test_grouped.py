@@ -10,12 +10,13 @@ import os
 import pytest
 import torch
 
-from algoperf_shampoo.optim import grouped, linalg, tiles
+from algoperf_shampoo.optim import linalg
 from algoperf_shampoo.optim.arithmetic import Hyper
 from algoperf_shampoo.optim.blocking import cut
 from algoperf_shampoo.optim.buckets import Layout
 from algoperf_shampoo.optim.eigenbasis import build_factor_sets
-from algoperf_shampoo.optim.graphs import direct
+from algoperf_shampoo.optim.gpu import grouped, tiles
+from algoperf_shampoo.optim.gpu.graphs import direct
 
 from .support import VARIANTS, ReferenceParameter, bases_of, gradients, make
 
@@ -197,7 +198,7 @@ def test_one_bad_row_spares_the_others_and_zeros_stay_zero(layout):
 
 
 class Unrecorded:
-    """Stands in for :class:`.graphs.Recorder` where there is no GPU."""
+    """Stands in for ``Recorder`` where there is no GPU."""
 
     def begin(self, layout, h):
         step = layout.stacks[0].steps[0]

@@ -6,7 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algoperf_shampoo.optim import linalg, reference
-from algoperf_shampoo.optim.eigensolvers import ORTHOGONALIZATIONS, Job, Solver, exact
+from algoperf_shampoo.optim.eigen.direct import exact
+from algoperf_shampoo.optim.eigen.jobs import Job
+from algoperf_shampoo.optim.eigen.solvers import Solver
+from algoperf_shampoo.optim.eigen.warm import ORTHOGONALIZATIONS
 
 SHAPES = [(5,), (4, 6), (3, 4, 5), (2, 3, 2, 4), (64, 64, 3), (3, 4096), (8, 2, 512)]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim import tiles
+from algoperf_shampoo.optim.gpu import tiles
 
 rows = st.integers(1, 3)
 sizes = st.integers(1, 300)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from algoperf_shampoo.optim.blocking import cut
-from algoperf_shampoo.optim.transfer import runs
+from algoperf_shampoo.optim.gpu.transfer import runs
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ import torch
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """:mod:`.kernels`, or None where Triton is missing. Compiled at their first launch."""
+    """:mod:`.triton_kernels`, or None where Triton is missing. Compiled at their first launch."""
     try:
-        from . import kernels as module
+        from . import triton_kernels
     except ImportError:
         return None
-    return module
+    return triton_kernels
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..linalg import largest_entry, off_diagonal_and_norm
+from ..precision import matmul_precision
 from . import cusolver
-from .linalg import largest_entry, off_diagonal_and_norm
-from .precision import matmul_precision
 
 ORTHOGONALIZATIONS = ("cholesky", "householder")
 

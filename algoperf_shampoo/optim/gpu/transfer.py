@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .blocking import Block
-from .gpu import kernels
+from ..blocking import Block
+from . import kernels
 
 TILE = 4096  # entries copied by one program
 GRADIENT_TABLES = 4

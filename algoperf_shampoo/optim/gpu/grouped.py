@@ -1,9 +1,9 @@
 """What rules compute on stacks, on a GPU: every operation one launch, or a few, for all stacks.
 
 A model has stacks of many shapes, some of a single small block. One after the other they leave most
-of a GPU idle. Here the tiles of all stacks' products stand in one table (:mod:`.kernels`), so that
-an ordinary step of any model is about a dozen launches, and its temporary memory one scratch buffer
-as large as the gradients (and in models with convolutions the pieces of long sums).
+of a GPU idle. Here the tiles of all stacks' products stand in one table, so that an ordinary step
+of any model is about fifteen launches (of :mod:`.triton_kernels`), and its temporary memory one
+scratch buffer as large as the gradients (and with convolutions the pieces of long sums).
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles
-from .arithmetic import Arithmetic, Hyper
-from .buckets import Stack
-from .gpu import kernels
-from .jobs import runs
+from ..arithmetic import Arithmetic, Hyper
+from ..buckets import Stack
+from ..eigen.jobs import runs
+from . import kernels, tiles
 from .tiles import Tile
 
 Launches = list[Callable[..., None]]
 
 
 class Grouped(Arithmetic):
-    """:class:`~.arithmetic.Arithmetic` for float32 stacks on one GPU, all rows taking part.
+    """:class:`~..arithmetic.Arithmetic` for float32 stacks on one GPU, all rows taking part.
 
     Args:
         stacks: all stacks there will be; ``scratch`` of each like its ``g``.
@@ -134,7 +133,7 @@ class Grouped(Arithmetic):
     ) -> list[Tensor]:
         """One product per mode, to and fro between ``g`` and ``scratch``.
 
-        Each contracts the leading mode and appends it at the back (see :func:`.linalg.rotate`).
+        Each contracts the leading mode and appends it at the back (see :func:`..linalg.rotate`).
         """
         xs, split = list(xs), h.matmul_precision == "highest"
         for mode in range(max(len(s.shape) for s in stacks)):
@@ -274,7 +273,7 @@ class Grouped(Arithmetic):
         sizes: Sequence[tuple[Sequence[int], int, int, int]],
         split: bool,
     ) -> Launches:
-        """Launches of :func:`.kernels.product`; call each with the layouts A_ROWS and B_ROWS."""
+        """Products, each to be called with the layouts A_ROWS and B_ROWS."""
         wide = self._wide[split]
         launches: Launches = []
         for kind, mine in tiles.products(sizes, wide).items():

@@ -23,14 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..buckets import Lent
 from . import batched, cusolver, direct
-from .buckets import Lent
-from .direct import exact
 from .jobs import Job, Result, consecutive, put, take
 from .parking import ALIGNMENT, parked, usable
 from .warm import ORTHOGONALIZATIONS, sweep_
-
-__all__ = ["METHODS", "ORTHOGONALIZATIONS", "Job", "Result", "Solver", "exact", "put", "take"]
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..buckets import Lent
 from . import cusolver
-from .buckets import Lent
 from .direct import mend, scale_of
 from .jobs import Job, Result, consecutive, longest_run
 from .lanes import Batch, Plan, Room, Task, schedule

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .buckets import Lent
+from ..buckets import Lent
 
 # At most so much of a piece of lent memory is parked: the host memory for it is kept.
 PARKED_BYTES = 2**29

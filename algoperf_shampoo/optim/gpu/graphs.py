@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .arithmetic import Hyper
-from .buckets import Layout, Stack
+from ..arithmetic import Hyper
+from ..buckets import Layout, Stack
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""GPU kernels (Triton) for all stacks of a model at once. Import through :mod:`.gpu` only.
+"""GPU kernels (Triton) for all stacks of a model at once; imported by the package's ``kernels()``.
 
 A launch takes two tables. ``groups`` (int64, WORDS words a row) says where a stack's tensors are:
 addresses and sizes. ``tiles`` (int32, 4 or 6 words a row) says what each program does: which group,
@@ -306,7 +306,7 @@ def adam(
     SIZE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Both moments, and Adam's direction in place of x; see :func:`.arithmetic.adam_`.
+    """Both moments, and Adam's direction in place of x; see :func:`..arithmetic.adam_`.
 
     rest1, rest2: 1 - beta1, 1 - beta2, which in float32 would be off by 1e-5. Group: x, m, v, top
     of the direction, entries a row. Tile: group, row, first entry.
