@@ -118,7 +118,8 @@ test-slow: $(DEV_READY) ## the tests that take minutes
 test-gpu: $(DEV_READY) ## the tests that need a CUDA device
 	@$(PY) -m pytest -m gpu
 
-test-kernels: $(VENV)/.ready-dev-kernels ## the GPU kernels without a GPU, by Triton's interpreter (Linux)
+test-kernels: $(VENV)/.ready-dev-kernels ## the GPU kernels without a GPU: compiled, and interpreted (Linux)
+	@$(PY) -m pytest -n auto tests/optim/test_kernels_compile.py
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m gpu tests/optim/test_grouped.py
 
 lint: $(DEV_READY) ## ruff: rules and formatting of imports

@@ -7,9 +7,12 @@ same arithmetic runs as torch operations.
 from __future__ import annotations
 
 import functools
+import logging
 from types import ModuleType
 
 import torch
+
+log = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -18,6 +21,8 @@ def kernels() -> ModuleType | None:
     try:
         from . import triton_kernels
     except ImportError:
+        if torch.cuda.is_available():
+            log.warning("no Triton: steps go by torch's operations, several times slower")
         return None
     return triton_kernels
 

@@ -1,0 +1,123 @@
+"""The kernels as machine code, without a GPU: they compile, use tensor cores, keep to registers.
+
+Needs Triton (`make test-kernels` installs it), whose compiler and disassembler need no device.
+"""
+
+import inspect
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from algoperf_shampoo.optim.gpu import tiles
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
+)
+
+TABLES = {"groups": "*i64", "tiles": "*i32"}
+AVERAGE = {"beta": "fp32", "weight": "fp32"}
+PRODUCT_ALIGNED = dict(A_ROWS=False, ALIGN_M=4, ALIGN_N=4, ALIGN_K=4)
+# kernel, its arguments besides tables, compile-time settings, tile, whether tensor cores are used
+CASES = [
+    *(
+        ("product", {}, dict(PRODUCT_ALIGNED, B_ROWS=rows, SPLIT=split), tile, True)
+        for rows in (False, True)
+        for split, tile in (
+            (True, tiles.LARGE),
+            (True, tiles.SMALL),
+            (False, tiles.LARGE_ROUNDED),
+        )
+    ),
+    (
+        "product",
+        {},
+        dict(A_ROWS=True, B_ROWS=True, SPLIT=True, ALIGN_M=4, ALIGN_N=4, ALIGN_K=4),
+        tiles.LARGE,
+        True,
+    ),
+    (
+        "product",
+        {},
+        dict(A_ROWS=False, B_ROWS=False, SPLIT=True, ALIGN_M=4, ALIGN_N=1, ALIGN_K=1),
+        tiles.NARROW,
+        True,
+    ),
+    *(
+        (
+            "gram",
+            {"partial_ptr": "*fp32", **AVERAGE},
+            dict(COLUMNS=columns, IN_PIECES=False, ALIGN_D=4, ALIGN_K=1 if columns else 4),
+            tiles.GRAM,
+            True,
+        )
+        for columns in (False, True)
+    ),
+    ("outer", AVERAGE, dict(ALIGN_D=4), tiles.OUTER, False),
+    ("matvec", {}, dict(B_ROWS=True, ALIGN_K=4), tiles.VECTOR, False),
+    ("tops", {}, dict(SIZE=tiles.ENTRIES, ALIGN=4), {}, False),
+    (
+        "adam",
+        {
+            **{"c1_ptr": "*fp32", "c2_ptr": "*fp32"},
+            **dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32"),
+        },
+        dict(NADAM=True, SIZE=tiles.ENTRIES, ALIGN=4),
+        {},
+        False,
+    ),
+]
+
+
+def compiled(name, arguments, settings, tile, capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from algoperf_shampoo.optim.gpu import triton_kernels
+
+    tile = dict(tile)
+    options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
+    constants = {**settings, **tile}
+    signature = {**TABLES, **arguments}
+    kernel = getattr(triton_kernels, name)
+    if "constants" in inspect.signature(ASTSource.__init__).parameters:  # up to Triton 3.1
+        source = ASTSource(fn=kernel, signature=signature, constants=constants)
+    else:
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+def stack_bytes(kernel, folder):
+    """Local memory a thread uses: registers that were spilled."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    command = [str(tools / "cuobjdump"), "-res-usage", str(cubin)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"STACK:(\d+)", printed)
+    return int(found)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("name", "arguments", "settings", "tile", "multiplies"),
+    CASES,
+    ids=[f"{c[0]}{i}" for i, c in enumerate(CASES)],
+)
+def test_machine_code(name, arguments, settings, tile, multiplies, capability, tmp_path):
+    kernel = compiled(name, arguments, settings, tile, capability)
+    ptx = kernel.asm["ptx"]
+    if multiplies:
+        assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in ptx
+    else:
+        assert "mma" not in ptx
+    if capability == 90:
+        assert stack_bytes(kernel, tmp_path) == 0
+    # Rows said to be aligned are written 16 bytes at a time.
+    if name in ("product", "adam") and settings.get("ALIGN_N", 4) == 4:
+        assert re.search(r"st\.global\S*\.v4", ptx)
