@@ -1,12 +1,12 @@
-"""What rules compute on stacks: statistics, rotations, Adam. Here by torch, one stack at a time.
+"""What rules compute on stacks: statistics, rotations, Adam. Here by torch.
 
-:mod:`.gpu.grouped` does the same on a GPU for all stacks at once.
+:mod:`.gpu.grouped` does the same on a GPU by kernels of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +38,14 @@ class Arithmetic:
 
     Tensors in ``xs`` are shaped like the stacks' blocks, [B, *shape]. They may be overwritten:
     what counts afterwards is what a method returns.
+
+    Stacks that have a ``scratch`` buffer are turned to and fro between it and ``g``, through views
+    that are made once: for small models making them takes as long as the products.
     """
 
-    def together(self, stacks: Sequence[Stack]) -> Iterable[list[Stack]]:
-        """The stacks in lists that a rule should take at a time: here one by one, so that one
-        stack's temporaries are gone before the next."""
-        return ([stack] for stack in stacks)
+    def __init__(self) -> None:
+        self._turns: dict[tuple[int, int, bool], Turn] = {}
+        self._matrices: dict[tuple[int, int], Tensor] = {}
 
     def gradients_came(self, stacks: Sequence[Stack]) -> None:
         """``stack.g`` of all stacks holds the gradients of this step."""
@@ -53,19 +55,23 @@ class Arithmetic:
         (Eq. 15)."""
         for stack in stacks:
             for mode, factor in enumerate(stack.factors):
-                linalg.gram_ema_(factor, stack.g, mode, beta, weight)
+                linalg.gram_ema_(factor, self._matricized(stack, mode), beta, weight)
 
     def adam(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
         """Update exp_avg and exp_avg_sq with xs, and replace these by Adam's direction."""
-        for stack, x in zip(stacks, xs, strict=True):
-            m, v = stack.state["exp_avg"], stack.state["exp_avg_sq"]
-            c1 = stack.bias_correction(h.beta1) if h.c1 is None else h.c1
-            c2 = stack.bias_correction(h.beta2) if h.c2 is None else h.c2
-            adam_(x, m, v, c1, c2, h.beta1, h.beta2, h.eps, h.nadam)
+        work: dict[bool, list[tuple[Any, ...]]] = {}
+        for s, x in zip(stacks, xs, strict=True):
+            c1 = s.bias_correction(h.beta1) if h.c1 is None else h.c1
+            c2 = s.bias_correction(h.beta2) if h.c2 is None else h.c2
+            row = x, s.state["exp_avg"], s.state["exp_avg_sq"], c1, c2
+            work.setdefault(isinstance(c1, Tensor), []).append(row)
+        for rows in work.values():  # corrections are all tensors, or all numbers
+            some, ms, vs, c1s, c2s = map(list, zip(*rows, strict=True))
+            adam_(some, ms, vs, c1s, c2s, h.beta1, h.beta2, h.eps, h.nadam)
 
     def copy_of_gradients(self, stacks: Sequence[Stack]) -> list[Tensor]:
         """Copies of ``g``."""
-        return [stack.g.clone() for stack in stacks]
+        return [s.g.clone() if s.scratch is None else s.scratch.copy_(s.g) for s in stacks]
 
     def rotate(
         self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper, orthogonal: bool = True
@@ -75,13 +81,35 @@ class Arithmetic:
         xs: the gradients ``g``, or copies of them, which may have been changed if the operators
         are not ``orthogonal``. ``g`` may be overwritten.
         """
-        return [linalg.rotate(x, s.operators) for s, x in zip(stacks, xs, strict=True)]
+        return [
+            linalg.rotate(x, s.operators) if s.scratch is None else self._turn(s, x, back=False)
+            for s, x in zip(stacks, xs, strict=True)
+        ]
 
     def rotate_back(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
         """``g`` <- Q_1 x_1 ... Q_k x_k, xs being what :meth:`rotate` and :meth:`adam` made of
         ``g``."""
         for stack, x in zip(stacks, xs, strict=True):
-            linalg.rotate_back(x, stack.operators, out=stack.g)
+            if stack.scratch is None:
+                linalg.rotate_back(x, stack.operators, out=stack.g)
+            else:  # as many products as the way there: the last one ends in `g`
+                self._turn(stack, x, back=True)
+
+    def _turn(self, stack: Stack, x: Tensor, back: bool) -> Tensor:
+        """x, in ``g`` or ``scratch``, through all modes, as :func:`.linalg.rotate` does."""
+        key = id(stack), x.data_ptr(), back
+        if key not in self._turns:
+            self._turns[key] = Turn(stack, x, back)
+        return self._turns[key]()
+
+    def _matricized(self, stack: Stack, mode: int) -> Tensor:
+        """:func:`.linalg.matricized` ``g``, kept where it is a view."""
+        if stack.scratch is None or 0 < mode < len(stack.shape) - 1:
+            return linalg.matricized(stack.g, mode)
+        key = id(stack), mode
+        if key not in self._matrices:
+            self._matrices[key] = linalg.matricized(stack.g, mode)
+        return self._matrices[key]
 
     def rotate_mode_(
         self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int], back: bool
@@ -94,12 +122,33 @@ class Arithmetic:
             put(x, rows, rotated)
 
 
+class Turn:
+    """The products that rotate a stack (or turn it back), each contracting the leading mode and
+    appending it at the back; between ``g`` and ``scratch``, starting from x, one of them."""
+
+    def __init__(self, stack: Stack, x: Tensor, back: bool) -> None:
+        assert stack.scratch is not None
+        in_g = x.data_ptr() == stack.g.data_ptr()
+        source, target = (stack.g, stack.scratch) if in_g else (stack.scratch, stack.g)
+        self._products = []
+        for d, q in zip(stack.shape, stack.operators, strict=True):
+            a, out = source.view(len(stack), d, -1).mT, target.view(len(stack), -1, d)
+            self._products.append((a, q.mT if back else q, out))
+            source, target = target, source
+        self._result = source
+
+    def __call__(self) -> Tensor:
+        for a, q, out in self._products:
+            torch.bmm(a, q, out=out)
+        return self._result
+
+
 def adam_(
-    x: Tensor,
-    m: Tensor,
-    v: Tensor,
-    c1: float | Tensor,
-    c2: float | Tensor,
+    xs: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    c1: list[Any],
+    c2: list[Any],
     beta1: float,
     beta2: float,
     eps: float,
@@ -107,13 +156,19 @@ def adam_(
 ) -> None:
     """Update both moments and replace x by Adam's direction (NAdam's numerator with ``nadam``).
 
-    x, m, v: contiguous, one shape [B, ...] and dtype. c1, c2 = 1 - beta1^t, 1 - beta2^t: numbers,
-    or tensors [] or [B, 1, ..., 1] on x's device. The order of operations is torch.optim.AdamW's,
-    so that the two agree to rounding.
+    xs, ms, vs: contiguous, of one shape [B, ...] and dtype each. c1, c2 = 1 - beta1^t, 1 -
+    beta2^t: all numbers, or all tensors [] or [B, 1, ..., 1] on x's device. The order of operations
+    is torch.optim.AdamW's, so that the two agree to rounding.
     """
-    v.mul_(beta2).addcmul_(x, x, value=1 - beta2)
-    m.lerp_(x, 1 - beta1)
-    numerator = x.lerp_(m, beta1) if nadam else m
-    root = c2.sqrt() if isinstance(c2, Tensor) else c2**0.5
-    denominator = v.sqrt().div_(root).add_(eps).mul_(c1)
-    torch.div(numerator, denominator, out=x)
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, xs, xs, value=1 - beta2)
+    torch._foreach_lerp_(ms, xs, 1 - beta1)
+    if nadam:
+        torch._foreach_lerp_(xs, ms, beta1)
+    else:
+        torch._foreach_copy_(xs, ms)
+    denominators = torch._foreach_sqrt(vs)
+    torch._foreach_div_(denominators, [c**0.5 for c in c2])
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(denominators, c1)
+    torch._foreach_div_(xs, denominators)

@@ -30,7 +30,7 @@ class Group:
     """One parameter group laid out in stacks: which rule takes which, and all their factors.
 
     recorder: on one GPU, runs steps in which all parameters take part; grouped: computes them,
-    where our kernels work.
+    where our kernels work, and ``by_torch`` all others.
     """
 
     layout: Layout
@@ -38,6 +38,7 @@ class Group:
     factor_sets: list[FactorSet]
     recorder: Recorder | None
     grouped: Grouped | None
+    by_torch: Arithmetic
 
 
 class Kronecker(torch.optim.Optimizer):
@@ -131,10 +132,10 @@ class Kronecker(torch.optim.Optimizer):
         (device, dtype), *others = {(s.device, s.dtype) for s in layout.stacks}
         one_gpu = device.type == "cuda" and not others
         ours = one_gpu and gpu.multiplies(dtype, device)
-        layout.allocate(self.rule.moments, scratch=ours and self.rule.has_factors)
+        layout.allocate(self.rule.moments, scratch=self.rule.has_factors)
         recorder = Recorder(device, self.cuda_graph) if one_gpu else None
         grouped = Grouped(layout.stacks) if ours else None
-        self._groups.append(Group(layout, rules, sets, recorder, grouped))
+        self._groups.append(Group(layout, rules, sets, recorder, grouped, Arithmetic()))
 
     def _blocks(self, param: Tensor) -> list[Block]:
         return cut(tuple(param.shape), self.max_preconditioner_dim)
@@ -172,7 +173,7 @@ class Kronecker(torch.optim.Optimizer):
         due = {id(s): s.due(rows[id(s)], self.precondition_frequency) for s in with_factors}
         h = self._hyper(settings)
         run: Run = direct
-        arithmetic = Arithmetic()
+        arithmetic = group.by_torch
         if group.recorder is not None and everyone and _in_step(layout):
             h, run = group.recorder.begin(layout, h)
             arithmetic = group.grouped or arithmetic
@@ -196,7 +197,7 @@ class Kronecker(torch.optim.Optimizer):
         """The factors learn the gradients."""
         arithmetic.gradients_came(group.layout.stacks)
         with matmul_precision("highest"):
-            for rule, stacks in _taking_part(group, rows, arithmetic):
+            for rule, stacks in _taking_part(group, rows):
                 if rule.has_factors:
                     with _parts(stacks, rows) as parts:
                         rule.accumulate(parts, h, arithmetic)
@@ -213,7 +214,7 @@ class Kronecker(torch.optim.Optimizer):
         if not self.rule.statistics_first:
             arithmetic.gradients_came(group.layout.stacks)
         with matmul_precision(h.matmul_precision):
-            for rule, stacks in _taking_part(group, rows, arithmetic):
+            for rule, stacks in _taking_part(group, rows):
                 with _parts(stacks, rows) as parts:
                     rule.update(parts, h, arithmetic)
         group.layout.apply(present, h.lr, h.weight_decay)
@@ -287,14 +288,11 @@ def _in_step(layout: Layout) -> bool:
     return all(s.uniform and s.steps[0] == step for s in layout.stacks)
 
 
-def _taking_part(
-    group: Group, rows: dict[int, list[int]], arithmetic: Arithmetic
-) -> Iterator[tuple[Rule, list[Stack]]]:
-    """Each rule with the stacks it takes at a time, of those that have rows taking part."""
+def _taking_part(group: Group, rows: dict[int, list[int]]) -> Iterator[tuple[Rule, list[Stack]]]:
+    """Each rule with those of its stacks that have rows taking part."""
     for rule, stacks in group.rules:
-        here = [s for s in stacks if rows[id(s)]]
-        for together in arithmetic.together(here):
-            yield rule, together
+        if here := [s for s in stacks if rows[id(s)]]:
+            yield rule, here
 
 
 @contextlib.contextmanager

@@ -59,18 +59,25 @@ SMALL_GRAM = 64
 GRAM_PIECES = 256
 
 
-def gram_ema_(factor: Tensor, x: Tensor, mode: int, beta: float, weight: float) -> None:
-    """factor <- beta * factor + weight * X X', X the mode-``mode`` matricization of x (Eq. 15).
+def matricized(x: Tensor, mode: int) -> Tensor:
+    """X', X the mode-``mode`` matricization of blocks: [B, d_1, ..., d_k] -> [B, rest, d_i].
 
-    factor: [B, d, d], updated in place; x: [B, d_1, ..., d_k].
+    A view for the first and the last mode of contiguous blocks.
+    """
+    B, d = x.shape[0], x.shape[mode + 1]
+    if mode == x.ndim - 2:
+        return x.reshape(B, -1, d)
+    if mode == 0:
+        return x.reshape(B, d, -1).mT
+    return x.movedim(mode + 1, 1).reshape(B, d, -1).mT
+
+
+def gram_ema_(factor: Tensor, rows: Tensor, beta: float, weight: float) -> None:
+    """factor <- beta * factor + weight * X X', X' = rows (Eq. 15).
+
+    factor: [B, d, d], updated in place; rows: [B, rest, d], see :func:`matricized`.
     """
     B, d = factor.shape[:2]
-    if mode == x.ndim - 2:
-        rows = x.reshape(B, -1, d)  # X', no copy
-    elif mode == 0:
-        rows = x.reshape(B, d, -1).mT
-    else:
-        rows = x.movedim(mode + 1, 1).reshape(B, d, -1).mT
     pieces = math.gcd(rows.shape[1], GRAM_PIECES) if d <= SMALL_GRAM else 1
     if pieces > 1 and rows.shape[1] >= 16 * pieces:
         rows = rows.reshape(B * pieces, -1, d)

@@ -10,7 +10,7 @@ from algoperf_shampoo.optim.eigen import batched, cusolver, direct, lanes
 from algoperf_shampoo.optim.eigen.jobs import Job
 from algoperf_shampoo.optim.eigen.solvers import Solver
 from algoperf_shampoo.optim.eigen.warm import ORTHOGONALIZATIONS
-from algoperf_shampoo.optim.linalg import gram_ema_, relative_off_diagonal
+from algoperf_shampoo.optim.linalg import gram_ema_, matricized, relative_off_diagonal
 
 from .support import SETTINGS, VARIANTS, ReferenceParameter, bases_of, gradients, make
 
@@ -207,7 +207,7 @@ def test_gram_against_float64(shape, mode):
     wide = x.double()
     product = wide @ wide.mT if mode == 0 else wide.mT @ wide
     expected = 0.9 * factor.double() + 0.1 * product
-    gram_ema_(factor, x, mode, 0.9, 0.1)
+    gram_ema_(factor, matricized(x, mode), 0.9, 0.1)
     error = torch.linalg.matrix_norm(factor - expected) / torch.linalg.matrix_norm(expected)
     assert error.max() < 6e-7
     scale = expected.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None]

@@ -35,7 +35,7 @@ def test_rotations_and_grams_equal_the_reference(shape):
             one[1], reference.mode_product(x[1], bases[mode][1].T, mode), rtol=1e-12, atol=1e-12
         )
         factor = torch.eye(d, dtype=torch.float64).repeat(3, 1, 1)
-        linalg.gram_ema_(factor, x, mode, 0.9, 0.25)
+        linalg.gram_ema_(factor, linalg.matricized(x, mode), 0.9, 0.25)
         m = reference.matricize(x[2], mode)
         expected = 0.9 * torch.eye(d, dtype=torch.float64) + 0.25 * m @ m.T
         torch.testing.assert_close(factor[2], expected, rtol=1e-12, atol=1e-12)

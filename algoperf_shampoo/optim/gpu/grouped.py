@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Grouped(Arithmetic):
     """
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
+        super().__init__()
         module = kernels()
         assert module is not None
         self._kernels = module
@@ -55,9 +56,6 @@ class Grouped(Arithmetic):
         self._ones = torch.ones(count, device=self._device)  # tops of orthogonal operators
         self._operator_tops: dict[tuple[int, int], Tensor] = {}
         self._launches: dict[Hashable, Launches] = {}
-
-    def together(self, stacks: Sequence[Stack]) -> Iterable[list[Stack]]:
-        return [list(stacks)] if stacks else []
 
     def gradients_came(self, stacks: Sequence[Stack]) -> None:
         self._measure(stacks, [s.g for s in stacks])
