@@ -60,6 +60,30 @@ def _raise_top(word, row, values):
 
 
 @triton.jit
+def _split_dot(a, b):
+    """a b, accurate to float32, of scaled tiles."""
+    a_high = a.to(tl.float16)
+    b_high = b.to(tl.float16)
+    a_low = (a - a_high.to(tl.float32)).to(tl.float16)
+    b_low = (b - b_high.to(tl.float32)).to(tl.float16)
+    part = tl.dot(a_low, b_high)
+    part = tl.dot(a_high, b_low, part)
+    return tl.dot(a_high, b_high, part)
+
+
+@triton.jit
+def _average(factor, d, r, c, mirrored, total, beta, weight):
+    """factor [d, d] <- beta factor + weight total at rows r and columns c, and the other way
+    round."""
+    mask = (r[:, None] < d) & (c[None, :] < d)
+    old = tl.load(factor + r[:, None] * d + c[None, :], mask=mask, other=0.0)
+    new = old * beta + total * weight
+    tl.store(factor + r[:, None] * d + c[None, :], new, mask=mask)
+    if mirrored:
+        tl.store(factor + r[:, None] + c[None, :] * d, new, mask=mask)
+
+
+@triton.jit
 def product(
     groups,
     tiles,
@@ -110,16 +134,10 @@ def product(
         else:
             mask = (k[:, None] < K) & (n[None, :] < N)
             b = tl.load(b_ptr + k[:, None] * N + n[None, :], mask=mask, other=0.0) * scale_b
-        a_high = a.to(tl.float16)
-        b_high = b.to(tl.float16)
         if SPLIT:
-            a_low = (a - a_high.to(tl.float32)).to(tl.float16)
-            b_low = (b - b_high.to(tl.float32)).to(tl.float16)
-            part = tl.dot(a_low, b_high)
-            part = tl.dot(a_high, b_low, part)
-            total += tl.dot(a_high, b_high, part)
+            total += _split_dot(a, b)
         else:
-            total = tl.dot(a_high, b_high, total)
+            total = tl.dot(a.to(tl.float16), b.to(tl.float16), total)
     total = total * _power(-e_a) * _power(-e_b)
     _raise_top(group + 5, row, total)
     mask = (m[:, None] < M) & (n[None, :] < N)
@@ -209,13 +227,7 @@ def gram(
             a = tl.load(x + r[:, None] * K + k[None, :], mask=here & (r[:, None] < d), other=0.0)
             b = tl.load(x + c[:, None] * K + k[None, :], mask=here & (c[:, None] < d), other=0.0)
             a, b = a * scale, tl.trans(b * scale)
-        a_high = a.to(tl.float16)
-        b_high = b.to(tl.float16)
-        a_low = (a - a_high.to(tl.float32)).to(tl.float16)
-        b_low = (b - b_high.to(tl.float32)).to(tl.float16)
-        part = tl.dot(a_low, b_high)
-        part = tl.dot(a_high, b_low, part)
-        total += tl.dot(a_high, b_high, part)
+        total += _split_dot(a, b)
     total = total * _power(-e) * _power(-e)
     if IN_PIECES:
         inside = tl.arange(0, S)
@@ -223,12 +235,7 @@ def gram(
         tl.store(partial + inside[:, None] * S + inside[None, :], total)
     else:
         factor = _float_pointer(group + 1) + row * d * d
-        mask = (r[:, None] < d) & (c[None, :] < d)
-        old = tl.load(factor + r[:, None] * d + c[None, :], mask=mask, other=0.0)
-        new = old * beta + total * weight
-        tl.store(factor + r[:, None] * d + c[None, :], new, mask=mask)
-        if i != j:
-            tl.store(factor + r[:, None] + c[None, :] * d, new, mask=mask)
+        _average(factor, d, r, c, i != j, total, beta, weight)
 
 
 @triton.jit
@@ -251,12 +258,7 @@ def gram_of_pieces(groups, tiles, partial_ptr, beta, weight, S: tl.constexpr):
         partial += S * S
     r, c = i + inside, j + inside
     factor = _float_pointer(group + 1) + row * d * d
-    mask = (r[:, None] < d) & (c[None, :] < d)
-    old = tl.load(factor + r[:, None] * d + c[None, :], mask=mask, other=0.0)
-    new = old * beta + total * weight
-    tl.store(factor + r[:, None] * d + c[None, :], new, mask=mask)
-    if i != j:
-        tl.store(factor + r[:, None] + c[None, :] * d, new, mask=mask)
+    _average(factor, d, r, c, i != j, total, beta, weight)
 
 
 @triton.jit
