@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import seal
 from algoperf_shampoo.harness.record import write_json
 
 _RECORD, _LOCK = "run.json", ".lock"
@@ -37,7 +38,8 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:
-    """Replace ``run.json``."""
+    """Replace ``run.json``, with its own digest (:mod:`.seal`), which ``record`` is given too."""
+    record[seal.RECORD] = seal.digest(record)
     write_json(run_dir / _RECORD, record)
 
 

@@ -8,6 +8,7 @@ along the same curve.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import time
@@ -21,7 +22,15 @@ import numpy as np
 import torch
 
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import checkpoint, environment, hparams, prng, record, run_folder
+from algoperf_shampoo.harness import (
+    checkpoint,
+    environment,
+    hparams,
+    prng,
+    record,
+    run_folder,
+    seal,
+)
 from algoperf_shampoo.harness.spec import RunSpec, TrainingCompleteError
 from algoperf_shampoo.harness.submission_loader import Submission
 
@@ -84,10 +93,11 @@ def execute(
             _warn_of_changes(run, folder_record["sessions"], session, echo)
             folder_record["sessions"].append(session)
             _write_start(run, workload, training, folder_record, flags or {})
+            training.on_saved = functools.partial(_write_sealed, run.run_dir, folder_record)
             training.loop()
             folder_record["result"] = training.finish()
         folder_record["status"] = "finished"
-        run_folder.write_record(run.run_dir, folder_record)
+        _write_sealed(run.run_dir, folder_record)
     echo(f"{run.name}: {summary(folder_record['result'])}")
     return folder_record
 
@@ -135,6 +145,8 @@ class _Training:
         self.duration_before = 0.0
         self.eval_results: list[tuple[int, dict[str, Any]]] = []
         self.saved_step: int | None = None
+        self.on_saved: Callable[[], None] = lambda: None
+        """Called after each checkpoint, off the clock: brings the run's record up to date."""
 
     @contextmanager
     def recording_losses(self) -> Iterator[None]:
@@ -337,6 +349,7 @@ class _Training:
         }
         checkpoint.save(self.run.run_dir, self.global_step, state)
         self.saved_step = self.global_step
+        self.on_saved()
 
     def _restore(self) -> dict[str, int]:
         """Load the newest whole checkpoint; the number of rows each CSV had then."""
@@ -398,6 +411,12 @@ def hash_parameters(model: torch.nn.Module) -> str:
         total.update(f"{name} {value.dtype} {list(value.shape)}\0".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def _write_sealed(run_dir: Path, folder_record: dict[str, Any]) -> None:
+    """Bring ``run.json`` up to date with what the folder holds now."""
+    folder_record[seal.FILES] = seal.make(run_dir)
+    run_folder.write_record(run_dir, folder_record)
 
 
 def _write_start(

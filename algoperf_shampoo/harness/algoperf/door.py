@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import run_folder, submission_loader
+from algoperf_shampoo.harness import run_folder, seal, submission_loader
 from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata
 from algoperf_shampoo.harness.spec import RunSpec
 from algoperf_shampoo.study.plan import Plan
@@ -300,14 +300,27 @@ def _train(
         }
         launches = [*folder.read_launches(run.run_dir), record]
         folder.write_json(run.run_dir / folder.LAUNCHES, launches)
+        (run.run_dir / seal.NAME).unlink(missing_ok=True)  # what it sealed is about to change
         try:
             record["exit_code"] = _run(plan.root, run.run_dir, command)
         finally:
             record["ended"] = _now()
             folder.write_json(run.run_dir / folder.LAUNCHES, launches)
+            _seal(run.run_dir, record)
     if record["exit_code"]:
         echo(f"{run.name}: exit code {record['exit_code']}; see {run.run_dir / folder.CONSOLE}")
     return record["exit_code"] == 0
+
+
+def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
+    """Write down what the folder holds now that the runner has ended."""
+    record = {
+        "format": 1,
+        "ended": launch["ended"],
+        "exit_code": launch["exit_code"],
+        seal.FILES: seal.make(run_dir),
+    }
+    folder.write_json(run_dir / seal.NAME, seal.signed(record))
 
 
 def _run(root: Path, run_dir: Path, command: Command) -> int:
