@@ -68,7 +68,7 @@ def _import_torchvision() -> None:
     It registers meta functions for two operators that the extension defines; AlgoPerf uses only its
     image transforms and folders, so an empty definition of the two is enough.
     """
-    import torch
+    from torch import library
 
     try:
         importlib.import_module("torchvision")
@@ -77,10 +77,10 @@ def _import_torchvision() -> None:
             raise
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
+        own = library.Library("torchvision", "DEF")
         for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _keep_alive.append(library)
+            own.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _keep_alive.append(own)
         importlib.import_module("torchvision")
 
 
