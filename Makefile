@@ -1,22 +1,21 @@
 # Doors to the suite. `make help` lists them.
 
-# The same for every target that submits; empty means the default of scripts/submit.py.
+# Words of the command line, by target. A word that its targets do not take is refused.
+words.all := VENV PYTHON
+words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
+  PROCESSES WANDB DRY_RUN ALGOPERF_PYTHON
+words.export := OUT AUTHORS AFFILIATIONS
+words.table1 := RUNS TABLE
+words.algoperf-env := TORCH ALGOPERF_VENV
+words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
+words.docker-build := ENGINE IMAGE BASE TORCH CUDA DRY_RUN
+words.docker-submit := $(filter-out HARNESS ALGOPERF_PYTHON,$(words.submit)) ENGINE IMAGE TORCH
+# Families of targets, by the beginning of their names.
+families := submit export docker-submit
+
 WORKLOAD ?= all
 SIZE ?= mini
-HARNESS ?=
 SEEDS ?= 1
-GPUS ?=
-DATA_DIR ?=
-F ?=
-TAU ?=
-OUT ?=
-DRY_RUN ?=
-STEPS ?=
-PROCESSES ?=
-WANDB ?=
-AUTHORS ?=
-AFFILIATIONS ?=
-RUNS ?=
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,24 +26,35 @@ TORCH ?= 2.13.0
 ENGINE ?= docker
 IMAGE ?= algoperf-shampoo
 BASE ?= debian:bookworm-slim
-CUDA ?=
 
-ifeq ($(VENV),none)
-PY := $(PYTHON)
-RUN_READY :=
-DEV_READY :=
-else
-PY := $(VENV)/bin/python
-RUN_READY := $(VENV)/.ready-run
-DEV_READY := $(VENV)/.ready-dev
-endif
+# What was given on the command line, before it is touched.
+given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(word 1,$(origin $(v)))),$(v)))
+families.of = $(foreach f,$(families),$(if $(filter $(f)-%,$(1)),$(f)))
+taken := $(sort $(words.all) $(foreach g,$(or $(MAKECMDGOALS),help), \
+  $(words.$(g)) $(foreach f,$(call families.of,$(g)),$(words.$(f)))))
+# Words that make itself or a program behind it takes pass.
+passing := MAKE% GNUMAKEFLAGS SHELL .SHELLFLAGS PATH HOME USER TMPDIR LANG LC_% LD_% CC CXX %FLAGS \
+  OMP_% MKL_% CUDA_% NVIDIA_% NCCL_% TORCH_% TORCHINDUCTOR_% PYTORCH_% TRITON_% WANDB_% PIP_% \
+  PYTHON% TF_% SHAMPOO_% SLURM_% %_proxy %_PROXY
+refused := $(filter-out $(taken) $(passing),$(given))
 
-flag = $(if $($(1)),--$(2)='$($(1))')
+# A word's value is data, `$$` too, and reaches the scripts through the environment: a recipe's
+# $$(call flag,OUT,out) becomes the one argument --out=VALUE, or none where OUT is empty.
+all.words := $(sort $(foreach v,$(filter words.%,$(.VARIABLES)),$($(v))))
+$(foreach w,$(all.words) $(refused),$(eval override $(w) := $$(value $(w))))
+export $(all.words) $(refused)
+flag = $${$(1):+"--$(2)=$$$(1)"}
+quoted = '$(subst ','\'',$(1))'
 
-.PHONY: algoperf-env data-algoperf-mini docker-build help test test-slow test-gpu test-kernels lint types table1 FORCE
+# Python in VENV, which is made first where it is missing, with an extra of pyproject.toml.
+IN_RUN := @sh scripts/in_venv.sh run
+IN_DEV := @sh scripts/in_venv.sh dev
+
+.PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-gpu test-kernels \
+  lint types table1 FORCE
 .DEFAULT_GOAL := help
 
-help: ## list targets and variables
+help: words ## list targets and variables
 	@echo 'make submit-<variant>  train and print the table; <variant> is one of:'
 	@for f in submissions/*/submission.py; do d=$${f%/submission.py}; echo "  $${d##*/}" | tr _ -; done
 	@echo 'make export-<variant>  write it as a folder of its own, for submissions_algorithms'
@@ -55,86 +65,75 @@ help: ## list targets and variables
 	@echo '  WORKLOAD=all       fastmri, imagenet_vit, ogbg or all'
 	@echo '  SIZE=mini          mini (small models, real data shipped here) or full'
 	@echo '  HARNESS=           embedded (default for mini) or algoperf (default for full)'
-	@echo '  SEEDS=1            a count (3: seeds 1, 2, 3) or a list (3,4,5)'
+	@echo '  SEEDS=1            a count (3: seeds 1, 2, 3) or a list (3,4,5; one seed is 7,)'
+	@echo '  SET=               fields of the point: SET="learning_rate=0.02 weight_decay=0"'
+	@echo '  F=  TAU=           steps between checks of the basis; threshold of Eq. 11'
+	@echo '  SEARCH_SPACE=      another file of points;  TRIALS=1  how many of its points to run'
+	@echo '  STEPS=             end after so many steps'
+	@echo '  OUT=               folder for the runs; default results/runs/SIZE'
 	@echo '  GPUS=              number of GPUs; default: what there is'
 	@echo '  DATA_DIR=          data folder; minis need none'
-	@echo '  F=  TAU=           steps between checks of the basis; threshold of Eq. 11'
-	@echo '  OUT=               folder for the runs; default results/runs/SIZE'
-	@echo '  STEPS=  WANDB=     with HARNESS=algoperf: end after so many steps; 1: log to wandb too'
+	@echo '  WANDB=             with HARNESS=algoperf: 1: log to wandb too'
 	@echo '  PROCESSES=         with HARNESS=algoperf and no GPU: processes'
 	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
 	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
-	@echo 'variable of table1: RUNS=results/runs, folders of runs, comma-separated'
+	@echo 'variables of table1: RUNS=results/runs, folders of runs, comma-separated;'
+	@echo '  TABLE=results/table1  where to write it (.md, .csv, .json); with RUNS= nowhere else'
 
-submit-%: $(RUN_READY) FORCE
-	@$(PY) scripts/submit.py --variant='$*' --workload='$(WORKLOAD)' --size='$(SIZE)' \
-	  --seeds='$(SEEDS)' $(call flag,HARNESS,harness) $(call flag,GPUS,gpus) \
-	  $(call flag,DATA_DIR,data_dir) $(call flag,F,f) $(call flag,TAU,tau) \
-	  $(call flag,OUT,out) $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) \
-	  $(if $(WANDB),--wandb) $(if $(DRY_RUN),--dry_run)
+# Refuses words, with the nearest that is taken, before anything else is done.
+words:
+ifneq ($(refused),)
+	@"$$PYTHON" scripts/words.py --goals=$(call quoted,$(MAKECMDGOALS)) --taken=$(call quoted,$(taken)) \
+	  --known=$(call quoted,$(all.words)) $(foreach w,$(refused),$(call quoted,$(w)))
+endif
 
-table1: $(RUN_READY) ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
-	@$(PY) scripts/table.py $(call flag,RUNS,runs)
+submit-%: words FORCE
+	$(IN_RUN) scripts/submit.py --variant=$(call quoted,$*) $(call flag,WORKLOAD,workload) \
+	  $(call flag,SIZE,size) $(call flag,HARNESS,harness) $(call flag,SEEDS,seeds) \
+	  $(call flag,GPUS,gpus) $(call flag,DATA_DIR,data_dir) $(call flag,F,f) $(call flag,TAU,tau) \
+	  $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) $(call flag,TRIALS,trials) \
+	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
+	  $(call flag,WANDB,wandb) $(call flag,DRY_RUN,dry_run)
 
-algoperf-env: ## AlgoPerf's harness, pinned, in .venv-algoperf with torch TORCH=2.13.0
-	@test -x $(ALGOPERF_VENV)/bin/python || $(PYTHON) -m venv $(ALGOPERF_VENV)
-	$(ALGOPERF_VENV)/bin/pip install 'torch==$(TORCH)' -r requirements-algoperf.txt
-	$(ALGOPERF_VENV)/bin/pip install --no-deps -r requirements-algoperf-no-deps.txt
+table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
+	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)
 
-# The Python with AlgoPerf in it: ALGOPERF_PYTHON of the environment, or the one made above.
-ALGOPERF_PYTHON ?= $(ALGOPERF_VENV)/bin/python
+algoperf-env: words ## AlgoPerf's harness, pinned, in .venv-algoperf with torch TORCH=2.13.0
+	@"$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" algoperf
 
-data-algoperf-mini: ## real mini data in AlgoPerf's formats, into OUT=data/algoperf_mini
-	@test -x '$(ALGOPERF_PYTHON)' \
-	  || { echo 'error: $(ALGOPERF_PYTHON): no such program; run make algoperf-env' >&2; exit 2; }
-	@$(ALGOPERF_PYTHON) scripts/make_algoperf_mini_data.py $(call flag,OUT,out)
+data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data/algoperf_mini
+	@sh scripts/in_venv.sh algoperf scripts/make_algoperf_mini_data.py $(call flag,OUT,out)
 
-export-%: $(RUN_READY) FORCE
-	@$(PY) scripts/export.py --variant='$*' $(call flag,OUT,out) $(call flag,AUTHORS,authors) \
-	  $(call flag,AFFILIATIONS,affiliations)
+export-%: words FORCE
+	$(IN_RUN) scripts/export.py --variant=$(call quoted,$*) $(call flag,OUT,out) \
+	  $(call flag,AUTHORS,authors) $(call flag,AFFILIATIONS,affiliations)
 
-docker-build: ## image IMAGE= with torch TORCH=, CUDA= (cu128), on BASE=; ENGINE=podman works too
-	$(if $(DRY_RUN),@echo) $(ENGINE) build --build-arg BASE=$(BASE) --build-arg TORCH=$(TORCH) \
-	  --build-arg CUDA=$(CUDA) --tag $(IMAGE):$(TORCH) .
+docker-build: words ## image IMAGE= with torch TORCH=, CUDA= (cu128), on BASE=; ENGINE=podman works too
+	@"$$PYTHON" scripts/container.py build
 
 # In the container the words are those of submit-<variant>; the folders are mounted.
-docker-submit-%: FORCE
-	@test -d '$(DATA_DIR)' || { echo "error: DATA_DIR=$(DATA_DIR): no such folder" >&2; exit 2; }
-	@test -n '$(OUT)' || { echo 'error: OUT= is needed: a folder for the runs' >&2; exit 2; }
-	@$(if $(DRY_RUN),:,mkdir -p '$(OUT)')
-	$(if $(DRY_RUN),@echo) $(ENGINE) run --rm --gpus '$(or $(GPUS),all)' --ipc host \
-	  --user "$$(id -u):$$(id -g)" $(if $(WANDB),--env WANDB_API_KEY) \
-	  --volume '$(abspath $(DATA_DIR)):/data:ro' --volume '$(abspath $(OUT)):/results' \
-	  $(IMAGE):$(TORCH) submit-$* HARNESS=algoperf DATA_DIR=/data WORKLOAD='$(WORKLOAD)' SIZE='$(SIZE)' \
-	  SEEDS='$(SEEDS)' $(foreach v,GPUS F TAU STEPS PROCESSES WANDB,$(if $($(v)),$(v)='$($(v))'))
+docker-submit-%: words FORCE
+	@"$$PYTHON" scripts/container.py submit $(call quoted,$*)
 
 # One process a core, one thread each: the models are too small to share among threads.
-test: $(DEV_READY) ## the tests; under 5 minutes on 2 cores
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto
+test: words ## the tests; under 5 minutes on 2 cores
+	@OMP_NUM_THREADS=1 sh scripts/in_venv.sh dev -m pytest -n auto
 
-test-slow: $(DEV_READY) ## the tests that take minutes
-	@$(PY) -m pytest -m slow
+test-slow: words ## the tests that take minutes
+	$(IN_DEV) -m pytest -m slow
 
-test-gpu: $(DEV_READY) ## the tests that need a CUDA device
-	@$(PY) -m pytest -m gpu
+test-gpu: words ## the tests that need a CUDA device
+	$(IN_DEV) -m pytest -m gpu
 
-test-kernels: $(VENV)/.ready-dev-kernels ## the GPU kernels without a GPU: compiled, and interpreted (Linux)
-	@$(PY) -m pytest -n auto tests/optim/test_kernels_compile.py
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto -m gpu tests/optim/test_grouped.py
+test-kernels: words ## the GPU kernels without a GPU: compiled, and interpreted (Linux)
+	@sh scripts/in_venv.sh dev-kernels -m pytest -n auto tests/optim/test_kernels_compile.py
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 sh scripts/in_venv.sh dev-kernels \
+	  -m pytest -n auto -m gpu tests/optim/test_grouped.py
 
-lint: $(DEV_READY) ## ruff: rules and formatting of imports
-	@$(PY) -m ruff check .
+lint: words ## ruff: rules and formatting of imports
+	$(IN_DEV) -m ruff check .
 
-types: $(DEV_READY) ## mypy
-	@$(PY) -m mypy
-
-# A stamp is newer than the files that say what to install, or the install runs again.
-$(VENV)/.ready-%: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "error: $(PYTHON) is too old: Python 3.11 or newer, as in PYTHON=python3.12" >&2; exit 2; }
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (once; extra: $*)"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
-	@touch $@
+types: words ## mypy
+	$(IN_DEV) -m mypy
 
 FORCE:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+try:
+    from absl import app, flags, logging
+except ModuleNotFoundError as missing:
+    remedy = "pip install -e '.[run]' brings it"
+    print(f"error: {sys.executable}: no module {missing.name}: {remedy}", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that scripts run without the package being installed
 
+from algoperf_shampoo import paths  # noqa: E402
 from algoperf_shampoo.errors import UserError  # noqa: E402
 
 
@@ -28,8 +35,13 @@ def run(main: Callable[[], int]) -> None:
         except BrokenPipeError:  # `make table1 | head`: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # as a shell reports SIGPIPE
+        except OSError as error:
+            return _fail(UserError(paths.complaint(error)))
 
     logging.set_verbosity(logging.WARNING)  # a run prints its own progress
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path's name may be no text
+            stream.reconfigure(errors="backslashreplace")
     app.run(guarded, flags_parser=_parse)
 
 

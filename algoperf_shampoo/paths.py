@@ -1,0 +1,44 @@
+"""Paths as a user gives them, and what the system says of them, in one line."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from algoperf_shampoo.errors import UserError
+
+_REMEDIES = {
+    errno.ENOSPC: "make room there, or name another folder; the same command then goes on",
+    errno.EDQUOT: "make room there, or name another folder; the same command then goes on",
+    errno.EROFS: "it can be read only: name another folder (OUT=, TABLE=)",
+    errno.EACCES: "it is not yours to use: name another folder (OUT=, TABLE=)",
+    errno.EPERM: "it is not yours to use: name another folder (OUT=, TABLE=)",
+    errno.ENAMETOOLONG: "a name in it is longer than the file system takes: name a shorter one",
+    errno.ELOOP: "its links lead in a circle: name another folder",
+    errno.ENOENT: "it is gone, or a link in it leads nowhere",
+    errno.EEXIST: "something else is there already, or a link that leads nowhere",
+    errno.ENOTDIR: "a part of it is a file: name another folder",
+    errno.EISDIR: "a folder is where a file would be: move it away",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`",
+}
+
+
+def given(word: str, text: str, root: Path) -> Path:
+    """The path in a word of the command line: ``~`` expanded, relative ones below ``root``.
+
+    Raises:
+        UserError: ``~name`` of no user here.
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{word}={text}: no home folder of that name here") from None
+    return path if path.is_absolute() else root / path
+
+
+def complaint(error: OSError) -> str:
+    """One line on an error of the system: the path, what is wrong, and what to do."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    what = error.strerror or type(error).__name__
+    remedy = _REMEDIES.get(error.errno or 0)
+    return ": ".join([*names[:1], what] + ([remedy] if remedy else []))

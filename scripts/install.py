@@ -1,0 +1,239 @@
+"""Make a virtual environment that is whole or absent: ``python scripts/install.py run``.
+
+Environments cannot be moved, so none is built aside and renamed. Instead:
+
+- A stamp, ``.ready-EXTRA``, says by a digest of what it was installed from that an extra is whole.
+- ``.installing`` lies in the folder from before the first change until after the last. While it is
+  there no stamp counts. The next call puts the stamps back if nothing was changed yet, and else
+  removes the folder and installs anew, whatever moment the earlier call was killed at.
+- ``VENV.lock`` is held by the installer and by the pip it started: a second call waits, for a pip
+  that outlived its installer too.
+
+Standard library only, and no syntax that a Python too old to be used would stumble over.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKER, STAMP = ".installing", ".ready-"
+OLDEST = (3, 11)
+# An extra of pyproject.toml, and the extras that come with it.
+EXTRAS = {"run": (), "dev": ("run",), "dev-kernels": ("dev", "run")}
+ALGOPERF = "algoperf"
+_ALGOPERF_FILES = ("requirements-algoperf.txt", "requirements-algoperf-no-deps.txt")
+
+
+class Failed(Exception):
+    """One line for the user, who can mend it; exit code 2."""
+
+
+def main():
+    """Install what is asked for, unless it is whole already; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("extra", choices=[*EXTRAS, ALGOPERF])
+    parser.add_argument("--venv", default=".venv")
+    parser.add_argument("--python", default=sys.executable, help="makes the environment")
+    parser.add_argument("--torch", default="", help="version of torch, for algoperf")
+    options = parser.parse_args()
+    # Links are followed: what is removed must be the environment, not the link to it.
+    venv = Path(os.path.realpath(os.path.expanduser(options.venv)))
+    python = os.path.expanduser(options.python)
+    try:
+        if sys.version_info < OLDEST:
+            raise Failed(f"{python} is too old: Python 3.11 or newer, as in PYTHON=python3.12")
+        digest = digest_of(options.extra, options.torch, venv)
+        if not is_whole(venv, options.extra, digest):
+            install(venv, python, options.extra, options.torch, digest)
+    except Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = error.filename or venv
+        print(f"error: {where}: {error.strerror}: VENV= names another folder", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the next call begins {venv.name} anew", file=sys.stderr)
+        return 130
+    return 0
+
+
+def digest_of(extra, torch, venv):
+    """sha256 of what decides an installation: the files it is made from, and where it lies."""
+    names = _ALGOPERF_FILES if extra == ALGOPERF else ("pyproject.toml", "constraints.txt")
+    total = hashlib.sha256(f"{extra} {torch} {venv}\0".encode(errors="surrogateescape"))
+    for name in names:
+        total.update(hashlib.sha256((ROOT / name).read_bytes()).digest())
+    return total.hexdigest()
+
+
+def is_whole(venv, extra, digest):
+    """Whether the environment holds the extra, installed to the end."""
+    if (venv / MARKER).exists() or not os.access(venv / "bin" / "python", os.X_OK):
+        return False
+    try:
+        return (venv / (STAMP + extra)).read_text(encoding="utf-8") == digest
+    except FileNotFoundError:
+        return False
+
+
+def install(venv, python, extra, torch, digest):
+    """Install under the lock; nothing is done if another call has done it meanwhile."""
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(beside(venv, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting: another make installs into {venv.name}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in list(venv.parent.iterdir()):
+            if path.name.startswith(venv.name + ".partial-"):  # of a kill while one was removed
+                shutil.rmtree(path)
+        settle(venv)
+        if is_whole(venv, extra, digest):
+            return
+        print(f"installing into {venv.name} (once; extra: {extra})", flush=True)
+        try:
+            if not venv.exists():
+                create(venv)
+                call(lock, [python, "-m", "venv", str(venv)], "makes no environment")
+            else:
+                mark(venv)
+            pip = [str(venv / "bin" / "python"), "-m", "pip", "install"]
+            for arguments in pip_arguments(extra, torch):
+                call(lock, pip + arguments, "did not install; its reason is above")
+        except BaseException:
+            settle(venv)
+            raise
+        stamps = json.loads((venv / MARKER).read_text(encoding="utf-8"))["stamps"]
+        whole = [STAMP + name for name in (extra, *EXTRAS.get(extra, ()))]
+        stamps.update({name: digest_of(name[len(STAMP) :], torch, venv) for name in whole})
+        release(venv, stamps)
+    finally:
+        os.close(lock)
+
+
+def pip_arguments(extra, torch):
+    """What follows ``pip install``, one list a call."""
+    common = ["--quiet", "--disable-pip-version-check"]
+    if extra == ALGOPERF:
+        first, second = (str(ROOT / name) for name in _ALGOPERF_FILES)
+        return [[*common, f"torch=={torch}", "-r", first], [*common, "--no-deps", "-r", second]]
+    return [[*common, "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[{extra}]"]]
+
+
+def settle(venv):
+    """After this the environment is whole as of its stamps, or absent.
+
+    Raises:
+        Failed: the folder was not made here, so it is neither trusted nor removed.
+    """
+    if not venv.exists():
+        return
+    if not venv.is_dir():
+        raise Failed(f"{venv}: a file is where the environment would be; set VENV=")
+    try:
+        before = json.loads((venv / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if any(venv.glob(STAMP + "*")):
+            if not os.access(venv / "bin" / "python", os.X_OK):  # its Python was removed or moved
+                remove(venv)
+        elif any(venv.iterdir()):
+            raise Failed(
+                f"{venv}: not made by this make, or left half made by an older one; remove it, or "
+                f"use it as it is: VENV=none PYTHON={venv}/bin/python"
+            ) from None
+        else:
+            venv.rmdir()
+        return
+    if before["stamps"] and before["contents"] == contents(venv):
+        release(venv, before["stamps"])
+    else:
+        remove(venv)
+
+
+def create(venv):
+    """The folder with its marker in it, in one step."""
+    fresh = beside(venv, f".partial-{os.getpid()}")
+    fresh.mkdir()
+    mark(fresh)
+    fresh.rename(venv)
+
+
+def mark(venv):
+    """Say that the environment is being changed, and how it was before."""
+    paths = list(venv.glob(STAMP + "*"))
+    stamps = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    write(venv / MARKER, json.dumps({"stamps": stamps, "contents": contents(venv)}))
+    for path in paths:
+        path.unlink()
+
+
+def release(venv, stamps):
+    """Put the stamps there, then take the marker away."""
+    for name, digest in stamps.items():
+        write(venv / name, digest)
+    (venv / MARKER).unlink()
+
+
+def contents(venv):
+    """Names and times of what pip adds to or takes away: packages and programs."""
+    folders = [*venv.glob("lib/python*/site-packages"), venv / "bin"]
+    return {
+        f"{folder.name}/{entry.name}": entry.stat(follow_symlinks=False).st_mtime_ns
+        for folder in folders
+        if folder.is_dir()
+        for entry in os.scandir(folder)
+        if entry.name != "__pycache__"
+    }
+
+
+def remove(venv):
+    """Remove an environment: at once for who looks on, its files after that."""
+    gone = beside(venv, f".partial-{os.getpid()}")
+    venv.rename(gone)
+    shutil.rmtree(gone)
+
+
+def call(lock, arguments, complaint):
+    """Run a program that holds the lock as long as it lives."""
+    program = subprocess.Popen(arguments, cwd=ROOT, pass_fds=[lock], stdin=subprocess.DEVNULL)
+    try:
+        code = program.wait()
+    except KeyboardInterrupt:  # the terminal has told the program as well
+        program.wait()
+        raise
+    except SystemExit:
+        program.terminate()
+        program.wait()
+        raise
+    if code < 0:
+        raise Failed(f"{arguments[0]} was ended by signal {-code}; the same command begins anew")
+    if code:
+        raise Failed(f"{' '.join(arguments[:4])} {complaint}")
+
+
+def beside(path, ending):
+    """``path`` with an ending after its whole name."""
+    return path.with_name(path.name + ending)
+
+
+def write(path, text):
+    """Write a file whole or not at all."""
+    fresh = beside(path, ".new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
