@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
+from . import points
 from .optim import Kronecker, Solver
 
 log = logging.getLogger(__name__)
@@ -43,47 +44,26 @@ RESUME_DATA = "SHAMPOO_RESUME_DATA"
 MakeOptimizer = Callable[[list[torch.nn.Parameter], Any, "dist.ProcessGroup | None"], Kronecker]
 
 
-def hyperparameter(hyperparameters: Any, name: str, default: Any = None) -> Any:
-    """Field ``name`` of a search-space point; without a default the point must have it.
-
-    Raises:
-        ValueError: the field is missing, naming it and those that are there.
-    """
-    value = getattr(hyperparameters, name, default)
-    if value is None:
-        fields = ", ".join(getattr(hyperparameters, "_fields", ())) or "none: no search space given"
-        raise ValueError(f"the search-space point lacks {name!r}; it has: {fields}")
-    return value
-
-
-def common_settings(hyperparameters: Any) -> dict[str, Any]:
-    """The optimizer arguments that every variant reads from its search-space point."""
-    get = hyperparameter
+def common_settings(point: Any) -> dict[str, Any]:
+    """The optimizer arguments that every variant takes from its point, checked and completed."""
     return {
-        "lr": float(get(hyperparameters, "learning_rate")),
-        "betas": (
-            1.0 - get(hyperparameters, "one_minus_beta1"),
-            1.0 - get(hyperparameters, "one_minus_beta2"),
-        ),
-        "eps": float(get(hyperparameters, "epsilon")),
-        "weight_decay": float(get(hyperparameters, "weight_decay")),
-        "nadam": bool(get(hyperparameters, "use_nadam")),
+        "lr": point.learning_rate,
+        "betas": (1.0 - point.one_minus_beta1, 1.0 - point.one_minus_beta2),
+        "eps": point.epsilon,
+        "weight_decay": point.weight_decay,
+        "nadam": point.use_nadam,
     }
 
 
-def kronecker_settings(hyperparameters: Any) -> dict[str, Any]:
-    """:func:`common_settings` and what the variants with Kronecker factors read besides."""
-    get = hyperparameter
+def kronecker_settings(point: Any) -> dict[str, Any]:
+    """:func:`common_settings` and what the variants with Kronecker factors take besides."""
     return {
-        **common_settings(hyperparameters),
-        "precondition_frequency": get(hyperparameters, "precondition_frequency"),
-        "max_preconditioner_dim": get(hyperparameters, "max_preconditioner_dim"),
-        "one_dim": get(hyperparameters, "one_dim", "full"),
-        "matmul_precision": get(hyperparameters, "matmul_precision", "highest"),
-        "solver": Solver(
-            method=get(hyperparameters, "eigensolver", "eigh"),
-            workspace_mib=get(hyperparameters, "eigen_workspace_mib", Solver.workspace_mib),
-        ),
+        **common_settings(point),
+        "precondition_frequency": point.precondition_frequency,
+        "max_preconditioner_dim": point.max_preconditioner_dim,
+        "one_dim": point.one_dim,
+        "matmul_precision": point.matmul_precision,
+        "solver": Solver(method=point.eigensolver, workspace_mib=point.eigen_workspace_mib),
     }
 
 
@@ -136,12 +116,26 @@ class Submission:
     """AlgoPerf's functions for one optimizer; hand out the methods as a module's functions.
 
     Args:
-        make_optimizer: (parameters, hyperparameters, process group or None) -> optimizer. The
-            process group is given when several processes hold replicas.
+        make_optimizer: (parameters, point, process group or None) -> optimizer. The point is
+            checked, and has every field of ``fields``. The process group is given when several
+            processes hold replicas.
+        fields: groups and names of the fields it reads; see :mod:`.points`.
     """
 
-    def __init__(self, make_optimizer: MakeOptimizer) -> None:
+    def __init__(self, make_optimizer: MakeOptimizer, fields: Sequence[str]) -> None:
         self.make_optimizer = make_optimizer
+        self.fields = tuple(fields)
+        self._last: tuple[Any, Any] = (None, None)
+
+    def point(self, hyperparameters: Any) -> Any:
+        """``hyperparameters`` checked and completed; AlgoPerf hands over the same at every step.
+
+        Raises:
+            ValueError: a field is unknown, missing or out of range; one line names it.
+        """
+        if self._last[1] is None or self._last[0] is not hyperparameters:
+            self._last = hyperparameters, points.complete(hyperparameters, self.fields)
+        return self._last[1]
 
     @staticmethod
     def get_batch_size(workload_name: str) -> int:
@@ -164,12 +158,15 @@ class Submission:
         rng: Any,
     ) -> dict[str, Any]:
         """Optimizer, scheduler and monitor: every entry has state_dict and load_state_dict, because
-        AlgoPerf's restore fails on entries that have not."""
-        optimizer = self.make_optimizer(
-            list(model_params.parameters()), hyperparameters, _process_group()
-        )
-        total = hyperparameter(hyperparameters, "step_hint_factor") * workload.step_hint
-        warmup = int(hyperparameter(hyperparameters, "warmup_factor") * total)
+        AlgoPerf's restore fails on entries that have not.
+
+        Raises:
+            ValueError: see :meth:`point`.
+        """
+        point = self.point(hyperparameters)
+        optimizer = self.make_optimizer(list(model_params.parameters()), point, _process_group())
+        total = point.step_hint_factor * workload.step_hint
+        warmup = int(point.warmup_factor * total)
         scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
         return {"optimizer": optimizer, "scheduler": scheduler, "monitor": Monitor()}
 
@@ -189,6 +186,7 @@ class Submission:
         train_state: Mapping[str, Any] | None = None,
     ) -> tuple[dict[str, Any], torch.nn.Module, Any]:
         """One training step; returns (optimizer_state, model, model_state)."""
+        point = self.point(hyperparameters)
         model = _ensure_ddp(current_param_container)
         model.train()
         optimizer = optimizer_state["optimizer"]
@@ -196,7 +194,7 @@ class Submission:
         options = {}
         if "dropout_rate" in inspect.signature(workload.model_fn).parameters:
             # Left out, the workload's own default applies silently (0.1 for OGBG).
-            options["dropout_rate"] = hyperparameter(hyperparameters, "dropout_rate")
+            options["dropout_rate"] = point.dropout_rate
         logits, model_state = workload.model_fn(
             params=model,
             augmented_and_preprocessed_input_batch=batch,
@@ -210,7 +208,7 @@ class Submission:
             label_batch=batch["targets"],
             logits_batch=logits,
             mask_batch=batch.get("weights"),
-            label_smoothing=hyperparameter(hyperparameters, "label_smoothing"),
+            label_smoothing=point.label_smoothing,
         )
         loss = _global_mean(result["summed"], result["n_valid_examples"])
         loss.backward()

@@ -39,9 +39,10 @@ def submission(variant: str) -> ModuleType:
 
 
 def point(variant: str, **overrides: Any) -> Any:
-    """The variant's search-space point, some fields replaced."""
+    """The variant's search-space point, some of its fields replaced."""
     space = json.loads((ROOT / "search_spaces" / f"{variant}.json").read_text(encoding="utf-8"))
-    fields = {**space[0], **{k: v for k, v in overrides.items() if v is not None}}
+    given = {k: v for k, v in overrides.items() if v is not None and k in space[0]}
+    fields = {**space[0], **given}
     return collections.namedtuple("Hyperparameters", fields)(**fields)  # type: ignore[misc]
 
 

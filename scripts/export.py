@@ -10,6 +10,10 @@ from command_line import ROOT, run
 from algoperf_shampoo.study import export
 
 _VARIANT = flags.DEFINE_string("variant", "", "Folder of submissions/.")
+_F = flags.DEFINE_string("f", None, "Steps between checks of the basis, instead of the point's.")
+_TAU = flags.DEFINE_string("tau", None, "Threshold of Eq. 11, instead of the point's.")
+_SET = flags.DEFINE_string("set", None, "Fields of the point: 'learning_rate=0.02 one_dim=adam'.")
+_SEARCH_SPACE = flags.DEFINE_string("search_space", None, "Another search-space file.")
 _OUT = flags.DEFINE_string("out", None, "Where external_tuning/ goes; exports/ if left out.")
 _AUTHORS = flags.DEFINE_string("authors", "", "For submission_info.yml, separated by commas.")
 _AFFILIATIONS = flags.DEFINE_string("affiliations", "", "For submission_info.yml.")
@@ -18,7 +22,17 @@ _AFFILIATIONS = flags.DEFINE_string("affiliations", "", "For submission_info.yml
 def main() -> int:
     """Export, and say where to; 0."""
     out = Path(_OUT.value).expanduser() if _OUT.value else ROOT / "exports"
-    folder = export.export(ROOT, _VARIANT.value, out, _AUTHORS.value, _AFFILIATIONS.value)
+    folder = export.export(
+        ROOT,
+        _VARIANT.value,
+        out,
+        _AUTHORS.value,
+        _AFFILIATIONS.value,
+        f=_F.value,
+        tau=_TAU.value,
+        settings=_SET.value,
+        search_space=Path(_SEARCH_SPACE.value).expanduser() if _SEARCH_SPACE.value else None,
+    )
     print(folder)
     if not _AUTHORS.value:
         print("note: submission_info.yml has no authors yet; AUTHORS='...' fills them in")

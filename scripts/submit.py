@@ -18,11 +18,12 @@ _GPUS = flags.DEFINE_string("gpus", None, "Number of GPUs; what there is if left
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Data folder; minis have theirs with them.")
 _F = flags.DEFINE_string("f", None, "Steps between checks of the basis, instead of the point's.")
 _TAU = flags.DEFINE_string("tau", None, "Threshold of Eq. 11, instead of the point's.")
+_SET = flags.DEFINE_string("set", None, "Fields of the point: 'learning_rate=0.02 one_dim=adam'.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the runs; results/runs/SIZE if left out.")
 _TRIALS = flags.DEFINE_string("trials", "1", "Number of points of the search space to run.")
 _SEARCH_SPACE = flags.DEFINE_string("search_space", None, "Another search-space file.")
 _CONFIG = flags.DEFINE_string("workloads_config", None, "Another folder of workload files.")
-_STEPS = flags.DEFINE_string("steps", None, "HARNESS=algoperf: end after so many steps.")
+_STEPS = flags.DEFINE_string("steps", None, "End after so many steps.")
 _PROCESSES = flags.DEFINE_string("processes", None, "HARNESS=algoperf without a GPU: processes.")
 _WANDB = flags.DEFINE_bool("wandb", False, "HARNESS=algoperf: log to Weights & Biases as well.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print what would run.")
@@ -41,10 +42,14 @@ def main() -> int:
         data_dir=_DATA_DIR.value,
         f=_F.value,
         tau=_TAU.value,
+        settings=_SET.value,
         out=_OUT.value,
         search_space=_SEARCH_SPACE.value,
         config_dir=_CONFIG.value,
         trials=_TRIALS.value,
+        steps=_STEPS.value,
+        processes=_PROCESSES.value,
+        wandb=_WANDB.value,
         dry_run=_DRY_RUN.value,
     )
     if wanted.dry_run and wanted.harness == "embedded":

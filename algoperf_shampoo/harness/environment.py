@@ -50,7 +50,12 @@ def source_digests(root: Path, variant: str) -> dict[str, str]:
     return {
         "submission": _digest(root / "submissions" / variant, root),
         "optimizer": _digest_many(
-            [_PACKAGE / "submission.py", *sorted((_PACKAGE / "optim").rglob("*.py"))], _PACKAGE
+            [
+                _PACKAGE / "points.py",
+                _PACKAGE / "submission.py",
+                *sorted((_PACKAGE / "optim").rglob("*.py")),
+            ],
+            _PACKAGE,
         ),
         "workloads": _digest(_PACKAGE / "workloads", _PACKAGE),
     }

@@ -4,108 +4,128 @@ A list holds points, all with the same keys. A dict maps each name to ``{"feasib
 or ``{"min": a, "max": b, "scaling": "linear" | "log"}``; points are then drawn from a Halton
 sequence (Halton 1960) whose digits are permuted by a generator seeded with 0, so that point k of a
 file is the same on every machine. AlgoPerf's own draw is unseeded and cannot be repeated.
+
+What a point may hold is declared in :mod:`algoperf_shampoo.points`.
 """
 
 from __future__ import annotations
 
 import collections
-import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from algoperf_shampoo import json_input, points
 from algoperf_shampoo.errors import UserError
 
 F_KEY, TAU_KEY = "precondition_frequency", "tau"
 
-_POSITIVE = ("above 0", lambda x: x > 0)
-_NOT_NEGATIVE = ("at least 0", lambda x: x >= 0)
-_FRACTION = ("between 0 and 1", lambda x: 0 <= x <= 1)
-# What the fields known to the suite may hold; other fields pass as they are.
-_RANGES = {
-    "learning_rate": _POSITIVE,
-    "epsilon": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "one_minus_beta1": _FRACTION,
-    "one_minus_beta2": _FRACTION,
-    "warmup_factor": _FRACTION,
-    "label_smoothing": _FRACTION,
-    "dropout_rate": ("at least 0 and below 1", lambda x: 0 <= x < 1),
-    "step_hint_factor": _POSITIVE,
-}
-_INTEGERS = ("max_preconditioner_dim", F_KEY)
 
+def read_points(
+    path: Path, count: int, names: Sequence[str], workload: str | None = None
+) -> list[dict[str, Any]]:
+    """The first ``count`` points of the search space in ``path``, as they are written there.
 
-def read_points(path: Path, count: int, workload: str | None = None) -> list[dict[str, Any]]:
-    """The first ``count`` points of the search space in ``path``.
+    All points of a list are checked, and a range at both its ends, also where fewer are asked for.
 
-    ``workload``: if the file maps workload names to lists of points, the name to look up, as it is
-    or without ``_mini``.
+    Args:
+        names: the fields that the submission reads, as in its ``FIELDS``.
+        workload: if the file maps workload names to lists of points, the name to look up, as it is
+            or without ``_mini``.
 
     Raises:
-        UserError: no such file, not JSON, unequal keys, a field out of range, too few points.
+        UserError: no such file, not JSON, unequal keys, a field that is unknown, missing or out of
+            range, too few points.
     """
-    try:
-        space = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such search space file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
+    space = json_input.read(path, "search space file")
     if workload is not None and isinstance(space, dict) and _is_per_workload(space):
         name = workload if workload in space else workload.removesuffix("_mini")
         if name not in space:
-            raise UserError(f"{path}: no points for {workload!r}: it has {', '.join(space)}")
+            have = ", ".join(map(points.shown, space))
+            raise UserError(f"{path}: no points for {workload!r}: it has {have}")
         space = space[name]
     if isinstance(space, list):
-        points = _fixed_points(path, space)
+        found = _fixed_points(path, space, names)
     elif isinstance(space, dict) and space:
-        points = _draw(path, space, count)
+        found = _draw(path, space, count, names)
     else:
         raise UserError(
             f"{path}: a search space is a list of points or an object of ranges, "
-            f"not {json.dumps(space)[:40]}"
+            f"not {points.shown(space)}"
         )
-    if len(points) < count:
-        raise UserError(f"{path}: {count} points asked for, the file has {len(points)}")
-    for number, point in enumerate(points[:count], start=1):
-        for key, value in point.items():
-            _check_value(f"{path}: point {number}", key, value)
-    return points[:count]
+    if len(found) < count:
+        raise UserError(f"{path}: {count} points asked for, the file has {len(found)}")
+    return found[:count]
 
 
-def override(point: dict[str, Any], f: int | None, tau: float | None, where: str) -> dict[str, Any]:
-    """``point`` with its ``precondition_frequency`` and ``tau`` replaced where given."""
-    changed = dict(point)
-    for name, key, value in (("F", F_KEY, f), ("TAU", TAU_KEY, tau)):
-        if value is None:
-            continue
-        if key not in changed:
-            raise UserError(f"{name}={value}: {where} has no field {key!r} to override")
-        changed[key] = value
+def override(
+    point: dict[str, Any], settings: Mapping[str, Any], names: Sequence[str], where: str
+) -> dict[str, Any]:
+    """``point`` with the fields in ``settings`` replaced, checked again.
+
+    Raises:
+        UserError: the point and the settings do not go together.
+    """
+    changed = {**point, **settings}
+    try:
+        points.check(changed, names)
+    except points.PointError as error:
+        raise UserError(f"{where}: {error}") from error
     return changed
+
+
+def parse_settings(
+    names: Sequence[str], f: str | None, tau: str | None, text: str | None
+) -> dict[str, Any]:
+    """What ``F=``, ``TAU=`` and ``SET=`` say, as fields of a point.
+
+    Raises:
+        UserError: one of them cannot be read, is out of range, is there twice, or is a field that
+            the submission does not read.
+    """
+    own = points.fields(names)
+    given: dict[str, Any] = {}
+    for word, key, value in (
+        ("F", F_KEY, None if f is None else parse_f(f)),
+        ("TAU", TAU_KEY, None if tau is None else parse_tau(tau)),
+    ):
+        if value is not None:
+            if key not in {field.name for field in own}:
+                raise UserError(f"{word}={value}: {points.unknown(key, own)}")
+            given[key] = value
+    try:
+        settings = points.parse_setting(text or "", own)
+    except points.PointError as error:
+        raise UserError(f"SET: {error}") from error
+    twice = sorted(set(given) & set(settings))
+    if twice:
+        raise UserError(f"SET: {twice[0]} is given by F= or TAU= as well")
+    return given | settings
 
 
 def parse_f(text: str) -> int:
     """F, steps between two checks of the basis: an integer of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise UserError(f"F={text}: the number of steps between checks, an integer of at least 1")
+    kind = points.BY_NAME[F_KEY].kind
+    # isdecimal and isascii: int() would also take "1_0", "+1" and other scripts' digits.
+    value = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+    if not kind.accepts(value):
+        raise UserError(f"F={text[:40]}: the number of steps between checks, {kind}")
+    assert value is not None
     return value
 
 
 def parse_tau(text: str) -> float:
     """tau, the threshold of Eq. 11: at least 0 and below 1."""
+    kind = points.BY_NAME[TAU_KEY].kind
     try:
-        value = float(text)
+        value = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         value = math.nan
-    if not 0 <= value < 1:
-        raise UserError(f"TAU={text}: the threshold of Eq. 11, at least 0 and below 1")
+    if not kind.accepts(value):
+        raise UserError(f"TAU={text[:40]}: the threshold of Eq. 11, {kind}")
     return value
 
 
@@ -115,15 +135,20 @@ def as_namedtuple(point: dict[str, Any]) -> Any:
 
 
 def _is_per_workload(space: dict[str, Any]) -> bool:
-    return bool(space) and all(isinstance(points, list) for points in space.values())
+    return bool(space) and all(isinstance(entry, list) for entry in space.values())
 
 
-def _fixed_points(path: Path, space: list[Any]) -> list[dict[str, Any]]:
+def _fixed_points(path: Path, space: list[Any], names: Sequence[str]) -> list[dict[str, Any]]:
     if not space:
         raise UserError(f"{path}: the list of points is empty")
     for number, point in enumerate(space, start=1):
+        where = f"{path}: point {number}"
         if not isinstance(point, dict) or not point:
-            raise UserError(f"{path}: point {number} is {json.dumps(point)[:40]}, not an object")
+            raise UserError(f"{where} is {points.shown(point)}, not an object")
+        try:
+            points.check(point, names)
+        except points.PointError as error:
+            raise UserError(f"{where}: {error}") from error
         odd = sorted(set(point) ^ set(space[0]))
         if odd:
             here, there = (number, 1) if odd[0] in point else (1, number)
@@ -134,37 +159,69 @@ def _fixed_points(path: Path, space: list[Any]) -> list[dict[str, Any]]:
     return space
 
 
-def _draw(path: Path, space: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    names = list(space)
-    columns = _halton(count, len(names))
-    points: list[dict[str, Any]] = [{} for _ in range(count)]
-    for name, column in zip(names, columns, strict=True):
-        for point, u in zip(points, column, strict=True):
-            point[name] = _from_unit(f"{path}: {name}", space[name], float(u))
-    return points
+def _draw(
+    path: Path, space: dict[str, Any], count: int, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    own = {field.name: field for field in points.fields(names)}
+    for name, entry in space.items():
+        if name not in own:
+            raise UserError(f"{path}: {points.unknown(name, list(own.values()))}")
+        _check_entry(f"{path}: {name}", entry, own[name])
+    columns = _halton(count, len(space))
+    drawn: list[dict[str, Any]] = [{} for _ in range(count)]
+    for (name, entry), column in zip(space.items(), columns, strict=True):
+        for point, u in zip(drawn, column, strict=True):
+            point[name] = _from_unit(entry, float(u))
+    for number, point in enumerate(drawn, start=1):
+        try:
+            points.check(point, names)
+        except points.PointError as error:
+            raise UserError(f"{path}: point {number} drawn from it: {error}") from error
+    return drawn
 
 
-def _from_unit(where: str, entry: Any, u: float) -> Any:
+def _check_entry(where: str, entry: Any, field: points.Field) -> None:
+    """Raises UserError unless all that can be drawn from ``entry`` suits the field."""
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: {json.dumps(entry)} is neither feasible_points nor min/max")
+        raise UserError(f"{where}: {points.shown(entry)} is neither feasible_points nor min/max")
     if set(entry) == {"feasible_points"}:
-        choices = entry["feasible_points"]
-        if not isinstance(choices, list) or not choices:
-            raise UserError(f"{where}: feasible_points is {json.dumps(choices)}, not a list")
-        return choices[int(u * len(choices))]
-    if set(entry) != {"min", "max", "scaling"}:
+        ends = entry["feasible_points"]
+        if not isinstance(ends, list) or not ends:
+            raise UserError(f"{where}: feasible_points is {points.shown(ends)}, not a list")
+    elif set(entry) == {"min", "max", "scaling"}:
+        ends = [entry["min"], entry["max"]]
+        if not isinstance(field.kind, points.Number) or field.kind.integer:
+            raise UserError(f"{where}: takes feasible_points alone: it is {field.kind}")
+    else:
+        keys = ", ".join(map(points.shown, entry)) or "none"
         raise UserError(
-            f"{where}: keys {', '.join(entry) or 'none'}; right are feasible_points, "
-            "or min, max and scaling"
+            f"{where}: keys {keys}; right are feasible_points, or min, max and scaling"
         )
-    low, high, scaling = entry["min"], entry["max"], entry["scaling"]
-    if not _is_number(low) or not _is_number(high) or low > high:
-        raise UserError(f"{where}: min {low!r}, max {high!r}: two numbers, min <= max")
-    if scaling == "linear":
+    for value in ends:
+        try:
+            points.check_value(field, value)
+        except points.PointError as error:
+            raise UserError(f"{where}: {error}") from error
+    if "min" in entry:
+        low, high, scaling = entry["min"], entry["max"], entry["scaling"]
+        if low > high:
+            raise UserError(f"{where}: min {low!r}, max {high!r}: two numbers, min <= max")
+        if scaling not in ("linear", "log") or (scaling == "log" and low <= 0):
+            raise UserError(
+                f"{where}: scaling {points.shown(scaling)}: linear, or log with min above 0"
+            )
+
+
+def _from_unit(entry: dict[str, Any], u: float) -> Any:
+    """The value at ``u`` in [0, 1) of a checked entry."""
+    if "feasible_points" in entry:
+        choices = entry["feasible_points"]
+        return choices[int(u * len(choices))]
+    low, high = float(entry["min"]), float(entry["max"])
+    if entry["scaling"] == "linear":
         return low + u * (high - low)
-    if scaling == "log" and low > 0:
-        return low * math.exp(u * math.log(high / low))
-    raise UserError(f"{where}: scaling {scaling!r}: linear, or log with min above 0")
+    # Rounding must not carry it past the ends.
+    return min(max(low * math.exp(u * math.log(high / low)), low), high)
 
 
 def _halton(count: int, dims: int) -> np.ndarray:
@@ -191,22 +248,3 @@ def _radical_inverse(index: int, base: int, digits: list[int]) -> float:
         value += digits[digit] * scale
         scale /= base
     return value
-
-
-def _check_value(where: str, key: str, value: Any) -> None:
-    if not isinstance(value, (bool, int, float, str)) and value is not None:
-        raise UserError(f"{where}: {key} is {json.dumps(value)[:40]}: one value, not a list")
-    if key in _INTEGERS:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{where}: {key} is {value!r}: an integer of at least 1")
-    elif key == TAU_KEY:
-        if value is not None and not (_is_number(value) and 0 <= float(value) < 1):
-            raise UserError(f"{where}: tau is {value!r}: at least 0 and below 1, or null")
-    elif key in _RANGES:
-        words, accepts = _RANGES[key]
-        if not _is_number(value) or not accepts(value):
-            raise UserError(f"{where}: {key} is {value!r}: a number {words}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from algoperf_shampoo import points
 from algoperf_shampoo.errors import UserError
 
 # Arguments the harness passes: by keyword to the first two, by position to the rest.
@@ -51,16 +53,48 @@ def variants(root: Path) -> list[str]:
     return sorted(path.parent.name for path in (root / "submissions").glob("*/submission.py"))
 
 
+def fields(root: Path, variant: str) -> tuple[str, ...]:
+    """What the variant's module says it reads of a point: its ``FIELDS``, groups or single fields.
+
+    Read without importing it, which would import torch.
+
+    Raises:
+        UserError: no such variant, no module of Python, no ``FIELDS``, or an undeclared name in it.
+    """
+    path = _path(root, variant)
+    wanted = 'FIELDS = "factors", "tau": what it reads, as declared in algoperf_shampoo/points.py'
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a Python module: {error}") from error
+    values = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(t, ast.Name) and t.id == "FIELDS" for t in node.targets)
+    ]
+    if not values:
+        raise UserError(f"{path}: lacks {wanted}")
+    try:
+        names = ast.literal_eval(values[-1])
+    except ValueError:
+        names = None
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: FIELDS is no tuple of strings; right is {wanted}")
+    try:
+        points.fields(names)
+    except points.PointError as error:
+        raise UserError(f"{path}: FIELDS: {error}") from error
+    return names
+
+
 def load(root: Path, variant: str) -> Submission:
     """Import the variant's module by path and check its functions.
 
     Raises:
         UserError: no such variant, or a function is missing or takes other arguments.
     """
-    path = root / "submissions" / variant / "submission.py"
-    if not path.is_file():
-        known = ", ".join(variants(root)) or "none"
-        raise UserError(f"unknown variant {variant!r}: submissions/ has {known}")
+    path = _path(root, variant)
     return from_module(_import(path, variant), path)
 
 
@@ -83,6 +117,14 @@ def from_module(module: ModuleType | Any, path: Path) -> Submission:
             module, path, "get_eval_batch_size", ["workload_name"], keywords=False, optional=True
         ),
     )
+
+
+def _path(root: Path, variant: str) -> Path:
+    path = root / "submissions" / variant / "submission.py"
+    if not path.is_file():
+        known = ", ".join(variants(root)) or "none"
+        raise UserError(f"unknown variant {variant!r}: submissions/ has {known}")
+    return path
 
 
 def _import(path: Path, variant: str) -> ModuleType:

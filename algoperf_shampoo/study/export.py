@@ -16,8 +16,9 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from algoperf_shampoo import __version__
+from algoperf_shampoo import __version__, json_input, points
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import hparams, submission_loader
 
@@ -27,40 +28,70 @@ RECORD = "export.json"
 _ABSOLUTE = re.compile(rf"^(\s*)from {PACKAGE}(\.[\w.]+)? import ", re.MULTILINE)
 
 
-def export(root: Path, variant: str, out: Path, authors: str = "", affiliations: str = "") -> Path:
+def export(
+    root: Path,
+    variant: str,
+    out: Path,
+    authors: str = "",
+    affiliations: str = "",
+    *,
+    f: str | None = None,
+    tau: str | None = None,
+    settings: str | None = None,
+    search_space: Path | None = None,
+) -> Path:
     """Write the folder of one variant and return it; an earlier export there is replaced.
 
+    Args:
+        f, tau, settings: what ``F=``, ``TAU=`` and ``SET=`` say: fields of the points to replace.
+            The folder is then called after them as well.
+        search_space: another file than the variant's own.
+
     Raises:
-        UserError: unknown variant, bad search space, or another folder in the way.
+        UserError: unknown variant, bad search space or setting, or another folder in the way.
     """
     variant = variant.replace("-", "_")
     source = root / "submissions" / variant / "submission.py"
-    if not source.is_file():
-        known = ", ".join(submission_loader.variants(root)) or "none"
-        raise UserError(f"unknown variant {variant!r}: submissions/ has {known}")
-    space = root / "search_spaces" / f"{variant}.json"
-    hparams.read_points(space, 1)
-    target = out / "external_tuning" / variant
+    fields = submission_loader.fields(root, variant)
+    space = search_space or root / "search_spaces" / f"{variant}.json"
+    changes = hparams.parse_settings(fields, f, tau, settings)
+    tuning = _tuning(space, fields, changes)
+    # A dot would keep the folder from being imported.
+    name = re.sub(r"\W", "_", variant + points.label(changes), flags=re.ASCII)
+    target = out / "external_tuning" / name
     if target.exists() and not (target / RECORD).is_file():
         raise UserError(f"{target}: exists and is not an export; set OUT= to another folder")
     files = dict(_files(root, variant, source))
-    files["tuning_search_space.json"] = space.read_text(encoding="utf-8")
+    files["tuning_search_space.json"] = tuning
     files["LICENSE"] = (root / "LICENSE").read_text(encoding="utf-8")
-    files["submission_info.yml"] = _info(source, variant, authors, affiliations)
-    sums = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    record = {"package": PACKAGE, "version": __version__, "sha256": sums}
+    files["submission_info.yml"] = _info(source, name, authors, affiliations)
+    sums = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()}
+    record = {"package": PACKAGE, "version": __version__, "settings": changes, "sha256": sums}
     files[RECORD] = json.dumps(record, indent=1) + "\n"
 
-    fresh = target.with_name(f".{variant}.new")
+    fresh = target.with_name(f".{name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    for name, text in files.items():
-        path = fresh / name
+    for inside, text in files.items():
+        path = fresh / inside
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     if target.exists():
         shutil.rmtree(target)
     fresh.rename(target)
     return target
+
+
+def _tuning(space: Path, fields: Sequence[str], changes: dict[str, Any]) -> str:
+    """The search space as it goes into the export: the file itself, unless fields are replaced."""
+    own = hparams.read_points(space, 1, fields)
+    if not changes:
+        return space.read_text(encoding="utf-8")
+    found = json_input.read(space)
+    if not isinstance(found, list):
+        raise UserError(f"{space}: ranges; F=, TAU= and SET= replace fields of a list of points")
+    own = hparams.read_points(space, len(found), fields)
+    changed = [hparams.override(point, changes, fields, where=str(space)) for point in own]
+    return json.dumps(changed, indent=2) + "\n"
 
 
 def modules_needed(package: Path, names: Sequence[str]) -> list[str]:
@@ -177,12 +208,12 @@ def _path(package: Path, name: str) -> Path | None:
     return None
 
 
-def _info(source: Path, variant: str, authors: str, affiliations: str) -> str:
+def _info(source: Path, name: str, authors: str, affiliations: str) -> str:
     """``submission_info.yml``; values are JSON strings, which YAML reads as they are."""
-    about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or variant
+    about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or name
     fields = {
-        "submission_name": variant.replace("_", " "),
-        "submission_folder": f"submissions/external_tuning/{variant}",
+        "submission_name": name.replace("_", " "),
+        "submission_folder": name,
         "authors": authors,
         "affiliations": affiliations,
         "version": __version__,

@@ -61,7 +61,7 @@ def _launch_embedded(
         torch.set_num_threads(1)
     if plan.gpus and not torch.cuda.is_available():
         raise UserError(f"GPUS={plan.gpus}: torch finds no GPU here; leave GPUS out to use the CPU")
-    load = functools.cache(load_workload or _suite_loader(plan))
+    load = functools.cache(_shortened(load_workload or _suite_loader(plan), plan.steps))
     submissions = {
         variant: submission_loader.load(plan.root, variant)
         for variant in dict.fromkeys(run.variant for run in plan.runs)
@@ -92,6 +92,20 @@ def _launch_embedded(
     if failed:
         echo(f"{failed} of {len(plan.runs)} runs failed")
     return failed
+
+
+def _shortened(load: Callable[[str], Any], steps: int | None) -> Callable[[str], Any]:
+    """``load``, the step budget of what it gives cut to ``steps``; the schedule stays."""
+
+    def cut(name: str) -> Any:
+        workload = load(name)
+        if steps is not None:
+            if workload.max_steps is not None and steps > workload.max_steps:
+                raise UserError(f"STEPS={steps}: the budget of {name} is {workload.max_steps}")
+            workload.max_steps = steps
+        return workload
+
+    return cut
 
 
 def _suite_loader(plan: Plan) -> Callable[[str], Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from algoperf_shampoo import points
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import hparams, submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA, RunSpec
@@ -25,7 +25,9 @@ class Plan:
     """Runs to launch, and the settings they share. Paths are absolute.
 
     ``gpus`` is the number asked for, None to take what there is. ``config_dir`` holds the workload
-    files, None for the suite's own. ``search_space`` is the file the points came from.
+    files, None for the suite's own. ``search_spaces`` are the files the points came from.
+    ``steps`` is the shorter budget asked for, None for the workload's own; the embedded harness
+    runs minis alone, so there it is that of a mini.
     """
 
     root: Path
@@ -37,6 +39,7 @@ class Plan:
     gpus: int | None = None
     data_dir: Path | None = None
     config_dir: Path | None = None
+    steps: int | None = None
     dry_run: bool = False
 
 
@@ -51,16 +54,22 @@ def make_plan(
     data_dir: str | None = None,
     f: str | None = None,
     tau: str | None = None,
+    settings: str | None = None,
     out: str | None = None,
     search_space: str | None = None,
     config_dir: str | None = None,
     trials: str = "1",
+    steps: str | None = None,
+    processes: str | None = None,
+    wandb: bool = False,
     dry_run: bool = False,
 ) -> Plan:
     """Check the words of a command line and lay out its runs.
 
     ``harness`` None means embedded for mini and AlgoPerf's for full. ``trials`` is the number of
-    points of the search space to run, the first ones.
+    points of the search space to run, the first ones. ``settings`` are fields of the point to
+    replace, ``learning_rate=0.02 one_dim=adam``. ``processes`` and ``wandb`` are checked here and
+    used by AlgoPerf's door.
 
     Raises:
         UserError: naming the first bad word and what would be right.
@@ -82,9 +91,15 @@ def make_plan(
     gpu_count = None if gpus is None else _count("GPUS", gpus)
     if harness == "embedded" and gpu_count not in (None, 1):
         raise UserError(f"GPUS={gpus}: the embedded harness is one process; GPUS=1 or none")
-    number_of_trials = _count("TRIALS", trials)
-    new_f = None if f is None else hparams.parse_f(f)
-    new_tau = None if tau is None else hparams.parse_tau(tau)
+    number_of_trials = _count("TRIALS", trials, at_most=1000)
+    step_limit = None if steps is None else _count("STEPS", steps)
+    if processes is not None:
+        _count("PROCESSES", processes)
+    if harness == "embedded":
+        if processes is not None:
+            raise UserError(f"PROCESSES={processes}: the embedded harness is one process")
+        if wandb:
+            raise UserError("WANDB=1: HARNESS=algoperf logs there; the embedded harness does not")
     directory = None
     if data_dir is not None:
         directory = Path(data_dir).expanduser().resolve()
@@ -98,18 +113,22 @@ def make_plan(
     runs: list[RunSpec] = []
     spaces: dict[str, Path] = {}
     for variant in names:
-        label = variant + (f"_F{new_f}" if f else "") + (f"_tau{new_tau:.12g}" if tau else "")
+        fields = submission_loader.fields(root, variant)
+        changes = hparams.parse_settings(fields, f, tau, settings)
+        label = variant + points.label(changes)
         # Under AlgoPerf's harness SIZE=mini is its own models on little data: the paper's points.
         small_models = size == "mini" and harness == "embedded"
+        if small_models and step_limit is not None:
+            label += f"_steps{step_limit}"
         path = spaces[variant] = _search_space(root, variant, small_models, search_space)
         for base in workloads:
             name = base
             if size == "mini":
                 name += MINI if small_models else MINIDATA
-            points = [
-                hparams.override(point, new_f, new_tau, where=f"{_shown(path, root)} ({name})")
+            own = [
+                hparams.override(point, changes, fields, where=f"{_shown(path, root)} ({name})")
                 for point in hparams.read_points(
-                    path, number_of_trials, name.removesuffix(MINIDATA)
+                    path, number_of_trials, fields, name.removesuffix(MINIDATA)
                 )
             ]
             runs += [
@@ -123,7 +142,7 @@ def make_plan(
                     run_dir=folder / label / f"study_{seed}" / f"{name}_pytorch" / f"trial_{trial}",
                 )
                 for seed in seed_list
-                for trial, point in enumerate(points, start=1)
+                for trial, point in enumerate(own, start=1)
             ]
     return Plan(
         root=root,
@@ -135,6 +154,7 @@ def make_plan(
         gpus=gpu_count,
         data_dir=directory,
         config_dir=Path(config_dir).resolve() if config_dir else None,
+        steps=step_limit,
         dry_run=dry_run,
     )
 
@@ -144,22 +164,23 @@ def parse_seeds(text: str) -> list[int]:
 
     Counting starts at 1 because AlgoPerf takes ``--rng_seed=0`` as unset; a list may name 0.
     """
-    wrong = UserError(f"SEEDS={text}: a count such as 3 (seeds 1, 2, 3) or a list such as 3,4,5")
+    shown = text if len(text) <= 60 else text[:57] + "..."
+    wrong = UserError(f"SEEDS={shown}: a count such as 3 (seeds 1, 2, 3) or a list such as 3,4,5")
     words = [word.strip() for word in text.split(",")]
     if not words[-1] and len(words) > 1:
         words.pop()
     # isdecimal and isascii: int() would also take "1_0", "+1" and other scripts' digits.
     if not all(word.isascii() and word.isdecimal() for word in words):
         raise wrong
-    numbers = [int(word) for word in words]
+    numbers = [int(word) if len(word) <= 10 else 2**31 for word in words]
     if "," not in text:
         if not 1 <= numbers[0] <= 1000:
             raise wrong
         return list(range(1, numbers[0] + 1))
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"SEEDS={text}: a seed is there twice")
     if max(numbers) >= 2**31:
-        raise UserError(f"SEEDS={text}: seeds are below 2**31")
+        raise UserError(f"SEEDS={shown}: seeds are below 2**31")
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"SEEDS={shown}: a seed is there twice")
     return numbers
 
 
@@ -176,8 +197,17 @@ def _search_space(root: Path, variant: str, mini: bool, given: str | None) -> Pa
     if given is not None:
         path = Path(given).expanduser()
         return path if path.is_absolute() else root / path
-    own = root / "search_spaces" / "mini" / f"{variant}.json"
-    return own if mini and own.exists() else root / "search_spaces" / f"{variant}.json"
+    path = root / "search_spaces" / f"{variant}.json"
+    if not mini:
+        return path
+    # The point of the full size does not suit the minis' few steps: it would train, and miss.
+    own = path.parent / "mini" / path.name
+    if not own.exists():
+        raise UserError(
+            f"{own.relative_to(root)}: not there, and SIZE=mini needs a point of its own: copy one "
+            f"of {own.parent.relative_to(root)}/ and set its fields, or give SEARCH_SPACE="
+        )
+    return own
 
 
 def _one_of(word: str, value: str, choices: Sequence[str], hyphens: bool = False) -> str:
@@ -188,10 +218,13 @@ def _one_of(word: str, value: str, choices: Sequence[str], hyphens: bool = False
     return name
 
 
-def _count(word: str, text: Any) -> int:
-    if not (str(text).isascii() and str(text).isdecimal()) or int(text) < 1:
-        raise UserError(f"{word}={text}: an integer of at least 1")
-    return int(text)
+def _count(word: str, text: str, at_most: int = 2**31 - 1) -> int:
+    # Ten digits: int() refuses thousands, in words of its own.
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else 0
+    if not 1 <= number <= at_most:
+        wanted = "" if at_most == 2**31 - 1 else f" and at most {at_most}"
+        raise UserError(f"{word}={text[:40]}: an integer of at least 1{wanted}")
+    return number
 
 
 def _shown(path: Path, root: Path) -> Path:

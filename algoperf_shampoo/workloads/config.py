@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import json_input
 from algoperf_shampoo.errors import UserError
 
 DEFAULT_DIR = Path(__file__).resolve().parents[2] / "workloads_config"
@@ -133,13 +133,9 @@ def read_config(
       UserError: missing file, malformed JSON, or a key that is unknown, missing or of a wrong type.
     """
     source = (DEFAULT_DIR if config_dir is None else Path(config_dir)) / f"{workload}.json"
-    try:
-        found = json.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{source}: workload file not found") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not valid JSON ({error})") from error
-    versions = found.get("full", {}).get("versions") if isinstance(found, dict) else None
+    found = json_input.read(source, "workload file")
+    full = found.get("full") if isinstance(found, dict) else None
+    versions = full.get("versions") if isinstance(full, dict) else None
     names = list(versions) if isinstance(versions, dict) else [DEFAULT_VERSION]
     schema: Schema = {
         "workload": str,

@@ -4,19 +4,21 @@ The paper's C^EShampoo (tau = 0.1, F = 50): Algorithm 2 of "Purifying Shampoo".
 """
 
 from algoperf_shampoo.optim import eshampoo
-from algoperf_shampoo.submission import Submission, hyperparameter, kronecker_settings
+from algoperf_shampoo.submission import Submission, kronecker_settings
+
+FIELDS = "factors", "tau"
 
 
-def make_optimizer(params, hyperparameters, process_group):
+def make_optimizer(params, point, process_group):
     return eshampoo(
         params,
-        tau=hyperparameter(hyperparameters, "tau"),
+        tau=point.tau,
         process_group=process_group,
-        **kronecker_settings(hyperparameters),
+        **kronecker_settings(point),
     )
 
 
-_submission = Submission(make_optimizer)
+_submission = Submission(make_optimizer, FIELDS)
 get_batch_size = _submission.get_batch_size
 init_optimizer_state = _submission.init_optimizer_state
 update_params = _submission.update_params

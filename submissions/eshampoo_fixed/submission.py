@@ -6,12 +6,14 @@ The paper's C^EShampoo (F = 100): Algorithm 2 of "Purifying Shampoo" without Eq.
 from algoperf_shampoo.optim import eshampoo
 from algoperf_shampoo.submission import Submission, kronecker_settings
 
-
-def make_optimizer(params, hyperparameters, process_group):
-    return eshampoo(params, process_group=process_group, **kronecker_settings(hyperparameters))
+FIELDS = ("factors",)
 
 
-_submission = Submission(make_optimizer)
+def make_optimizer(params, point, process_group):
+    return eshampoo(params, process_group=process_group, **kronecker_settings(point))
+
+
+_submission = Submission(make_optimizer, FIELDS)
 get_batch_size = _submission.get_batch_size
 init_optimizer_state = _submission.init_optimizer_state
 update_params = _submission.update_params

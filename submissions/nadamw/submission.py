@@ -3,12 +3,14 @@
 from algoperf_shampoo.optim import adamw
 from algoperf_shampoo.submission import Submission, common_settings
 
-
-def make_optimizer(params, hyperparameters, process_group):
-    return adamw(params, **common_settings(hyperparameters))
+FIELDS = ("common",)
 
 
-_submission = Submission(make_optimizer)
+def make_optimizer(params, point, process_group):
+    return adamw(params, **common_settings(point))
+
+
+_submission = Submission(make_optimizer, FIELDS)
 get_batch_size = _submission.get_batch_size
 init_optimizer_state = _submission.init_optimizer_state
 update_params = _submission.update_params

@@ -5,20 +5,22 @@ The paper's baseline (F = 100), the winner of AlgoPerf's first external-tuning t
 """
 
 from algoperf_shampoo.optim import shampoo_grafting
-from algoperf_shampoo.submission import Submission, hyperparameter, kronecker_settings
+from algoperf_shampoo.submission import Submission, kronecker_settings
+
+FIELDS = "factors", "grafting_epsilon", "exponent_multiplier"
 
 
-def make_optimizer(params, hyperparameters, process_group):
+def make_optimizer(params, point, process_group):
     return shampoo_grafting(
         params,
-        grafting_eps=hyperparameter(hyperparameters, "grafting_epsilon"),
-        exponent_multiplier=hyperparameter(hyperparameters, "exponent_multiplier"),
+        grafting_eps=point.grafting_epsilon,
+        exponent_multiplier=point.exponent_multiplier,
         process_group=process_group,
-        **kronecker_settings(hyperparameters),
+        **kronecker_settings(point),
     )
 
 
-_submission = Submission(make_optimizer)
+_submission = Submission(make_optimizer, FIELDS)
 get_batch_size = _submission.get_batch_size
 init_optimizer_state = _submission.init_optimizer_state
 update_params = _submission.update_params

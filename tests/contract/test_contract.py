@@ -86,7 +86,8 @@ def batches() -> Any:
 def start(variant: str, workload: StrictWorkload) -> tuple[Any, Any, Any, dict[str, Any]]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
-    point = hparams.read_points(ROOT / "search_spaces" / f"{variant}.json", 1)[0]
+    fields = submission_loader.fields(ROOT, variant)
+    point = hparams.read_points(ROOT / "search_spaces" / f"{variant}.json", 1, fields)[0]
     if "precondition_frequency" in point:
         point["precondition_frequency"] = 2
     point = hparams.as_namedtuple(point)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from pathlib import Path
 
@@ -18,41 +19,58 @@ from tests.harness import fakes
 ROOT = Path(__file__).parents[2]
 
 
+FIELDS = ("factors", "tau")
+POINT = json.loads((ROOT / "search_spaces" / "eshampoo_adaptive.json").read_text())[0]
+
+
+def point(**changes):
+    """The variant's point with fields replaced, or taken away where the value is ``...``."""
+    return {k: v for k, v in {**POINT, **changes}.items() if v is not ...}
+
+
+def ranges(**changes):
+    """A space of one choice a field, some entries replaced."""
+    return {**{k: {"feasible_points": [v]} for k, v in POINT.items()}, **changes}
+
+
 def written(tmp_path, content) -> Path:
     path = tmp_path / "space.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
 
 
 def test_a_list_gives_its_points_in_order(tmp_path):
-    points = [{"learning_rate": 0.1}, {"learning_rate": 0.2}]
-    assert hparams.read_points(written(tmp_path, points), 2) == points
-    assert hparams.as_namedtuple(points[1]).learning_rate == 0.2
+    both = [point(learning_rate=0.1), point(learning_rate=0.2)]
+    assert hparams.read_points(written(tmp_path, both), 2, FIELDS) == both
+    assert hparams.as_namedtuple(both[1]).learning_rate == 0.2
 
 
 def test_a_file_of_points_per_workload(tmp_path):
-    space = {"ogbg_mini": [{"tau": 0.1}], "fastmri": [{"tau": 0.2}]}
+    space = {"ogbg_mini": [point(tau=0.1)], "fastmri": [point(tau=0.2)]}
     path = written(tmp_path, space)
-    assert hparams.read_points(path, 1, "ogbg_mini") == [{"tau": 0.1}]
-    assert hparams.read_points(path, 1, "fastmri_mini") == [{"tau": 0.2}]
-    with pytest.raises(UserError, match="no points for 'imagenet_vit_mini': it has ogbg_mini"):
-        hparams.read_points(path, 1, "imagenet_vit_mini")
+    assert hparams.read_points(path, 1, FIELDS, "ogbg_mini") == [point(tau=0.1)]
+    assert hparams.read_points(path, 1, FIELDS, "fastmri_mini") == [point(tau=0.2)]
+    with pytest.raises(UserError, match="no points for 'imagenet_vit_mini': it has .ogbg_mini"):
+        hparams.read_points(path, 1, FIELDS, "imagenet_vit_mini")
 
 
 def test_ranges_are_drawn_inside_and_the_same_each_time(tmp_path):
-    space = {
-        "learning_rate": {"min": 1e-4, "max": 1e-2, "scaling": "log"},
-        "warmup_factor": {"min": 0.02, "max": 0.1, "scaling": "linear"},
-        "use_nadam": {"feasible_points": [True, False]},
-    }
+    space = ranges(
+        learning_rate={"min": 1e-4, "max": 1e-2, "scaling": "log"},
+        warmup_factor={"min": 0.02, "max": 0.1, "scaling": "linear"},
+        use_nadam={"feasible_points": [True, False]},
+    )
     path = written(tmp_path, space)
-    points = hparams.read_points(path, 64, "ogbg_mini")
-    assert points == hparams.read_points(path, 64)
-    assert points[:5] == hparams.read_points(path, 5)
+    points = hparams.read_points(path, 64, FIELDS, "ogbg_mini")
+    assert points == hparams.read_points(path, 64, FIELDS)
+    assert points[:5] == hparams.read_points(path, 5, FIELDS)
     logs = np.log10([p["learning_rate"] for p in points])
     assert -4 <= logs.min() < -3.9 and -2.1 < logs.max() <= -2
     assert abs(logs.mean() + 3) < 0.05  # even on the log scale
-    assert sum(p["use_nadam"] for p in points) == 32
+    assert 28 <= sum(p["use_nadam"] for p in points) <= 36
     assert len({tuple(p.values()) for p in points}) == 64
 
 
@@ -60,54 +78,107 @@ def test_ranges_are_drawn_inside_and_the_same_each_time(tmp_path):
     ("content", "named"),
     [
         ("[{", "not valid JSON"),
+        ("", "not valid JSON"),
+        (b"[{\"tau\": \"\xff\"}]", "byte 10 is not UTF-8"),
+        ("[" * 200_000, "nested too deeply"),
+        ("[" + "7" * 5000 + "]", "a number of 5000 digits"),
+        ('[{"tau": NaN}]', "NaN is no number"),
+        ('[{"tau": -Infinity}]', "-Infinity is no number"),
+        ('[{"tau": 1e999}]', "1e999 is larger than any number"),
+        ('[{"tau": 0.1, "tau": 0.2}]', '"tau" is there twice'),
+        (" " * (1 << 20) + "[]", "1048578 bytes: a search space file is at most 1048576"),
         ("3", "a list of points or an object of ranges"),
         ([], "the list of points is empty"),
-        ([{"a": 1}, {"a": 1, "b": 2}], "key 'b' is in point 2 and not in point 1"),
-        ([{"a": 1, "b": 2}, {"a": 1}], "key 'b' is in point 1 and not in point 2"),
+        ([point(), point(one_dim=...)], "key 'one_dim' is in point 1 and not in point 2"),
+        ([point(one_dim=...), point()], "key 'one_dim' is in point 2 and not in point 1"),
         ([3], "point 1 is 3, not an object"),
-        ([{"learning_rate": "big"}], "learning_rate is 'big': a number above 0"),
-        ([{"learning_rate": -1}], "learning_rate is -1"),
-        ([{"precondition_frequency": 0}], "precondition_frequency is 0: an integer of at least 1"),
-        ([{"precondition_frequency": 2.5}], "precondition_frequency is 2.5"),
-        ([{"tau": 1.5}], "tau is 1.5: at least 0 and below 1"),
-        ([{"a": [1, 2]}], "a is .1, 2.: one value, not a list"),
-        ({"a": {"min": 1}}, "space.json: a: keys min; right are feasible_points, or min"),
-        ({"a": {"min": 2, "max": 1, "scaling": "linear"}}, "min 2, max 1"),
-        ({"a": {"min": 0, "max": 1, "scaling": "log"}}, "scaling 'log'"),
-        ({"a": {"min": 0, "max": 1, "scaling": "cubic"}}, "scaling 'cubic'"),
-        ({"a": {"feasible_points": []}}, "feasible_points is .., not a list"),
-        ({"a": 3}, "a: 3 is neither"),
+        ([point(), point(learning_rate="big")], 'point 2: learning_rate is "big": .* a number at'),
+        (ranges(a=3), '"a" is no field'),
+        (ranges(tau={"min": 1}), 'tau: keys "min"; right are feasible_points, or min'),
+        (ranges(tau={"min": 0.2, "max": 0.1, "scaling": "linear"}), "min 0.2, max 0.1"),
+        (ranges(tau={"min": 0, "max": 0.5, "scaling": "log"}), 'scaling "log"'),
+        (ranges(tau={"min": 0, "max": 0.5, "scaling": "cubic"}), 'scaling "cubic"'),
+        (ranges(tau={"min": 0, "max": 0.5, "scaling": ["log"]}), "scaling .\"log\".: linear"),
+        (ranges(tau={"min": 0, "max": 10**400, "scaling": "linear"}), "a number of 401 digits"),
+        (ranges(tau={"feasible_points": []}), "feasible_points is .., not a list"),
+        (ranges(tau={"feasible_points": [0.1, 7]}), "tau is 7"),
+        (ranges(tau=3), "tau: 3 is neither"),
+        (
+            ranges(precondition_frequency={"min": 1, "max": 9, "scaling": "linear"}),
+            "precondition_frequency: takes feasible_points alone",
+        ),
     ],
 )
 def test_a_malformed_search_space_is_named_with_key_and_value(tmp_path, content, named):
     with pytest.raises(UserError, match=named) as raised:
-        hparams.read_points(written(tmp_path, content), 1)
-    assert "space.json" in str(raised.value) and "\n" not in str(raised.value)
+        hparams.read_points(written(tmp_path, content), 1, FIELDS)
+    message = str(raised.value)
+    assert "space.json" in message and "\n" not in message and len(message) < 400
 
 
 def test_a_missing_file_and_too_few_points(tmp_path):
     with pytest.raises(UserError, match="no such search space"):
-        hparams.read_points(tmp_path / "none.json", 1)
+        hparams.read_points(tmp_path / "none.json", 1, FIELDS)
     with pytest.raises(UserError, match="3 points asked for, the file has 1"):
-        hparams.read_points(written(tmp_path, [{"a": 1}]), 3)
+        hparams.read_points(written(tmp_path, [POINT]), 3, FIELDS)
 
 
-def test_overrides_change_the_point_and_not_the_file(tmp_path):
-    point = {"precondition_frequency": 50, "tau": 0.1, "a": 1}
-    changed = hparams.override(point, 20, 0.0, "here")
-    assert changed == {"precondition_frequency": 20, "tau": 0.0, "a": 1}
-    assert point["precondition_frequency"] == 50
-    with pytest.raises(UserError, match="TAU=0.1: here has no field 'tau'"):
-        hparams.override({"a": 1}, None, 0.1, "here")
+def test_a_search_space_is_an_ordinary_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, word in (
+        (tmp_path, "a folder"),
+        (tmp_path / "pipe", "a pipe"),
+        (Path("/dev/zero"), "a device"),
+        (tmp_path / "loop", "cannot be read"),
+        (tmp_path / ("x" * 300), "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=word):
+            hparams.read_points(path, 1, FIELDS)
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "1.5", "abc", "", "1e3"])
+def test_settings_change_the_point_and_not_the_file():
+    own = point()
+    changes = hparams.parse_settings(FIELDS, "20", "0", "learning_rate=0.02 one_dim=adam")
+    changed = hparams.override(own, changes, FIELDS, "here")
+    assert changed == point(
+        precondition_frequency=20, tau=0.0, learning_rate=0.02, one_dim="adam"
+    )
+    assert own == POINT
+    with pytest.raises(UserError, match="here: learning_rate 1000.0 times weight_decay 0.5"):
+        hparams.override(own, {"learning_rate": 1e3, "weight_decay": 0.5}, FIELDS, "here")
+
+
+@pytest.mark.parametrize(
+    ("f", "tau", "text", "named"),
+    [
+        (None, "0.1", None, "TAU=0.1: tau is a field that this variant does not read"),
+        ("5", None, "precondition_frequency=5", "is given by F= or TAU= as well"),
+        (None, None, "learning_rte=1", "did you mean learning_rate"),
+        (None, None, "lr=1", "did you mean learning_rate"),
+        (None, None, "learning_rate", "not of the form field=value"),
+        (None, None, "learning_rate=", 'learning_rate is ""'),
+        (None, None, "learning_rate=1e308", "learning_rate is 1e.308"),
+        (None, None, "learning_rate=NaN", 'learning_rate is "NaN"'),
+        (None, None, "learning_rate=1 learning_rate=1", "twice"),
+        (None, None, "one_dim=half", 'one_dim is "half": it must be "full" or "adam"'),
+        (None, None, "use_nadam=no", 'use_nadam is "no": it must be true or false'),
+        (None, None, "use_nadam=" + "9" * 9000, "use_nadam is"),
+    ],
+)
+def test_bad_settings_are_named(f, tau, text, named):
+    with pytest.raises(UserError, match=named) as raised:
+        hparams.parse_settings(("factors",), f, tau, text)
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "abc", "", "1e3", "1_0", "²", "9" * 5000])
 def test_bad_f(text):
     with pytest.raises(UserError, match="F="):
         hparams.parse_f(text)
 
 
-@pytest.mark.parametrize("text", ["1", "1.5", "-0.1", "nan", "inf", "x"])
+@pytest.mark.parametrize("text", ["1", "1.5", "-0.1", "nan", "inf", "x", "0_1", "٠"])
 def test_bad_tau(text):
     with pytest.raises(UserError, match="TAU="):
         hparams.parse_tau(text)
@@ -135,6 +206,23 @@ def test_every_variant_of_the_suite_keeps_the_contract():
     for name in names:
         submission = submission_loader.load(ROOT, name)
         assert submission.batch_size("fastmri_mini") >= 1
+
+
+def test_the_fields_of_a_submission_are_read_without_importing_it(tmp_path):
+    assert submission_loader.fields(ROOT, "eshampoo_adaptive") == ("factors", "tau")
+    path = tmp_path / "submissions" / "mine" / "submission.py"
+    path.parent.mkdir(parents=True)
+    for text, named in (
+        ("x = 1", "lacks FIELDS"),
+        ("FIELDS = f()", "no tuple of strings"),
+        ('FIELDS = "factors"', "no tuple of strings"),
+        ('FIELDS = ("factors", "taus")', "taus.* is no declared field .did you mean tau"),
+        ("def", "cannot be read as a Python module"),
+        ("x = 1\0", "cannot be read as a Python module"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=named):
+            submission_loader.fields(tmp_path, "mine")
 
 
 def test_an_unknown_variant_is_named_with_the_known_ones():

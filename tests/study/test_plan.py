@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from algoperf_shampoo import points
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import run_folder
 from algoperf_shampoo.study import launch, plan
@@ -43,6 +47,57 @@ def test_a_plan_lays_out_label_study_workload_trial():
     )
     assert (run.hparams["precondition_frequency"], run.hparams["tau"]) == (20, 0.05)
     assert made.harness == "embedded"
+
+
+def test_settings_are_in_point_and_label():
+    words = "one_dim=adam learning_rate=0.02 precondition_frequency=7"
+    made = plan.make_plan(ROOT, ["eshampoo_fixed"], settings=words, steps="30", out="o")
+    assert {run.label for run in made.runs} == {"eshampoo_fixed_F7_lr0.02_1dadam_steps30"}
+    assert made.steps == 30
+    for run in made.runs:
+        assert (run.hparams["one_dim"], run.hparams["learning_rate"]) == ("adam", 0.02)
+        assert run.hparams["precondition_frequency"] == 7
+    for harness, size in (("algoperf", "mini"), ("algoperf", "full")):
+        full = plan.make_plan(
+            ROOT, ["eshampoo_fixed"], settings="one_dim=adam", size=size, harness=harness
+        )
+        assert {run.label for run in full.runs} == {"eshampoo_fixed_1dadam"}
+
+
+def test_labels_stay_short_file_names_and_differ():
+    values = {}
+    for field in points.DECLARED:
+        kind = field.kind
+        if isinstance(kind, points.Number):
+            values[field.name] = kind.low + 1 if kind.integer else (kind.low + kind.high) / 3
+        else:
+            values[field.name] = True if isinstance(kind, points.Switch) else kind.words[0]
+    label = points.label(values)
+    assert len(label.encode()) <= 140 and re.fullmatch(r"[A-Za-z0-9._-]+", label)
+    assert label != points.label({**values, "exponent_multiplier": 3.0})
+    one = [points.label({name: value}) for name, value in values.items()]
+    assert len(set(one)) == len(one) and all(len(word) < 40 for word in one)
+    assert points.label({"learning_rate": 1}) == points.label({"learning_rate": 1.0})
+
+
+def test_a_variant_without_a_point_for_the_minis_is_asked_for_one(tmp_path):
+    for folder in ("submissions/nadamw", "search_spaces"):
+        shutil.copytree(ROOT / folder, tmp_path / folder.replace("nadamw", "mine"))
+    (tmp_path / "search_spaces/nadamw.json").rename(tmp_path / "search_spaces/mine.json")
+    with pytest.raises(UserError, match="^search_spaces/mini/mine.json: not there"):
+        plan.make_plan(tmp_path, ["mine"])
+    assert plan.make_plan(tmp_path, ["mine"], size="full").runs
+    space = "search_spaces/mini/nadamw.json"
+    assert plan.make_plan(tmp_path, ["mine"], search_space=space).runs
+    (tmp_path / space).rename(tmp_path / "search_spaces/mini/mine.json")
+    assert plan.make_plan(tmp_path, ["mine"]).runs
+
+
+def test_a_shorter_budget_ends_the_run_there(tmp_path, fake_submission):
+    run = fakes.spec_in(tmp_path)
+    short = dataclasses.replace(fake_plan(tmp_path, [run]), steps=12)
+    launch.launch(short, load_workload=lambda name: fakes.FakeWorkload())
+    assert run_folder.read_record(run.run_dir)["result"]["global_step"] == 12
 
 
 def test_full_size_means_algoperf_and_its_own_folder():

@@ -49,13 +49,23 @@ def assert_refused(done: subprocess.CompletedProcess, named: str) -> None:
         (["--variant=eshampoo_fixed", "--f=0"], "F=0: the number of steps between checks"),
         (["--variant=eshampoo_fixed", "--f=ten"], "F=ten"),
         (["--variant=eshampoo_adaptive", "--tau=1.5"], "TAU=1.5: the threshold of Eq. 11"),
-        (["--variant=nadamw", "--f=5"], "has no field 'precondition_frequency'"),
+        (["--variant=nadamw", "--f=5"], "precondition_frequency is a field that this variant"),
         (["--variant=nadamw", "--seeds=abc"], "SEEDS=abc: a count such as 3"),
         (["--variant=nadamw", "--gpus=0"], "GPUS=0: an integer of at least 1"),
         (["--variant=nadamw", "--gpus=2"], "GPUS=2: the embedded harness is one process"),
         (["--variant=nadamw", "--trials=0"], "TRIALS=0"),
         (["--variant=nadamw", "--data_dir=no/such"], "DATA_DIR=no/such: no such folder"),
         (["--variant=nadamw", "--search_space=none.json"], "no such search space file"),
+        (["--variant=nadamw", "--set=lr=1"], 'SET: "lr" is no field'),
+        (["--variant=nadamw", "--set=tau=0.1"], "SET: tau is a field that this variant does not"),
+        (["--variant=nadamw", "--set=use_nadam=no"], 'SET: use_nadam is "no": it must be true'),
+        (["--variant=nadamw", "--steps=abc"], "STEPS=abc: an integer of at least 1"),
+        (["--variant=nadamw", f"--steps={'9' * 5000}"], "STEPS=999"),
+        (["--variant=nadamw", "--steps=501"], "STEPS=501: the budget of fastmri_mini is 500"),
+        (["--variant=nadamw", "--processes=2"], "PROCESSES=2: the embedded harness is one process"),
+        (["--variant=nadamw", "--wandb"], "WANDB=1: HARNESS=algoperf"),
+        (["--variant=nadamw", f"--seeds={'9' * 5000}"], "SEEDS=999"),
+        (["--variant=nadamw", "--search_space=/dev/zero"], "/dev/zero: a device"),
         (["--variant=nadamw", "--sedes=3"], "sedes"),
         (["--variant=nadamw", "3"], "unexpected argument '3'"),
     ],
@@ -69,9 +79,16 @@ def test_bad_words_are_named(tmp_path, arguments, named):
 
 def test_a_malformed_search_space_is_named(tmp_path):
     space = tmp_path / "space.json"
-    space.write_text(json.dumps([{"learning_rate": 0.1}, {"learning_rate": 0.1, "tau": 0.1}]))
+    [point] = json.loads((ROOT / "search_spaces" / "nadamw.json").read_text())
+    space.write_text(json.dumps([point, {**point, "matmul_precison": "high"}]))
+    for harness in ("embedded", "algoperf"):
+        words = [f"--search_space={space}", f"--out={tmp_path}/out", f"--harness={harness}"]
+        done = run("--variant=eshampoo_fixed", *words, "--dry_run")
+        assert_refused(done, "point 1: precondition_frequency is missing")
+    space.write_text(json.dumps([{**point, "warmup_facto": 0.1}]))
     done = run("--variant=nadamw", f"--search_space={space}", f"--out={tmp_path}/out")
-    assert_refused(done, "key 'tau' is in point 2 and not in point 1")
+    assert_refused(done, '"warmup_facto" is no field of this variant')
+    assert "did you mean warmup_factor?" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -73,7 +73,7 @@ def test_mistakes_are_named(folder: Path, name: str, path: str, value: Any, mess
 
 def test_missing_and_malformed_files(folder: Path) -> None:
     (folder / "ogbg.json").unlink()
-    with pytest.raises(UserError, match=r"ogbg.json: workload file not found"):
+    with pytest.raises(UserError, match=r"ogbg.json: no such workload file"):
         workloads.load("ogbg", folder)
     (folder / "ogbg.json").write_text("{")
     with pytest.raises(UserError, match=r"ogbg.json: not valid JSON"):
