@@ -6,11 +6,10 @@ environment; then ``make submit-<variant> HARNESS=algoperf SIZE=mini DATA_DIR=<o
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 from command_line import ROOT, run
 
+from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.algoperf import make_minidata
 
@@ -23,8 +22,8 @@ def main() -> int:
     odd = [name for name in _WORKLOADS.value if name not in make_minidata.WORKLOADS]
     if odd:
         raise UserError(f"--workloads={odd[0]}: there is {', '.join(make_minidata.WORKLOADS)}")
-    out = Path(_OUT.value).expanduser() if _OUT.value else ROOT / "data" / "algoperf_mini"
-    make_minidata.make(out.absolute(), tuple(_WORKLOADS.value))
+    out = paths.given("OUT", _OUT.value or "data/algoperf_mini", ROOT)
+    make_minidata.make(out, tuple(_WORKLOADS.value))
     return 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import shlex
 
 from absl import flags
 from command_line import ROOT, run
 
-from algoperf_shampoo.study import launch, logs, plan, tables
+from algoperf_shampoo.study import launch, logs, plan, table_text, tables
 
 _VARIANT = flags.DEFINE_list("variant", None, "Folders of submissions/, comma-separated.")
 _WORKLOAD = flags.DEFINE_string("workload", "all", "fastmri, imagenet_vit, ogbg or all.")
@@ -59,9 +60,20 @@ def main() -> int:
     failed = launch.launch(wanted, own_flags, echo=echo)
     if not wanted.dry_run:
         trials = [logs.read_trial(r.run_dir) for r in wanted.runs if logs.is_trial(r.run_dir)]
+        width = table_text.terminal_width()
         for table in tables.of_runs(trials, ROOT):
-            print("\n" + tables.to_text(table))
+            print("\n" + table_text.render(table, width))
+        if trials:
+            print("\n" + _next_step(wanted))
     return 1 if failed else 0
+
+
+def _next_step(done: plan.Plan) -> str:
+    """What to type after this, and where to read on."""
+    default = done.out == ROOT / "results" / "runs" / done.size
+    out = done.out.relative_to(ROOT) if done.out.is_relative_to(ROOT) else done.out
+    table = "make table1" if default else f"make table1 RUNS={shlex.quote(str(out))}"
+    return f"next: {table}  (all runs so far, beside the paper's; README.md, Reading the results)"
 
 
 if __name__ == "__main__":

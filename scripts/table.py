@@ -7,31 +7,51 @@ from pathlib import Path
 from absl import flags
 from command_line import ROOT, run
 
-from algoperf_shampoo.study import logs, tables
+from algoperf_shampoo import paths
+from algoperf_shampoo.study import logs, table_text, tables
 
-_RUNS = flags.DEFINE_list("runs", ["results/runs"], "Folders of runs, comma-separated.")
-_OUT = flags.DEFINE_string("out", "results/table1", "Where to write, without .md, .csv, .json.")
+_DEFAULT = "results/table1"
+_RUNS = flags.DEFINE_string("runs", "results/runs", "Folders of runs, comma-separated.")
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Where to write, without .md, .csv, .json. If left out: results/table1 for the default runs, "
+    "nowhere for others.",
+)
 
 
 def main() -> int:
     """Print the tables and write them."""
-    folders = [ROOT / folder for folder in _RUNS.value]
+    own = flags.FLAGS["runs"].using_default_value
+    whole = paths.given("RUNS", _RUNS.value, ROOT)  # a folder's name may have a comma in it
+    names = [_RUNS.value] if whole.is_dir() else _RUNS.value.split(",")
+    folders = [paths.given("RUNS", name, ROOT) for name in names]
     # Before the first run the default folder does not exist, and the table says "no runs yet".
-    found = logs.find_trials(
-        f for f in folders if f.exists() or not flags.FLAGS["runs"].using_default_value
-    )
+    found = logs.find_trials(f for f in folders if f.exists() or not own)
     made = tables.table1(found, ROOT)
-    print(*(tables.to_text(table) for table in made), sep="\n\n")
-    stem = ROOT / _OUT.value
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    for ending, content in (
-        ("md", tables.to_markdown(made)),
-        ("csv", tables.to_csv(made)),
-        ("json", tables.to_json(made)),
-    ):
-        Path(f"{stem}.{ending}").write_text(content, encoding="utf-8")
-    print(f"\nwritten: {_OUT.value}.md, .csv, .json")
+    width = table_text.terminal_width()
+    print(*(table_text.render(table, width) for table in made), sep="\n\n")
+    if _OUT.value or own:
+        _write(paths.given("TABLE", _OUT.value or _DEFAULT, ROOT), made, asked=bool(_OUT.value))
+    else:
+        print(f"\nnot written: {_DEFAULT}.* is of the default runs; TABLE=name writes name.md, ...")
     return 0
+
+
+def _write(stem: Path, made: list[tables.Table], asked: bool) -> None:
+    """Write the three files; that nothing can be written there is an error only if asked for."""
+    formats = {"md": tables.to_markdown, "csv": tables.to_csv, "json": tables.to_json}
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        for ending, content in formats.items():
+            Path(f"{stem}.{ending}").write_text(content(made), encoding="utf-8")
+    except OSError as error:
+        if asked:
+            raise
+        print(f"\nnot written: {paths.complaint(error)}")
+    else:
+        shown = stem.relative_to(ROOT) if stem.is_relative_to(ROOT) else stem
+        print(f"\nwritten: {shown}.md, .csv, .json")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Means and standard errors (sample standard deviation / sqrt(n)) are over the runs that reach the
 target, as in the paper. Runs are pooled only if they share label, workload, hyperparameters and
-benchmark version; seeds alone differ within a row.
+benchmark version; seeds alone differ within a row. Every row says what sets its point apart.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
+from algoperf_shampoo.study import differences
+from algoperf_shampoo.study.differences import Difference
 from algoperf_shampoo.study.logs import Trial, benchmark_version, size_of
 
 # The embedded harness's small models, and AlgoPerf's models on little data.
@@ -48,7 +51,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a point on a workload. Steps and seconds to target, the paper's row."""
+    """One line: a point on a workload. Steps and seconds to target, the paper's row.
+
+    ``name`` is the variant (or the folder's label, if that is no variant's) with its ``settings``
+    in brackets: F and tau, and every field that ``differs`` from the variant's own point.
+    """
 
     workload: str
     name: str
@@ -61,6 +68,13 @@ class Row:
     paper: dict[str, Any] | None
     runs: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    differs: list[Difference] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The name without its settings."""
+        return self.name.removesuffix(_bracketed(self.settings))
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,13 @@ def build(
         version = benchmark_version(trial.workload, trial.step_hint, trial.target, config_dir)
         point = json.dumps(trial.hparams, sort_keys=True)
         groups.setdefault((trial.workload, version, trial.label, point), []).append(trial)
+    differs = differences.find(groups, root)
+    variants = submission_loader.variants(root)
+
+    def row(title: str, key: tuple[Any, ...], entry: dict[str, Any] | None) -> Row:
+        name = differences.variant_of(key[2], variants) or key[2]
+        return _row(title, name, groups[key], key[1], entry, differs[key], root)
+
     tables = []
     for size in sizes:
         suffix = {"mini": MINI, "minidata": MINIDATA}.get(size, "")
@@ -104,14 +125,14 @@ def build(
             here = {k: g for k, g in own.items() if k[0] == base + suffix}
             for entry in (e for e in paper if e["workload"] == base and size != "minidata"):
                 matching = [k for k in here if _is_of(here[k][0], entry, size)]
-                rows += [_row(title, here.pop(k), k[1], entry, root) for k in matching]
+                rows += [row(title, key, entry) for key in matching]
+                for key in matching:
+                    del here[key]
                 if not matching:
                     rows.append(Row(title, entry["variant"], "", None, 0, 0, None, None, entry))
-            rows += [_row(title, group, k[1], None, root) for k, group in sorted(here.items())]
+            rows += [row(title, key, None) for key in sorted(here)]
         known = {base + suffix for base in _WORKLOADS}
-        for key, group in sorted(own.items()):
-            if key[0] not in known:
-                rows.append(_row(key[0], group, key[1], None, root))
+        rows += [row(key[0], key, None) for key in sorted(own) if key[0] not in known]
         tables.append(Table(size, _caption(size, rows, own), rows))
     return tables
 
@@ -137,24 +158,13 @@ def to_markdown(tables: Sequence[Table]) -> str:
     return "\n".join(_table_markdown(table) for table in tables)
 
 
-def to_text(table: Table) -> str:
-    """One table for a terminal, in aligned columns, with its notes and without its run list."""
-    header, body = _cells(table)
-    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-    lines = [table.caption, ""]
-    for row in [header, ["-" * width for width in widths], *body]:
-        lines.append("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
-    lines += [f"[{number}] {note}" for number, r in _numbered(table) for note in r.notes]
-    return "\n".join(lines)
-
-
 def to_csv(tables: Sequence[Table]) -> str:
     """All rows as CSV, seconds and full precision."""
     text = io.StringIO(newline="")
     columns = (
         "size workload name label version hits ended steps_mean steps_se seconds_mean seconds_se "
         "paper_hits paper_runs paper_steps_mean paper_steps_se paper_time_min_mean "
-        "paper_time_min_se"
+        "paper_time_min_se differs"
     ).split()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -166,7 +176,8 @@ def to_csv(tables: Sequence[Table]) -> str:
             for name, estimate in (("steps", row.steps), ("seconds", row.seconds)):
                 if estimate is not None:
                     line |= {f"{name}_mean": estimate.mean, f"{name}_se": estimate.error}
-            for column in columns[columns.index("paper_hits") :]:
+            line["differs"] = "; ".join(difference.text() for difference in row.differs)
+            for column in columns[columns.index("paper_hits") : -1]:
                 line[column] = (row.paper or {}).get(column.removeprefix("paper_"))
             writer.writerow(line)
     return text.getvalue()
@@ -189,7 +200,13 @@ def _is_of(trial: Trial, entry: dict[str, Any], size: str) -> bool:
 
 
 def _row(
-    title: str, group: list[Trial], version: str, paper: dict[str, Any] | None, root: Path
+    title: str,
+    name: str,
+    group: list[Trial],
+    version: str,
+    paper: dict[str, Any] | None,
+    differs: list[Difference],
+    root: Path,
 ) -> Row:
     hits = [t for t in group if t.outcome == "hit"]
     ended = len(hits) + sum(t.outcome == "miss" for t in group)
@@ -202,9 +219,10 @@ def _row(
             notes.append(f"{t.study}/trial_{t.trial}: unfinished")
         notes += [f"{t.study}/trial_{t.trial}: {hole}" for hole in t.holes]
     trial = f" trial {first.trial}" if first.trial != 1 else ""
+    settings = differences.settings(first.hparams or {}, differs)
     return Row(
         workload=title,
-        name=first.label + trial + _point(first.hparams or {}),
+        name=name + trial + _bracketed(settings),
         label=first.label + trial,
         version=version,
         hits=len(hits),
@@ -214,6 +232,8 @@ def _row(
         paper=paper,
         runs=[_relative(t.path, root) for t in group],
         notes=notes,
+        differs=differs,
+        settings=settings,
     )
 
 
@@ -242,14 +262,15 @@ def _caption(size: str, rows: list[Row], own: dict[tuple[Any, ...], list[Trial]]
     )
 
 
-def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
+def cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text: name, runs, hits, steps, time, and the paper's."""
     unit, scale, digits = ("min", 60.0, 2) if table.size == "full" else ("s", 1.0, 1)
     header = [
         *("Workload", "Variant", "Runs", "Hits", "Steps", f"Time [{unit}]"),
         *("Paper's", "hits", "steps", "time [min]"),
     ]
     body = []
-    for number, row in _numbered(table):
+    for number, row in numbered(table):
         if not row.runs:
             measured = ["", "no runs yet", "", ""]
         else:
@@ -278,10 +299,10 @@ def _paper_cells(paper: dict[str, Any] | None) -> list[str]:
 
 
 def _table_markdown(table: Table) -> str:
-    header, body = _cells(table)
+    header, body = cells(table)
     lines = [f"**{table.caption}**", "", _pipe(header), _pipe(["---"] * len(header))]
     lines += [_pipe(row) for row in body]
-    listed = [(number, row) for number, row in _numbered(table) if row.runs]
+    listed = [(number, row) for number, row in numbered(table) if row.runs]
     if listed:
         lines += ["", "Runs behind each row:", ""]
     for number, row in listed:
@@ -290,16 +311,15 @@ def _table_markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _numbered(table: Table) -> list[tuple[int, Row]]:
+def numbered(table: Table) -> list[tuple[int, Row]]:
+    """The rows with their numbers, 0 for one without runs."""
     numbers = iter(range(1, len(table.rows) + 1))
     return [(next(numbers) if row.runs else 0, row) for row in table.rows]
 
 
-def _point(hparams: dict[str, Any]) -> str:
-    """`` (F = 50, tau = 0.1)``, as far as the point has them."""
-    named = (("F", hparams.get("precondition_frequency")), ("tau", hparams.get("tau")))
-    shown = ", ".join(f"{name} = {value}" for name, value in named if value is not None)
-    return f" ({shown})" if shown else ""
+def _bracketed(settings: Sequence[str]) -> str:
+    """`` (F = 50, tau = 0.1)``, nothing of nothing."""
+    return f" ({', '.join(settings)})" if settings else ""
 
 
 def _pipe(cells: Sequence[str]) -> str:

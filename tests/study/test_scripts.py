@@ -13,13 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str, script: str = "submit.py") -> subprocess.CompletedProcess:
+def run(
+    *arguments: str, script: str = "submit.py", **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
     )
 
 
@@ -138,3 +140,31 @@ def test_the_table_script_refuses_a_missing_folder_and_writes_three_files(tmp_pa
     assert done.returncode == 0, done.stderr
     assert "no runs yet" in done.stdout and "AlgoPerf v0.6" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["table.csv", "table.json", "table.md"]
+
+
+def test_a_table_of_other_runs_is_written_only_where_asked(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    before = {p: p.stat().st_mtime_ns for p in (ROOT / "results").glob("table1.*")}
+    done = run(f"--runs={tmp_path}/a,b", script="table.py")
+    assert done.returncode == 0, done.stderr
+    assert "not written: results/table1.* is of the default runs" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in (ROOT / "results").glob("table1.*")} == before
+    home = run("--runs=~/a,b", "--out=~/t", script="table.py", HOME=str(tmp_path))
+    assert home.returncode == 0 and (tmp_path / "t.md").is_file(), home.stderr
+    nobody = run("--runs=~no-such-user/x", script="table.py")
+    assert_refused(nobody, "RUNS=~no-such-user/x: no home folder of that name here")
+
+
+def test_an_error_of_the_system_is_one_line_with_its_path(tmp_path):
+    runs = f"--runs={tmp_path}"
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    for out, named in (
+        (f"{tmp_path}/{'n' * 256}", f"{'n' * 256}.md: File name too long"),
+        (f"{tmp_path}/file/t", f"{tmp_path}/file: "),
+        (f"{tmp_path}/link/t", f"{tmp_path}/link: File exists: something else is there already"),
+    ):
+        done = run(runs, f"--out={out}", script="table.py")
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.strip().splitlines()
+        assert line.startswith("error: ") and named in line, line

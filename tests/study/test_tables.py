@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from algoperf_shampoo.study import logs, tables
+from algoperf_shampoo.study import logs, table_text, tables
 from tests.study.test_logs import SHAMPOO, made_trial
 
 ROOT = Path(__file__).parents[2]
@@ -36,15 +36,21 @@ def test_published_runs_make_the_papers_form(tmp_path):
     assert row.seconds.mean == pytest.approx((841.1768 + 564.9135 + 1727.7679) / 3, abs=1e-3)
     assert row.paper["steps_mean"] == 4301
     assert row.runs[0].endswith("shampoo_grafting/study_0/fastmri_pytorch/trial_1")
-    text = tables.to_text(full)
-    assert "AlgoPerf v0.6" in text and re.search(r"3/3 +4645 ± 327 ", text)
-    assert text.count("no runs yet") == 6  # 9 rows of the paper's, 3 of them with runs
+    text = table_text.render(full)
+    assert "AlgoPerf v0.6" in text
+    assert re.search(r"\[1\] shampoo_grafting +3/3 +4645 ± 327 .*4301 ± 109", text)
+    assert "[1] shampoo_grafting/study_{0,1,2}/fastmri_pytorch/trial_1" in text
+    # 9 rows of the paper's, 3 of them with runs: the others are named in one line
+    (missing,) = re.findall(r"^no runs yet: .*(?:\n +.*)*", text, re.M)
+    assert missing.count("eshampoo_fixed") == missing.count("eshampoo_adaptive") == 3
+    assert "shampoo_grafting" not in missing
 
 
 def test_no_runs_at_all_shows_every_row_of_the_papers_table():
     for table in tables.table1([], ROOT):
         assert len(table.rows) == 9
-        assert tables.to_text(table).count("no runs yet") >= 9
+        assert table_text.render(table) == f"Table 1, {table.size}: no runs yet"
+        assert tables.to_markdown([table]).count("no runs yet") >= 9
 
 
 def test_mini_and_full_never_meet(tmp_path):
@@ -116,3 +122,80 @@ def test_the_papers_tables_as_typed():
     assert means["fastmri", "eshampoo_fixed"] == 2536
     assert means["imagenet_vit", "shampoo_grafting"] == 79907
     assert means["ogbg", "eshampoo_adaptive"] == 7117
+
+
+def _embedded(folder: Path, label: str, point: dict, seed: int = 1, trial: int = 1) -> Path:
+    path = folder / label / f"study_{seed}" / "ogbg_mini_pytorch" / f"trial_{trial}"
+    shutil.copytree(ROOT / "results/measured/mini/seeds/eshampoo_adaptive/study_1", path.parents[1])
+    for odd in (path.parents[1]).iterdir():
+        if odd.name != "ogbg_mini_pytorch":
+            shutil.rmtree(odd)
+    if trial != 1:
+        (path.parent / "trial_1").rename(path)
+    (path / "hparams.json").write_text(json.dumps(point))
+    return path
+
+
+def test_every_field_that_differs_is_said_in_every_format(tmp_path):
+    """Three points of one variant, and a fourth of another trial: four rows told apart."""
+    space = json.loads((ROOT / "search_spaces/mini/eshampoo_adaptive.json").read_text())
+    point = space["ogbg"][0]
+    changes = [{}, {"learning_rate": 0.02}, {"learning_rate": 0.5, "one_dim": "adam", "tau": 0.3}]
+    for number, change in enumerate(changes):
+        folder = tmp_path / f"{number}"
+        _embedded(folder, "eshampoo_adaptive", point | change)
+    _embedded(tmp_path / "3", "eshampoo_adaptive", point | {"weight_decay": 0}, trial=2)
+    mini = tables.table1(logs.find_trials([tmp_path]), ROOT)[0]
+    rows = [row for row in mini.rows if row.runs]
+    own = point["learning_rate"]
+    names = {
+        "eshampoo_adaptive (F = 5, tau = 0.1)",
+        f"eshampoo_adaptive (F = 5, tau = 0.1, learning_rate = 0.02 ({own}))",
+        f"eshampoo_adaptive (F = 5, tau = 0.3 (0.1), learning_rate = 0.5 ({own}), "
+        "one_dim = adam (full))",
+        f"eshampoo_adaptive trial 2 (F = 5, tau = 0.1, weight_decay = 0 "
+        f"({point['weight_decay']:.6g}))",
+    }
+    assert {row.name for row in rows} == names
+    markdown, csv_text = tables.to_markdown([mini]), tables.to_csv([mini])
+    assert all(name in markdown for name in names)
+    assert f"learning_rate = 0.5 ({own}); tau = 0.3 (0.1); one_dim = adam (full)" in csv_text
+    content = json.loads(tables.to_json([mini]))[0]["rows"]
+    assert {"field": "learning_rate", "value": 0.02, "own": own} in [
+        difference for row in content for difference in row["differs"]
+    ]
+    text = table_text.render(mini)
+    assert text.count("[2]") == 2 and "[2] 1/eshampoo_adaptive/study_1" in text
+
+
+def test_rows_of_labels_that_are_no_variants_are_told_apart(tmp_path):
+    for number, change in enumerate([{"a": 1, "b": True}, {"a": 2, "b": True}, {"b": True}]):
+        path = made_trial(tmp_path / f"{number}", [(1, 1.0, 0.1), (9, 9.0, 0.6)])
+        (path / "hparams.json").write_text(json.dumps(change))
+    full = tables.build(
+        logs.find_trials([tmp_path]), [], ("full",), ROOT / "workloads_config", ROOT
+    )[0]
+    assert {row.name for row in full.rows} == {
+        "label (a = 1)", "label (a = 2)", "label (a = absent)",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_text_keeps_to_its_width(tmp_path, width):
+    point = {"learning_rate": 0.0014381744028656841, "precondition_frequency": 100, "tau": 0.25}
+    for seed in range(7):
+        rows = [(1, 1.0, 0.1), (28000, 28.0 + seed, 0.2 + 0.1 * seed)]
+        path = made_trial(tmp_path / f"{seed}", rows)
+        target = tmp_path / f"shampoo_grafting/study_{seed}/fastmri_pytorch/trial_1"
+        shutil.copytree(path, target)
+        (target / "hparams.json").write_text(json.dumps(point))
+        shutil.rmtree(tmp_path / f"{seed}")
+    paper = tables.read_paper(ROOT / "results" / "paper" / "table1.json")
+    trials = logs.find_trials([tmp_path])
+    made = tables.build(trials, paper, ("full",), ROOT / "workloads_config", tmp_path)
+    text = table_text.render(made[0], width)
+    assert "4/7" in text and "study_{0,1,2,3,4,5,6}" in text
+    assert max(map(len, text.splitlines())) <= width, text
+    beside = table_text.render(tables.table1(published_trials(tmp_path / "p"), ROOT)[1], width)
+    assert ("paper's hits" in beside) == (width == 100)
+    assert "13.96 ± 0.44" in beside and max(map(len, beside.splitlines())) <= width

@@ -1,0 +1,134 @@
+"""What sets a row of a table apart: where its point differs from its variant's own point."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from algoperf_shampoo.harness import submission_loader
+from algoperf_shampoo.harness.spec import MINI, MINIDATA
+from algoperf_shampoo.study.logs import Trial
+
+F_KEY, TAU_KEY = "precondition_frequency", "tau"
+_SHORT = {F_KEY: "F"}
+_STEPS = re.compile(r"_steps(\d+)(?:_|$)")
+_ABSENT = object()
+
+Key = tuple[Any, ...]
+"""Of a row: workload, benchmark version, label, point as JSON."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field of a row's point, and its value in the variant's own point.
+
+    ``own`` is None where there is no such point, or the field is not in it.
+    """
+
+    field: str
+    value: Any
+    own: Any = None
+
+    def text(self) -> str:
+        """``learning_rate = 0.02 (0.01)``: the variant's own in brackets."""
+        own = "" if self.own is None else f" ({_shown(self.own)})"
+        return f"{_SHORT.get(self.field, self.field)} = {_shown(self.value)}{own}"
+
+
+def find(groups: Mapping[Key, Sequence[Trial]], root: Path) -> dict[Key, list[Difference]]:
+    """For each row, the fields that differ from its variant's own point, in the point's order.
+
+    Rows that would be alike all the same (of labels that are no variant's, say) get the fields in
+    which they differ from each other. ``root`` is the repository.
+    """
+    variants = submission_loader.variants(root)
+    found: dict[Key, list[Difference]] = {}
+    for key, group in groups.items():
+        variant = variant_of(key[2], variants)
+        own = own_point(root, variant, key[0]) if variant else None
+        point = group[0].hparams or {}
+        found[key] = _between(point, own) if own is not None else []
+        steps = _STEPS.search(key[2])
+        if steps:
+            found[key].append(Difference("STEPS", int(steps[1])))
+    for alike in _alike(found, groups, variants):
+        # Null is a value, and not the same as a field that is not there.
+        fields = dict.fromkeys(name for key in alike for name in groups[key][0].hparams or {})
+        for name in fields:
+            values = {key: (groups[key][0].hparams or {}).get(name, _ABSENT) for key in alike}
+            if len({json.dumps(v, default=str) for v in values.values()}) > 1:
+                for key, value in values.items():
+                    found[key].append(Difference(name, "absent" if value is _ABSENT else value))
+        if len({key[1] for key in alike}) > 1:
+            for key in alike:
+                found[key].append(Difference("version", key[1]))
+    return found
+
+
+def settings(point: Mapping[str, Any], differs: Sequence[Difference]) -> list[str]:
+    """What to print of a row: F and tau, as far as the point has them, then what differs."""
+    by_name = {difference.field: difference for difference in differs}
+    first = [
+        by_name.get(name) or Difference(name, point[name])
+        for name in (F_KEY, TAU_KEY)
+        if name in by_name or point.get(name) is not None
+    ]
+    rest = [d for d in differs if d.field not in (F_KEY, TAU_KEY)]
+    return [difference.text() for difference in [*first, *rest]]
+
+
+def variant_of(label: str, variants: Sequence[str]) -> str | None:
+    """The variant that a label begins with: ``eshampoo_fixed`` of ``eshampoo_fixed_F20``."""
+    fitting = [v for v in variants if label == v or label.startswith(f"{v}_")]
+    return max(fitting, key=len, default=None)
+
+
+def own_point(root: Path, variant: str, workload: str) -> dict[str, Any] | None:
+    """The first point of the variant's own search space for a workload; None of no such file."""
+    folder = root / "search_spaces"
+    if workload.endswith(MINI):
+        folder /= "mini"
+    try:
+        space = json.loads((folder / f"{variant}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if isinstance(space, dict):
+        space = space.get(workload.removesuffix(MINI).removesuffix(MINIDATA))
+    first = space[0] if isinstance(space, list) and space else None
+    return first if isinstance(first, dict) else None
+
+
+def _between(point: Mapping[str, Any], own: Mapping[str, Any]) -> list[Difference]:
+    found = []
+    for name in dict.fromkeys([*own, *point]):
+        here, there = point.get(name, _ABSENT), own.get(name, _ABSENT)
+        # 1 and 1.0 are one value, 1 and true are not.
+        same = here == there and isinstance(here, bool) == isinstance(there, bool)
+        if not same:
+            value = "absent" if here is _ABSENT else here
+            found.append(Difference(name, value, None if there is _ABSENT else there))
+    return found
+
+
+def _alike(
+    found: Mapping[Key, list[Difference]],
+    groups: Mapping[Key, Sequence[Trial]],
+    variants: Sequence[str],
+) -> list[list[Key]]:
+    """Rows of one workload that would be printed alike."""
+    alike: dict[tuple[Any, ...], list[Key]] = {}
+    for key, differs in found.items():
+        point, trial = groups[key][0].hparams or {}, groups[key][0].trial
+        name = variant_of(key[2], variants) or key[2]
+        shown = (key[0], name, trial, tuple(settings(point, differs)))
+        alike.setdefault(shown, []).append(key)
+    return [keys for keys in alike.values() if len(keys) > 1]
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
