@@ -1,12 +1,8 @@
-"""One run's folder: whose it is, who may write to it, and what it holds."""
+"""One run's folder: whose it is, and what it holds. (Who may write to it: :mod:`.run_lock`.)"""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import seal
 from algoperf_shampoo.harness.record import write_json
 
-_RECORD, _LOCK = "run.json", ".lock"
+_RECORD = "run.json"
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
@@ -67,29 +63,6 @@ def check(run_dir: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             "now; set OUT= to another folder, or remove this one"
         )
     return record
-
-
-@contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the folder for this process; the kernel lets go of it even after SIGKILL.
-
-    Raises:
-        UserError: another process is writing to the folder.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{run_dir}: another process is writing this run; wait for it, or set OUT="
-            ) from None
-        for leftover in run_dir.glob(".*.tmp"):  # of a kill in the middle of a write
-            leftover.unlink()
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:

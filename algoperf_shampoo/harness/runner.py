@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from algoperf_shampoo.harness import (
     prng,
     record,
     run_folder,
+    run_lock,
     seal,
 )
 from algoperf_shampoo.harness.spec import RunSpec, TrainingCompleteError
@@ -71,11 +72,13 @@ def execute(
     """
     own = identity(run, workload, root, data_dir)
     found = run_folder.check(run.run_dir, own)
-    if found is not None and found["status"] == "finished":
-        echo(f"{run.name}: finished before: {summary(found['result'])}")
+    if _finished(run, found, echo):
         return found
-    with run_folder.lock(run.run_dir):
-        folder_record = run_folder.check(run.run_dir, own) or {
+    with run_lock.hold(run.run_dir, echo=echo):
+        found = run_folder.check(run.run_dir, own)
+        if _finished(run, found, echo):  # while the lock was waited for
+            return found
+        folder_record = found or {
             "format": 1,
             "status": "running",
             "identity": own,
@@ -100,6 +103,13 @@ def execute(
         _write_sealed(run.run_dir, folder_record)
     echo(f"{run.name}: {summary(folder_record['result'])}")
     return folder_record
+
+
+def _finished(run: RunSpec, found: dict[str, Any] | None, echo: Echo) -> TypeGuard[dict[str, Any]]:
+    if found is None or found["status"] != "finished":
+        return False
+    echo(f"{run.name}: finished before: {summary(found['result'])}")
+    return True
 
 
 def summary(result: dict[str, Any]) -> str:

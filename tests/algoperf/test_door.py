@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +122,7 @@ def test_torchrun_and_visible_gpus(data: Path, tmp_path: Path, fake: dict[str, A
     one, two = (commands(plan(data, tmp_path, gpus=n, seeds="1"))[0] for n in ("1", "2"))
     assert "torch.distributed.run" not in one and "CUDA_VISIBLE_DEVICES=0 " in one
     assert "--nproc_per_node=2" in two and "CUDA_VISIBLE_DEVICES=0,1 " in two
-    assert "-m submission_runner" in one and "-m submission_runner" in two
+    assert all(f"-m {door._WORKER} submission_runner " in line for line in (one, two))
 
 
 def test_gpus_given_by_a_scheduler_are_kept(
@@ -139,7 +135,7 @@ def test_gpus_given_by_a_scheduler_are_kept(
 def test_cpu_goes_through_our_runner(data: Path, tmp_path: Path, fake: dict[str, Any]) -> None:
     fake["environment"] = environment(gpus=0)
     line = commands(plan(data, tmp_path), {"processes": "2"})[0]
-    assert f"-m {door._OWN_RUNNER}" in line and "--nproc_per_node=2" in line
+    assert f"-m {door._WORKER} {door._OWN_RUNNER} " in line and "--nproc_per_node=2" in line
     assert "notorch_compile" in flags_of(line)
 
 
@@ -287,51 +283,6 @@ def test_a_finished_run_is_left_alone(run: Any, change: dict[str, bool], why: st
 def test_two_checkpoints_are_kept(run: Any) -> None:
     folder.prune_checkpoints(run.run_dir)
     assert [p.name for p in folder.checkpoints(run.run_dir)] == ["checkpoint_10", "checkpoint_9"]
-
-
-# Starting and ending the process.
-
-
-def sleeper(folder: Path) -> door.Command:
-    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    return door.Command((sys.executable, "-c", code), {})
-
-
-def gone(pid: int) -> bool:
-    for _ in range(100):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_the_runner_ends_with_the_launcher(tmp_path: Path, number: int) -> None:
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from algoperf_shampoo.harness.algoperf import door\n"
-        "from tests.algoperf.test_door import sleeper\n"
-        f"here = Path({str(tmp_path)!r})\n"
-        "door._run(here, here, sleeper(here))\n"
-    )
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert launcher.stdout is not None
-    child = int(launcher.stdout.readline())
-    launcher.send_signal(number)
-    assert launcher.wait(timeout=20) != 0
-    assert gone(child)
-    assert (tmp_path / folder.CONSOLE).read_text() == f"{child}\n"
-
-
-def test_exit_code_and_console(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code = "import sys; print('one'); print('two', file=sys.stderr); input()"
-    command = door.Command((sys.executable, "-u", "-c", code), {})
-    assert door._run(tmp_path, tmp_path, command) != 0  # asked something, and got no answer
-    assert "one\ntwo\n" in (tmp_path / folder.CONSOLE).read_text()
 
 
 def test_a_dry_run_without_data_notes_it_and_shows_the_command(

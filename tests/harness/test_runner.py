@@ -214,7 +214,7 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
     run = fakes.spec_in(tmp_path)
     code = (
         "import sys, time; from pathlib import Path; from algoperf_shampoo.harness import "
-        "run_folder\nwith run_folder.lock(Path(sys.argv[1])): print('held', flush=True); "
+        "run_lock\nwith run_lock.hold(Path(sys.argv[1])): print('held', flush=True); "
         "time.sleep(60)"
     )
     holder = subprocess.Popen(

@@ -8,31 +8,27 @@ search space its own process, because AlgoPerf's OGBG leaks threads until it die
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import hashlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import run_folder, seal, submission_loader
-from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata
+from algoperf_shampoo.harness import run_lock, seal, submission_loader
+from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata, processes
 from algoperf_shampoo.harness.spec import RunSpec
 from algoperf_shampoo.study.plan import Plan
 
-_PR_SET_PDEATHSIG = 1
 _RUNNER = "submission_runner"
 _OWN_RUNNER = "algoperf_shampoo.harness.algoperf.runner"
+_WORKER = "algoperf_shampoo.harness.algoperf.worker"
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,17 @@ class Command:
         return " ".join([f"cd {shlex.quote(str(cwd))} &&", *settings, shlex.join(self.arguments)])
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A run to start: its step limit, what its folder held, and which checkpoints were seen."""
+
+    run: RunSpec
+    limit: int | None
+    state: folder.State
+    seen: tuple[tuple[str, int, int], ...]
+    command: Command
+
+
 def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = print) -> int:
     """Check everything, then train the runs one after another; the number that failed.
 
@@ -87,7 +94,8 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
         UserError: something is missing or wrong; no run has been started then.
     """
     options = Options.of(flags)
-    found = [path for run in plan.runs for path in folder.checkpoints(run.run_dir)]
+    seen = {run.run_dir: folder.fingerprint(run.run_dir) for run in plan.runs}
+    found = [run_dir / name for run_dir, files in seen.items() for name, *_ in files]
     environment = env.look(plan.root, found)
     place = choose_place(plan.gpus, options.processes, environment)
     missing = env.missing_message(environment)
@@ -107,7 +115,7 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
             # A dry run shows the command all the same.
             if plan.data_dir is not None and not workload.endswith(minidata.SUFFIX):
                 data[workload] = plan.data_dir
-    commands = []
+    jobs = []
     for run in plan.runs:
         if run.workload not in data:
             continue
@@ -115,19 +123,16 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
         state = folder.examine(run, environment.checkpoints, limit)
         _check_batch_sizes(plan, run, data[run.workload], place.processes)
         command = compose(plan, run, data[run.workload], place, environment, options)
-        commands.append((run, state, command))
+        jobs.append(_Job(run, limit, state, seen[run.run_dir], command))
     if plan.dry_run:
-        for run, _, command in commands:
-            path = run.run_dir / folder.SEARCH_SPACE
-            echo(f"# {path}: {json.dumps(_points(plan, run))}")
-            echo(command.shown(plan.root))
+        for job in jobs:
+            path = job.run.run_dir / folder.SEARCH_SPACE
+            echo(f"# {path}: {json.dumps(_points(plan, job.run))}")
+            echo(job.command.shown(plan.root))
         return 0
     if place.visible is None and plan.size == "full":
         echo("note: no GPU here; full-size models on a CPU are for trying things out")
-    failed = []
-    for run, state, command in commands:
-        if not _train(plan, run, state, command, environment, echo):
-            failed.append(run.name)
+    failed = [job.run.name for job in jobs if not _train(plan, job, environment, echo)]
     if failed:
         echo(f"{len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
     return len(failed)
@@ -237,7 +242,8 @@ def compose(
     if options.wandb:
         flags.append("--use_wandb")
         settings |= _wandb_settings(run)
-    return Command((*start, "-m", _OWN_RUNNER if own else _RUNNER, *flags), settings)
+    runner = _OWN_RUNNER if own else _RUNNER
+    return Command((*start, "-m", _WORKER, runner, *flags), settings)
 
 
 def _wandb_settings(run: RunSpec) -> dict[str, str]:
@@ -270,16 +276,20 @@ def _check_batch_sizes(plan: Plan, run: RunSpec, data: Path, processes: int) -> 
 
 def _train(
     plan: Plan,
-    run: RunSpec,
-    state: folder.State,
-    command: Command,
+    job: _Job,
     environment: env.Environment,
     echo: Callable[[str], None],
 ) -> bool:
-    if state.ended:
-        echo(f"{run.name}: complete already ({state.ended}, step {state.step})")
+    run, state, command = job.run, job.state, job.command
+    if _complete(run, state, echo):
         return True
-    with run_folder.lock(run.run_dir):
+    with run_lock.hold(run.run_dir, echo=echo) as lock:
+        if folder.fingerprint(run.run_dir) != job.seen:
+            # Somebody wrote here until now: a launch that has ended, or what one left behind.
+            facts = env.look(plan.root, folder.checkpoints(run.run_dir)).checkpoints
+            state = folder.examine(run, facts, job.limit)
+            if _complete(run, state, echo):
+                return True
         for note in folder.prepare(run, state, _points(plan, run)):
             echo(f"{run.name}: {note}")
         if state.step:
@@ -289,6 +299,7 @@ def _train(
             "environment": command.environment,
             "from_step": state.step,
             "started": _now(),
+            **folder.launcher(),
             "python": environment.python,
             "torch": environment.torch,
             "cuda": environment.cuda,
@@ -297,19 +308,33 @@ def _train(
             "algoperf_commit": environment.algoperf_commit,
             "ended": None,
             "exit_code": None,
+            "how": None,
+            "left_behind": [],
         }
-        launches = [*folder.read_launches(run.run_dir), record]
+        launches = [*folder.close_launches(folder.read_launches(run.run_dir)), record]
         folder.write_json(run.run_dir / folder.LAUNCHES, launches)
         (run.run_dir / seal.NAME).unlink(missing_ok=True)  # what it sealed is about to change
         try:
-            record["exit_code"] = _run(plan.root, run.run_dir, command)
+            ending = _run(plan.root, run.run_dir, command, lock)
+            record |= asdict(ending)
+        except BaseException as error:
+            record["how"] = _how(error)
+            raise
         finally:
             record["ended"] = _now()
             folder.write_json(run.run_dir / folder.LAUNCHES, launches)
             _seal(run.run_dir, record)
-    if record["exit_code"]:
-        echo(f"{run.name}: exit code {record['exit_code']}; see {run.run_dir / folder.CONSOLE}")
-    return record["exit_code"] == 0
+    if ending.left_behind:
+        echo(f"{run.name}: left behind by the runner, and ended: {', '.join(ending.left_behind)}")
+    if ending.exit_code:
+        echo(f"{run.name}: {ending.how}; see {run.run_dir / folder.CONSOLE}")
+    return ending.exit_code == 0
+
+
+def _complete(run: RunSpec, state: folder.State, echo: Callable[[str], None]) -> bool:
+    if state.ended:
+        echo(f"{run.name}: complete already ({state.ended}, step {state.step})")
+    return state.ended is not None
 
 
 def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
@@ -323,64 +348,27 @@ def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
     folder.write_json(run_dir / seal.NAME, seal.signed(record))
 
 
-def _run(root: Path, run_dir: Path, command: Command) -> int:
-    """Start it, show and keep what it prints, and wait; its exit code."""
-    with (run_dir / folder.CONSOLE).open("a", encoding="utf-8") as log, _terminated_on_sigterm():
-        process = subprocess.Popen(
-            command.arguments,
-            cwd=root,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **command.environment},
-            stdin=subprocess.DEVNULL,  # should it ask something after all, it fails at once
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=_die_with_parent,
-        )
-
-        def copy() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                for target in (log, sys.stdout):
-                    target.write(line)
-                    target.flush()
-                if "Saved checkpoint to" in line:
-                    folder.prune_checkpoints(run_dir)
-
-        reader = threading.Thread(target=copy, daemon=True)
-        reader.start()
-        try:
-            return process.wait()
-        finally:
-            process.terminate()  # of no effect once it has ended
-            process.wait()
-            reader.join(timeout=10)  # a data-loading process left behind may hold the pipe open
+def _how(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by SIGINT"
+    if isinstance(error, SystemExit):
+        return "stopped by SIGTERM"
+    return f"launcher failed: {type(error).__name__}: {error}"
 
 
-def _die_with_parent() -> None:
-    """In the child: ask Linux for SIGTERM when the launcher dies, by SIGKILL too.
+def _run(root: Path, run_dir: Path, command: Command, lock: int) -> processes.Ending:
+    """Start it, show and keep what it prints, and wait for its end and its children's."""
+    with (run_dir / folder.CONSOLE).open("a", encoding="utf-8") as log:
 
-    Else the runner would go on alone, and a second launch would write into the same folder.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        def on_line(line: str) -> None:
+            for target in (log, sys.stdout):
+                target.write(line)
+                target.flush()
+            if "Saved checkpoint to" in line:
+                folder.prune_checkpoints(run_dir)
 
-
-@contextmanager
-def _terminated_on_sigterm() -> Iterator[None]:
-    """Leave by an exception on SIGTERM (Slurm, Docker), so that the child is ended too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **command.environment}
+        return processes.run(command.arguments, root, environment, lock, on_line)
 
 
 def _points(plan: Plan, run: RunSpec) -> list[dict[str, Any]]:

@@ -11,12 +11,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import run_lock
 from algoperf_shampoo.harness.spec import RunSpec
 
 LAUNCHES = "launches.json"
@@ -61,6 +64,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
         if match:
             found.append((int(match[1]), path))
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def fingerprint(run_dir: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of change of the checkpoints: whether they are still the same."""
+    found = []
+    for path in checkpoints(run_dir):
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # removed by a run under way
+            continue
+        found.append((path.name, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 def examine(run: RunSpec, facts: dict[str, dict[str, Any]], max_steps: int | None) -> State:
@@ -128,6 +143,38 @@ def read_launches(run_dir: Path) -> list[dict[str, Any]]:
     """The launches recorded so far."""
     value = _read_json(run_dir / LAUNCHES)
     return value if isinstance(value, list) else []
+
+
+def launcher() -> dict[str, Any]:
+    """Who launches, for the record: machine, its boot, process, and Slurm's job if there is one."""
+    return {
+        "host": socket.gethostname(),
+        "boot": run_lock.boot_id(),
+        "pid": os.getpid(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def close_launches(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say of each launch how it ended; to be asked by who holds the run's lock.
+
+    One that could not write its end was killed (``kill -9``, the OOM killer, a power cut): what is
+    certain is that it is over, because the lock was free.
+    """
+    closed = []
+    for launch in launches:
+        if launch.get("how") is None:
+            code = launch.get("exit_code")
+            how = "launcher killed"
+            if code is not None:  # by a version that did not say
+                how = "finished" if code == 0 else f"failed: exit code {code}"
+            elif launch.get("host") != socket.gethostname():
+                how = f"launcher killed, or its machine ({launch.get('host', 'unknown')}) stopped"
+            elif launch.get("boot") != run_lock.boot_id():
+                how = "the machine stopped"
+            launch = {**launch, "how": how}
+        closed.append(launch)
+    return closed
 
 
 def _same_hparams(run: RunSpec) -> None:
