@@ -72,11 +72,11 @@ def execute(
     """
     own = identity(run, workload, root, data_dir)
     found = run_folder.check(run.run_dir, own)
-    if _finished(run, found, echo):
+    if _finished(found, run, echo):
         return found
     with run_lock.hold(run.run_dir, echo=echo):
         found = run_folder.check(run.run_dir, own)
-        if _finished(run, found, echo):  # while the lock was waited for
+        if _finished(found, run, echo):  # while the lock was waited for
             return found
         folder_record = found or {
             "format": 1,
@@ -105,7 +105,7 @@ def execute(
     return folder_record
 
 
-def _finished(run: RunSpec, found: dict[str, Any] | None, echo: Echo) -> TypeGuard[dict[str, Any]]:
+def _finished(found: dict[str, Any] | None, run: RunSpec, echo: Echo) -> TypeGuard[dict[str, Any]]:
     if found is None or found["status"] != "finished":
         return False
     echo(f"{run.name}: finished before: {summary(found['result'])}")
