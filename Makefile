@@ -4,7 +4,7 @@
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
   PROCESSES WANDB DRY_RUN ALGOPERF_PYTHON
-words.export := OUT AUTHORS AFFILIATIONS
+words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE
 words.table1 := RUNS TABLE
 words.algoperf-env := TORCH ALGOPERF_VENV
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
@@ -106,7 +106,8 @@ data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data
 
 export-%: words FORCE
 	$(IN_RUN) scripts/export.py --variant=$(call quoted,$*) $(call flag,OUT,out) \
-	  $(call flag,AUTHORS,authors) $(call flag,AFFILIATIONS,affiliations)
+	  $(call flag,AUTHORS,authors) $(call flag,AFFILIATIONS,affiliations) $(call flag,F,f) \
+	  $(call flag,TAU,tau) $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space)
 
 docker-build: words ## image IMAGE= with torch TORCH=, CUDA= (cu128), on BASE=; ENGINE=podman works too
 	@"$$PYTHON" scripts/container.py build

@@ -6,12 +6,14 @@ the environment, where make puts its command line's variables.
 
 import argparse
 import difflib
-import json
 import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from algoperf_shampoo.points import BY_NAME  # noqa: E402
+
 # What people type, and the field of a point or the word they mean.
 SHORT = {"LR": "learning_rate", "WD": "weight_decay", "EPS": "epsilon", "SEED": "SEEDS"}
 
@@ -31,7 +33,7 @@ def main():
             options.goals.split() or ["help"],
             options.taken.split(),
             options.known.split(),
-            fields(ROOT),
+            sorted(BY_NAME),
         )
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
     return 2
@@ -65,22 +67,6 @@ def nearest(word, choices):
     """The choice most like ``word`` and how like it is, 0 to 1; (None, 0) if none is."""
     near = next(iter(difflib.get_close_matches(word, choices, n=1, cutoff=0.7)), None)
     return near, difflib.SequenceMatcher(None, near, word).ratio() if near else 0.0
-
-
-def fields(root):
-    """Every field that a point in ``search_spaces/`` has, sorted."""
-    found = set()
-    for path in sorted((root / "search_spaces").rglob("*.json")):
-        pending = [json.loads(path.read_text(encoding="utf-8"))]
-        while pending:
-            value = pending.pop()
-            if isinstance(value, list):
-                pending += value
-            elif isinstance(value, dict):
-                inner = [v for v in value.values() if isinstance(v, (list, dict))]
-                pending += inner
-                found |= set() if inner else set(value)
-    return sorted(found)
 
 
 if __name__ == "__main__":

@@ -48,16 +48,22 @@ print(json.dumps([p.tolist() for p in model.parameters()]))
 """
 
 
-def parameters(module: str, folder: Path, space: Path, package: bool) -> list:
+def started(
+    module: str, folder: Path, space: Path, package: bool
+) -> subprocess.CompletedProcess[str]:
     code = TRAIN.format(module=module, package=package)
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code, str(space)],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
     )
+
+
+def parameters(module: str, folder: Path, space: Path, package: bool) -> list:
+    done = started(module, folder, space, package)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -85,6 +91,33 @@ def test_the_same_steps_as_in_the_package(tmp_path: Path) -> None:
     inside = f"somewhere.external_tuning.{variant}.submission"
     assert parameters(inside, tmp_path, space, package=False) == ours
     assert parameters("submission", folder, space, package=False) == ours
+
+
+def test_settings_are_in_the_points_and_the_name(tmp_path: Path) -> None:
+    words = "learning_rate=1e-05 one_dim=adam"
+    folder = export.export(ROOT, "eshampoo_adaptive", tmp_path, f="20", settings=words)
+    assert folder.name == "eshampoo_adaptive_F20_lr1e_05_1dadam" and folder.name.isidentifier()
+    [point] = json.loads((folder / "tuning_search_space.json").read_text())
+    [own] = json.loads((ROOT / "search_spaces" / "eshampoo_adaptive.json").read_text())
+    changes = {"precondition_frequency": 20, "learning_rate": 1e-5, "one_dim": "adam"}
+    assert point == {**own, **changes}
+    assert json.loads((folder / export.RECORD).read_text())["settings"] == changes
+    with pytest.raises(UserError, match="TAU=0.1: tau is a field that this variant does not read"):
+        export.export(ROOT, "eshampoo_fixed", tmp_path, tau="0.1")
+    with pytest.raises(UserError, match="no such search space file"):
+        export.export(ROOT, "eshampoo_fixed", tmp_path, search_space=tmp_path / "none.json")
+
+
+def test_a_bad_point_is_one_value_error_of_the_exported_submission(tmp_path: Path) -> None:
+    folder = export.export(ROOT, "nadamw", tmp_path)
+    space = tmp_path / "space.json"
+    [point] = json.loads((folder / "tuning_search_space.json").read_text())
+    space.write_text(json.dumps([{**point, "use_nadam": "no"}]))
+    done = started("submission", folder, space, package=False)
+    assert done.returncode == 1
+    error = 'PointError: use_nadam is "no": it must be true or false'
+    assert done.stderr.splitlines()[-1].endswith(error)
+    assert "in init_optimizer_state" in done.stderr
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
