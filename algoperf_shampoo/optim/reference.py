@@ -4,7 +4,11 @@ Slow on purpose. The tests hold the fast optimizer (:mod:`.kronecker`) against t
 nothing here shares code with it.
 
 Source: Eschenhagen, Defazio, Lee, Turner, Shi, "Purifying Shampoo" (NeurIPS 2025), Algorithms 2
-and 3 and Eq. 11, with three misprints mended:
+and 3 and Eq. 11. The other variants of the family are in :mod:`.reference_shampoo` (without
+grafting, adaptive, Shampoo^2), :mod:`.reference_eshampoo` (Algorithm 4, ablations),
+:mod:`.reference_soap` and :mod:`.reference_kl`.
+
+Misprints and gaps of the paper that are mended, here or in those:
 
 * Algorithm 2, line 6 reads "t mod F = 0 and Equation (11)". Eq. 11 says when the old basis is good
   *enough*, so a new one is computed when t mod F = 0 and Eq. 11 does **not** hold.
@@ -13,6 +17,16 @@ and 3 and Eq. 11, with three misprints mended:
 * Algorithm 2 with tau = 0 is the fixed-frequency variant: every F steps, whatever Eq. 11 says. An
   all-zero factor has no basis to prefer and keeps the one it has.
 * Line 8 of Algorithm 1 rotates back with Q_R instead of its transpose.
+* Algorithm 4, line 3 reads "while ... <= tau": the loop runs while the criterion is **not** met.
+* The text between Eqs. 5 and 6 has R for R_t in U, line 7 of Algorithm 3 G for G_t.
+* Appendix C writes Shampoo's preconditioner as (E[GG'] (x) E[G'G])^1/2; with vec by columns, as
+  everywhere else, it is (E[G'G] (x) E[GG'])^1/2.
+* The proof of Corollary 1 calls (Q_R (x) Q_L)' the eigenvectors of Shampoo; they are the columns of
+  Q_R (x) Q_L.
+* Eq. 25 begins with Q' g_t for Q_T' g_t; Eq. 26 has (1 - beta2) Q_T' g_t g_t' Q_T once, for
+  g_T g_T'. After Eq. 24, "D* ~ D_T" for D^_T.
+* The trace scale S^-1 is defined for matrices; Algorithm 4 gives no order of columns and does not
+  say what becomes of D: :mod:`.reference_shampoo`, :mod:`.reference_eshampoo`.
 """
 
 from __future__ import annotations

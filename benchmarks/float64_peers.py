@@ -1,0 +1,144 @@
+"""Public optimizers, from checkouts or packages of your own, made to compute in float64.
+
+They are not part of this project: name a checkout's folder, or install a package, and pass the
+result to :func:`walk`. Most of them keep state in float32 or bfloat16, or cast on the way to a
+decomposition; :func:`float64` lifts that while they run, by making torch's default dtype,
+``torch.float32`` and the casts ``float()`` and ``bfloat16()`` mean float64, and ``torch.compile``
+mean no compiling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Build = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+# What all are given unless a case says otherwise. The learning rate is a power of two, so that
+# keeping it in float32 loses nothing.
+POINT: dict[str, Any] = dict(lr=2.0**-7, betas=(0.9, 0.95), weight_decay=0.01)
+EPSILON = 1e-8
+
+
+def _no_compile(fn: Any = None, **_: Any) -> Any:
+    return fn if fn is not None else _no_compile
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Within: float32 and bfloat16 mean float64, and nothing is compiled."""
+    patches: list[tuple[Any, str, Any]] = [
+        (torch, "float32", torch.float64),
+        (torch, "float", torch.float64),
+        (torch, "bfloat16", torch.float64),
+        (torch, "compile", _no_compile),
+        (Tensor, "float", lambda x, *_, **__: x.to(torch.float64)),
+        (Tensor, "bfloat16", lambda x, *_, **__: x.to(torch.float64)),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        torch.set_default_dtype(default)
+
+
+def load(folder: str, module: str) -> Any:
+    """A module of a checkout, imported under :func:`float64`."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    with float64():
+        return importlib.import_module(module)
+
+
+def walk(build: Build, start: Tensor, gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The parameter after every step."""
+    with float64():
+        parameter = torch.nn.Parameter(start.clone())
+        optimizer = build([parameter])
+        for g in gradients:
+            parameter.grad = g.clone()
+            optimizer.step()
+            yield parameter.detach().clone()
+
+
+def meta(
+    folder: str,
+    config: str,
+    *,
+    F: int,
+    solver: dict[str, Any] | None = None,
+    grafting: bool = False,
+    dtypes: Iterable[str] = (),
+    **settings: Any,
+) -> Build:
+    """DistributedShampoo of facebookresearch/optimizers; tensors are neither merged nor cut.
+
+    Args:
+        folder: the checkout.
+        config: name of the preconditioner's configuration class.
+        F: precondition_frequency.
+        solver: {"class": name of the solver's configuration, **its fields}.
+        grafting: from Adam, with epsilon :data:`EPSILON`.
+        dtypes: names of further dtype fields of the configuration to lift.
+        settings: further fields of the configuration.
+    """
+    module = load(folder, "distributed_shampoo")
+    types = load(folder, "distributed_shampoo.shampoo_types")
+    solvers = load(folder, "distributed_shampoo.preconditioner.matrix_functions_types")
+    if solver is not None:
+        fields = {k: v for k, v in solver.items() if k != "class"}
+        settings["amortized_computation_config"] = getattr(solvers, solver["class"])(**fields)
+    for name in ("factor_matrix_dtype", *dtypes):
+        settings[name] = torch.float64
+    adam = types.AdamPreconditionerConfig(beta2=POINT["betas"][1], epsilon=EPSILON)
+    return lambda params: module.DistributedShampoo(
+        params,
+        **POINT,
+        epsilon=EPSILON,
+        precondition_frequency=F,
+        start_preconditioning_step=F,
+        grafting_config=adam if grafting else None,
+        preconditioner_config=getattr(types, config)(**settings),
+        distributed_config=types.SingleDeviceDistributedConfig(
+            target_parameter_dimensionality=math.inf
+        ),
+    )
+
+
+def soap(folder: str, *, F: int, **settings: Any) -> Build:
+    """SOAP of nikhilvyas/SOAP."""
+    module = load(folder, "soap")
+    return lambda params: module.SOAP(
+        params, **POINT, eps=EPSILON, precondition_frequency=F, **settings
+    )
+
+
+def kl(folder: str, *, F: int, **settings: Any) -> Build:
+    """KLOpt of yorkerlin/KL-Methods."""
+    module = load(folder, "optim.kl_opt")
+
+    def build(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        with contextlib.redirect_stdout(None):
+            return module.KLOpt(
+                params,
+                **POINT,
+                eps=EPSILON,
+                precondition_frequency=F,
+                cast_dtype=torch.float64,
+                **settings,
+            )
+
+    return build
