@@ -6,6 +6,7 @@ words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE
   PROCESSES WANDB DRY_RUN ALGOPERF_PYTHON
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE
 words.table1 := RUNS TABLE
+words.repeat := RUN OUT DATA_DIR
 words.algoperf-env := TORCH ALGOPERF_VENV
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA DRY_RUN
@@ -51,7 +52,7 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-gpu test-kernels \
-  lint types table1 FORCE
+  lint types table1 repeat FORCE
 .DEFAULT_GOAL := help
 
 help: words ## list targets and variables
@@ -97,6 +98,9 @@ submit-%: words FORCE
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
 	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)
+
+repeat: words ## train a run again from its folder, RUN=, and compare; into OUT=results/repeats/N
+	$(IN_RUN) scripts/repeat.py $(call flag,RUN,run) $(call flag,OUT,out) $(call flag,DATA_DIR,data_dir)
 
 algoperf-env: words ## AlgoPerf's harness, pinned, in .venv-algoperf with torch TORCH=2.13.0
 	@"$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" algoperf

@@ -42,3 +42,8 @@ def complaint(error: OSError) -> str:
     what = error.strerror or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0)
     return ": ".join([*names[:1], what] + ([remedy] if remedy else []))
+
+
+def shown(path: Path, root: Path) -> str:
+    """The path as a user would type it in ``root``."""
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()

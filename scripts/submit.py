@@ -8,6 +8,7 @@ import shlex
 from absl import flags
 from command_line import ROOT, run
 
+from algoperf_shampoo import paths
 from algoperf_shampoo.study import launch, logs, plan, table_text, tables
 
 _VARIANT = flags.DEFINE_list("variant", None, "Folders of submissions/, comma-separated.")
@@ -70,10 +71,10 @@ def main() -> int:
 
 def _next_step(done: plan.Plan) -> str:
     """What to type after this, and where to read on."""
-    default = done.out == ROOT / "results" / "runs" / done.size
-    out = done.out.relative_to(ROOT) if done.out.is_relative_to(ROOT) else done.out
-    table = "make table1" if default else f"make table1 RUNS={shlex.quote(str(out))}"
-    return f"next: {table}  (all runs so far, beside the paper's; README.md, Reading the results)"
+    table = "make table1"
+    if done.out != ROOT / "results" / "runs" / done.size:
+        table += f" RUNS={shlex.quote(paths.shown(done.out, ROOT))}"
+    return f"next: {table}\n      (README.md, Reading the results, has the files and the columns)"
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ def _write(stem: Path, made: list[tables.Table], asked: bool) -> None:
             raise
         print(f"\nnot written: {paths.complaint(error)}")
     else:
-        shown = stem.relative_to(ROOT) if stem.is_relative_to(ROOT) else stem
-        print(f"\nwritten: {shown}.md, .csv, .json")
+        print(f"\nwritten: {paths.shown(stem, ROOT)}.md, .csv, .json")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.study import busy
 from algoperf_shampoo.study.plan import Plan
 
 Echo = Callable[[str], None]
@@ -71,6 +73,10 @@ def _launch_embedded(
         run_folder.check(run.run_dir, own)
     if plan.dry_run:
         return 0
+    if not torch.cuda.is_available():
+        note = busy.note(torch.get_num_threads(), busy.cores(), busy.load())
+        if note:
+            echo(f"note: {note}")
     failed = 0
     for run in plan.runs:
         try:
@@ -86,6 +92,9 @@ def _launch_embedded(
         except UserError as error:
             failed += 1
             echo(f"{run.name}: failed: {error}")
+        except OSError as error:
+            failed += 1
+            echo(f"{run.name}: failed: {paths.complaint(error)}")
         except Exception:  # whatever a submission does wrong, the next run is to start
             failed += 1
             echo(f"{run.name}: failed:\n{traceback.format_exc()}")
