@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -27,7 +28,10 @@ def main() -> int:
     names = [_RUNS.value] if whole.is_dir() else _RUNS.value.split(",")
     folders = [paths.given("RUNS", name, ROOT) for name in names]
     # Before the first run the default folder does not exist, and the table says "no runs yet".
-    found = logs.find_trials(f for f in folders if f.exists() or not own)
+    found = logs.find_trials(
+        (f for f in folders if f.exists() or not own),
+        lambda note: print(f"note: {note}", file=sys.stderr),
+    )
     made = tables.table1(found, ROOT)
     width = table_text.terminal_width()
     print(*(table_text.render(table, width) for table in made), sep="\n\n")

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def _compare(folder: Path, name: str, sealed: dict[str, Any], ended: bool) -> st
         return "is no file of a run"
     size = sealed["bytes"]
     try:
+        if not stat.S_ISREG((folder / name).stat().st_mode):
+            return "is no regular file"  # opening a pipe would block for ever
         with open(folder / name, "rb") as file:
             data = file.read(size)
             more = len(file.read(1)) > 0

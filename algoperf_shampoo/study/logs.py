@@ -3,43 +3,54 @@
 It takes embedded runs, runs of the real harness and the published logs alike, told apart by what
 lies in the folder. The target is the one the run itself logged; a hit is the first evaluation whose
 validation metric reaches it, and its time is that row's ``accumulated_submission_time``. What a log
-lacks is listed in :attr:`Trial.holes`; nothing is filled in.
+lacks is listed in :attr:`Trial.holes`; nothing is filled in. No content of any file is an error
+here: it is a hole of its own run, which is then not counted, and the others are read all the same.
+
+A run of ours has a record (``run.json``, or ``seal.json`` beside AlgoPerf's files) with sizes and
+digests of the others. Where files, record and digests disagree the run is not counted.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
+import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import seal
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
+from algoperf_shampoo.study import files
+from algoperf_shampoo.study.evaluations import (
+    EVALS,
+    METRICS,
+    Evaluation,
+    Holes,
+    read_evaluations,
+    spent_with_score,
+)
 
-_FRAMEWORKS = ("pytorch", "jax")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One row of ``eval_measurements.csv``: times in seconds, metric on the validation split."""
-
-    step: int
-    submission_time: float
-    value: float
-    row: dict[str, float] = field(repr=False, compare=False)
+FRAMEWORKS = ("pytorch", "jax")
+_RECORD, _LOSSES = "run.json", "step_losses.csv"
+_DIVERGED = "diverged"
+_TRIAL = re.compile(r"trial_[0-9]+")
+_STUDY = re.compile(r"study_[0-9]+")
+_MAX_TEXT = 1000
+"""Length of a hyperparameter that is a text; longer ones are no hyperparameters."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """One ``trial_N`` folder, read.
 
-    ``outcome`` is "hit", "miss" (the budget was spent short of the target), "unfinished" (an
-    embedded run still going, or killed) or "unknown" (the log does not say; see ``holes``).
-    ``steps_to_target`` and ``time_to_target`` (seconds) are None unless the outcome is a hit.
+    ``outcome`` is "hit", "miss" (the budget was spent short of the target, or the run diverged),
+    "unfinished" (an embedded run still going, or killed) or "unknown" (the log does not say, or is
+    not to be trusted; see ``holes``). ``steps_to_target`` and ``time_to_target`` (seconds) are None
+    unless the outcome is a hit.
     """
 
     path: Path
@@ -59,31 +70,61 @@ class Trial:
     outcome: str
     steps_to_target: int | None
     time_to_target: float | None
+    diverged: bool = False
 
 
-def find_trials(roots: Iterable[Path]) -> list[Trial]:
-    """Every trial below ``roots``, in the order of their paths.
+def find_trials(
+    roots: Iterable[Path], say: Callable[[str], None] = lambda note: None
+) -> list[Trial]:
+    """Every trial below ``roots``, in the order of their paths; links are followed.
+
+    Each folder is entered once, however many links lead to it, and by its own path if that lies
+    below ``roots``. ``say`` is given a line for each folder or link that is left out.
 
     Raises:
         UserError: a root does not exist.
     """
     found: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+    left: list[Path] = []
+    links: list[Path] = []
     for root in roots:
-        if not root.is_dir():
+        if not _is_dir(root):
             raise UserError(f"{root}: no such folder of runs")
-        found += [path for path in root.rglob("trial_*") if is_trial(path)]
-        if is_trial(root):
-            found.append(root)
-    return [read_trial(path) for path in sorted(set(found), key=_natural)]
+        left.append(root.absolute())
+    while left or links:
+        path = left.pop() if left else links.pop()
+        try:
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) in entered:
+                if path.is_symlink():
+                    say(f"{files.printable(str(path))}: a link to a folder that is read already")
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            if is_trial(path):
+                found.append(path)
+                continue
+            names = os.listdir(path)
+        except OSError as error:
+            say(f"{files.printable(str(path))}: left out: {error.strerror}")
+            continue
+        below = [path / name for name in names if _is_dir(path / name)]
+        left += [p for p in below if not p.is_symlink()]
+        links = sorted([*links, *(p for p in below if p.is_symlink())], key=_natural, reverse=True)
+    return [read_trial(path) for path in sorted(found, key=_natural)]
 
 
 def is_trial(path: Path) -> bool:
-    """Whether a path is a folder LABEL/study_K/WORKLOAD_FRAMEWORK/trial_N."""
-    return bool(
-        path.is_dir()
-        and re.fullmatch(r"trial_\d+", path.name)
-        and path.parent.name.endswith(tuple(f"_{name}" for name in _FRAMEWORKS))
-    )
+    """Whether a path is a folder LABEL/study_K/WORKLOAD_FRAMEWORK/trial_N.
+
+    Some published logs lack the level of the workload: with AlgoPerf's files in them,
+    LABEL/study_K/trial_N are trials too.
+    """
+    if not _TRIAL.fullmatch(path.name) or not _is_dir(path):
+        return False
+    if path.parent.name.endswith(tuple(f"_{name}" for name in FRAMEWORKS)):
+        return True
+    return bool(_STUDY.fullmatch(path.parent.name)) and (path / EVALS).exists()
 
 
 def read_trial(path: Path) -> Trial:
@@ -95,34 +136,55 @@ def read_trial(path: Path) -> Trial:
     path = path.absolute()
     if not is_trial(path):
         raise UserError(f"{path}: not a folder study_K/WORKLOAD_pytorch/trial_N of a run")
-    workload, _, framework = path.parent.name.rpartition("_")
-    holes: list[str] = []
-    meta = _read_json(_first(path, "meta_data_*.json"), holes, "meta_data_0.json") or {}
-    record = _read_json(path / "run.json", holes, None)
-    metric = meta.get("workload.target_metric_name")
-    target = meta.get("workload.validation_target_value")
-    if metric is None or target is None:
-        holes.append("no target in the meta data")
-    evaluations = _read_evaluations(path / "eval_measurements.csv", metric, holes)
-    hit = next((e for e in evaluations if target is not None and e.value >= target), None)
+    holes = Holes()
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        holes.fault(f"the folder cannot be read: {error.strerror}")
+        names = []
+    meta = _read_meta(path, names, holes)
+    flags = _newest(path, names, "flags_", holes)
+    study, workload, framework = _place(path, flags, holes)
+    record = _read_object(path / _RECORD, holes) if _RECORD in names else None
+    if _LOSSES in names and _RECORD not in names:
+        holes.fault(f"no {_RECORD}, though {_LOSSES} is of the embedded harness")
+    _check_seal(path, names, record, holes)
+    hparams = _read_hparams(path, names, flags, holes)
+    metric, target = _target(meta, holes)
+    evaluations = read_evaluations(path, metric, holes) if metric is not None else []
+    hit = None
+    if metric is not None and target is not None:
+        reaches = METRICS[metric].reaches
+        hit = next((e for e in evaluations if reaches(e.value, target)), None)
+    embedded = _RECORD in names
+    if record is not None:
+        _check_record(record, meta, hparams, workload, hit, evaluations, holes)
+    status = record.get("status") if record is not None else None
+    diverged = status == _DIVERGED or _is_not_finite(evaluations)
+    if diverged:
+        holes.note("diverged" + (" (run.json)" if status == _DIVERGED else ""))
+    outcome = _outcome(path, hit, evaluations, embedded, status, flags, meta, holes)
+    if outcome != "hit":
+        hit = None
     return Trial(
         path=path,
-        source="embedded" if record is not None else "algoperf",
-        label=path.parents[2].name,
-        study=path.parents[1].name,
-        workload=workload,
+        source="embedded" if embedded else "algoperf",
+        label=files.printable(study.parent.name),
+        study=files.printable(study.name),
+        workload=files.printable(workload),
         framework=framework,
         trial=int(path.name.removeprefix("trial_")),
-        seed=meta.get("rng_seed"),
+        seed=_whole(meta.get("rng_seed")),
         metric=metric,
         target=target,
-        step_hint=meta.get("workload.step_hint"),
-        hparams=_read_json(path / "hparams.json", holes, "hparams.json"),
+        step_hint=_whole(meta.get("workload.step_hint")),
+        hparams=hparams,
         evaluations=evaluations,
-        outcome=_outcome(path, hit, evaluations, record, meta, holes),
-        holes=holes,
+        outcome=outcome,
+        holes=[files.printable(text, 600) for text in holes.texts],
         steps_to_target=hit.step if hit else None,
         time_to_target=hit.submission_time if hit else None,
+        diverged=diverged,
     )
 
 
@@ -155,118 +217,234 @@ def benchmark_version(
     return "unknown"
 
 
+def _place(path: Path, flags: dict[str, Any], holes: Holes) -> tuple[Path, str, str]:
+    """Folder of the study, workload, and framework of a trial."""
+    workload, _, framework = path.parent.name.rpartition("_")
+    if framework in FRAMEWORKS:
+        return path.parents[1], workload, framework
+    named, by = flags.get("workload"), flags.get("framework")
+    if isinstance(named, str) and by in FRAMEWORKS:
+        return path.parent, named, str(by)
+    holes.fault("neither the folder above nor flags_*.json names a workload and a framework")
+    return path.parent, "unknown", "unknown"
+
+
+def _read_object(path: Path, holes: Holes) -> dict[str, Any] | None:
+    """The object in a JSON file that is there; None and a fault if it cannot be had."""
+    try:
+        return files.read_json(path)
+    except files.Unreadable as reason:
+        holes.fault(f"{path.name} {reason}")
+        return None
+
+
+def _read_meta(path: Path, names: list[str], holes: Holes) -> dict[str, Any]:
+    """The first session's meta data; a fault where a later session had another target."""
+    own = files.numbered(names, "meta_data_")
+    if not own:
+        holes.fault("no meta_data_0.json")
+        return {}
+    read = [(name, _read_object(path / name, holes)) for name in own]
+    first = read[0][1] or {}
+    for name, other in read[1:]:
+        for key in ("target_metric_name", "validation_target_value", "max_allowed_runtime_sec"):
+            key = f"workload.{key}"
+            if other is not None and other.get(key) != first.get(key):
+                was, now = (_short(one.get(key)) for one in (first, other))
+                holes.fault(f"{key} is {was} in {own[0]} and {now} in {name}")
+    return first
+
+
+def _newest(path: Path, names: list[str], start: str, holes: Holes) -> dict[str, Any]:
+    found = files.numbered(names, start)
+    return (_read_object(path / found[-1], holes) if found else None) or {}
+
+
+def _target(meta: dict[str, Any], holes: Holes) -> tuple[str | None, float | None]:
+    metric = meta.get("workload.target_metric_name")
+    stated = meta.get("workload.validation_target_value")
+    if metric is None or stated is None:
+        holes.fault("no target in the meta data")
+        return None, None
+    target = files.finite(stated)
+    if target is None:
+        holes.fault(f"the target in the meta data is {_short(stated)}, not a finite number")
+    if not isinstance(metric, str) or metric not in METRICS:
+        known = ", ".join(METRICS)
+        holes.fault(f"the metric in the meta data is {_short(metric)}; known are {known}")
+        return None, target
+    return metric, target
+
+
+def _read_hparams(
+    path: Path, names: list[str], flags: dict[str, Any], holes: Holes
+) -> dict[str, Any] | None:
+    if "hparams.json" not in names:
+        if flags.get("tuning_ruleset") != "self":  # which has no point
+            holes.note("no hparams.json")
+        return None
+    hparams = _read_object(path / "hparams.json", holes)
+    for key, value in (hparams or {}).items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and files.finite(value) is None:
+            holes.fault(f"hparams.json: {files.printable(key, 80)} is {value}, not a finite number")
+            return None
+        if isinstance(value, dict | list):
+            holes.fault(f"hparams.json: {files.printable(key, 80)} is {_short(value)}, no value")
+            return None
+        for text in (key, value):
+            if isinstance(text, str) and files.printable(text, _MAX_TEXT) != text:
+                holes.fault(f"hparams.json: {files.printable(key, 80)}: no text of a point")
+                return None
+    return hparams
+
+
+def _check_seal(path: Path, names: list[str], record: dict[str, Any] | None, holes: Holes) -> None:
+    """Faults where files are not as the record has them."""
+    ended = True
+    if record is not None:
+        ended = record.get("status") in ("finished", _DIVERGED)
+    elif seal.NAME in names:
+        record = _read_object(path / seal.NAME, holes)
+    if record is None:
+        return
+    try:
+        for problem in seal.problems(path, record, ended):
+            holes.fault(problem)
+    except OSError as error:
+        holes.fault(f"files cannot be compared with their digests: {error.strerror}")
+
+
+def _check_record(
+    record: dict[str, Any],
+    meta: dict[str, Any],
+    hparams: dict[str, Any] | None,
+    workload: str,
+    hit: Evaluation | None,
+    evaluations: list[Evaluation],
+    holes: Holes,
+) -> None:
+    """Faults where ``run.json`` says something else than the files beside it."""
+
+    def compare(what: str, said: Any, where: str, found: Any) -> None:
+        if said != found:
+            holes.fault(f"run.json: {what} is {_short(said)}; {where}: {_short(found)}")
+
+    identity = _part(record, "identity", holes)
+    if identity is None:
+        return
+    properties = _part(identity, "workload_properties", holes) or {}
+    compare("workload", identity.get("workload"), "the folder's name", workload)
+    compare("seed", identity.get("seed"), "meta_data_0.json", meta.get("rng_seed"))
+    for key in ("target_metric_name", "validation_target_value"):
+        compare(key, properties.get(key), "meta_data_0.json", meta.get(f"workload.{key}"))
+    compare("hparams", identity.get("hparams"), "hparams.json", hparams)
+    if record.get("status") not in ("finished", _DIVERGED):
+        return
+    result = _part(record, "result", holes)
+    if result is None or holes.faults:
+        return
+    where = EVALS
+    compare("steps_to_target", result.get("steps_to_target"), where, hit.step if hit else None)
+    spent = hit.submission_time if hit else None
+    compare("time_to_target", result.get("time_to_target"), where, spent)
+    last, end = evaluations[-1].step if evaluations else 0, files.finite(result.get("global_step"))
+    if end is None or end < last:
+        compare("global_step", result.get("global_step"), f"last step in {where}", last)
+
+
+def _part(record: dict[str, Any], key: str, holes: Holes) -> dict[str, Any] | None:
+    value = record.get(key)
+    if isinstance(value, dict):
+        return value
+    holes.fault(f"run.json: {key} is {_short(value)}, not an object")
+    return None
+
+
+def _is_not_finite(evaluations: list[Evaluation]) -> bool:
+    return bool(evaluations) and not math.isfinite(evaluations[-1].value)
+
+
 def _outcome(
     path: Path,
     hit: Evaluation | None,
     evaluations: list[Evaluation],
-    record: dict[str, Any] | None,
+    embedded: bool,
+    status: Any,
+    flags: dict[str, Any],
     meta: dict[str, Any],
-    holes: list[str],
+    holes: Holes,
 ) -> str:
-    if record is not None and record.get("status") != "finished":
+    ended = status in ("finished", _DIVERGED)
+    if embedded and not ended and not holes.faults:
         return "unfinished"
+    if holes.faults:
+        return "unknown"
     if hit is not None:
         return "hit"
-    if not evaluations or any(hole.startswith("no target") for hole in holes):
-        return "unknown"
-    if record is not None or _ran_to_its_end(path, evaluations, meta):
+    if embedded:
         return "miss"
-    last, budget = evaluations[-1], meta.get("workload.max_allowed_runtime_sec")
+    budget = _budget(meta, holes)
+    if holes.faults:
+        return "unknown"
+    if _ran_to_its_end(path, evaluations, flags, budget):
+        return "miss"
+    last = evaluations[-1]
     many = f"{len(evaluations)} evaluations" if len(evaluations) > 1 else "one evaluation only"
-    holes.append(
+    holes.fault(
         f"{many}: the log breaks off at step {last.step}, {last.submission_time:.0f} s of a "
-        f"budget of {budget} s, short of the target"
+        f"budget of {budget:g} s, short of the target"
     )
     return "unknown"
 
 
-def _ran_to_its_end(path: Path, evaluations: list[Evaluation], meta: dict[str, Any]) -> bool:
+def _budget(meta: dict[str, Any], holes: Holes) -> float:
+    """Seconds of submission time that the run was allowed."""
+    stated = meta.get("workload.max_allowed_runtime_sec")
+    budget = files.finite(stated)
+    if budget is None or budget <= 0:
+        holes.fault(f"the time budget in the meta data is {_short(stated)}, not a number above 0")
+        return math.nan
+    return budget
+
+
+def _ran_to_its_end(
+    path: Path, evaluations: list[Evaluation], flags: dict[str, Any], budget: float
+) -> bool:
     """Whether an AlgoPerf log shows that its run spent its budget, of steps or of time.
 
     AlgoPerf leaves out the evaluation at which it finds the time spent, so a whole log ends within
     one evaluation period of the budget; some versions also log a last row with the score alone.
     """
     last = evaluations[-1]
-    flags = _read_json(max(path.glob("flags_*.json"), key=_natural, default=None), [], None) or {}
-    if flags.get("max_global_steps") == last.step:
+    if flags.get("max_global_steps") == last.step or spent_with_score(path):
         return True
-    measurements = path / "measurements.csv"
-    if measurements.is_file():
-        with open(measurements, newline="") as file:
-            rows = list(csv.DictReader(file))
-        names = ("score", "accumulated_submission_time")
-        score, spent = (_float(rows[-1].get(name)) if rows else math.nan for name in names)
-        if not math.isnan(score) and math.isnan(spent):
-            return True
     times = [evaluation.submission_time for evaluation in evaluations]
     gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
-    budget = meta.get("workload.max_allowed_runtime_sec", math.inf)
     return bool(gaps) and budget - times[-1] < 1.1 * max(gaps)
 
 
-def _read_evaluations(path: Path, metric: str | None, holes: list[str]) -> list[Evaluation]:
-    if not path.is_file():
-        holes.append("no eval_measurements.csv")
-        return []
-    column = f"validation/{metric}"
-    needed = ("global_step", "accumulated_submission_time", column)
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        names = reader.fieldnames or []
-        missing = [name for name in needed if name not in names]
-        if missing:
-            holes.append(f"no column {', '.join(missing)} in eval_measurements.csv")
-            return []
-        rows = list(reader)
-    by_step: dict[int, Evaluation] = {}
-    for number, row in enumerate(rows, start=2):
-        values = {key: _float(value) for key, value in row.items() if isinstance(key, str)}
-        step, spent, value = (values[name] for name in needed)
-        if math.isnan(step) or math.isnan(spent):
-            holes.append(f"eval_measurements.csv line {number} is incomplete: left out")
-            continue
-        if math.isnan(value):
-            holes.append(f"no {column} at step {int(step)}")
-        if int(step) in by_step:
-            holes.append(f"step {int(step)} is there twice (a resumed run): the later row counts")
-        # A resumed run goes back: rows after the step it went back to are of a lost branch.
-        lost = [s for s in by_step if s > int(step)]
-        if lost:
-            holes.append(
-                f"{len(lost)} rows after step {int(step)} were done again by a resumed run: "
-                "the later rows count"
-            )
-        for s in (*lost, int(step)):
-            by_step.pop(s, None)
-        by_step[int(step)] = Evaluation(int(step), spent, value, values)
-    return list(by_step.values())
+def _whole(value: Any) -> int | None:
+    number = files.finite(value)
+    return int(number) if number is not None and number == int(number) else None
 
 
-def _read_json(path: Path | None, holes: list[str], name: str | None) -> dict[str, Any] | None:
-    """The object in a file; a hole if it is missing (and ``name`` is given) or broken."""
-    if path is None or not path.is_file():
-        if name:
-            holes.append(f"no {name}")
-        return None
+def _short(value: Any) -> str:
+    """A value of a JSON file for a message."""
+    return files.printable(json.dumps(value), 60)
+
+
+def _is_dir(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        holes.append(f"{path.name} is not valid JSON")
-        return None
-    return content if isinstance(content, dict) else None
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long, or with a null character
+        return False
 
 
-def _first(path: Path, pattern: str) -> Path | None:
-    return min(path.glob(pattern), key=_natural, default=None)
-
-
-def _natural(path: Path) -> list[Any]:
-    parts = re.split(r"(\d+)", path.as_posix())
-    return [int(part) if part.isdigit() else part for part in parts]
-
-
-def _float(text: Any) -> float:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.nan
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """A key that orders numbers in a path by their value."""
+    parts = re.split(r"([0-9]+)", path.as_posix())
+    return [
+        (1, int(part), "") if part.isdecimal() and part.isascii() else (0, 0, part)
+        for part in parts
+    ]

@@ -19,7 +19,7 @@ from typing import Any
 
 from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
-from algoperf_shampoo.study import differences
+from algoperf_shampoo.study import differences, files
 from algoperf_shampoo.study.differences import Difference
 from algoperf_shampoo.study.logs import Trial, benchmark_version, size_of
 
@@ -185,7 +185,8 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 def to_json(tables: Sequence[Table]) -> str:
     """Everything, the run folders of each row among it."""
-    return json.dumps([asdict(table) for table in tables], indent=2, ensure_ascii=False) + "\n"
+    content = [asdict(table) for table in tables]
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _is_of(trial: Trial, entry: dict[str, Any], size: str) -> bool:
@@ -327,4 +328,5 @@ def _pipe(cells: Sequence[str]) -> str:
 
 
 def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+    shown = path.relative_to(root) if path.is_relative_to(root) else path
+    return files.printable(shown.as_posix(), 4096)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import seal
 from algoperf_shampoo.study import logs
 
 ROOT = Path(__file__).parents[2]
@@ -67,12 +68,14 @@ def test_a_log_with_a_hole_is_said_to_have_it_and_nothing_is_guessed(path, hole)
     assert trial.steps_to_target is None and trial.time_to_target is None
 
 
+COLUMNS = "global_step,accumulated_submission_time,validation/accuracy,preemption_count"
+
+
 def made_trial(folder: Path, rows: list[tuple], meta: dict | None = None) -> Path:
-    """A trial folder with evaluations (step, submission time, accuracy), target 0.5."""
+    """A trial folder with evaluations (step, submission time, accuracy[, session]), target 0.5."""
     path = folder / "label" / "study_1" / "w_pytorch" / "trial_1"
     path.mkdir(parents=True)
-    lines = ["global_step,accumulated_submission_time,validation/accuracy"]
-    lines += [",".join(map(str, row)) for row in rows]
+    lines = [COLUMNS, *(",".join(map(str, (*row, 0)[:4])) for row in rows)]
     (path / "eval_measurements.csv").write_text("\n".join(lines) + "\n")
     content = {
         "workload.target_metric_name": "accuracy",
@@ -92,7 +95,8 @@ def test_the_target_itself_is_a_hit_and_the_first_one_counts(tmp_path):
 
 
 def test_rows_a_resumed_run_wrote_twice_count_once_and_are_said(tmp_path):
-    rows = [(1, 1.0, 0.1), (5, 5.0, 0.2), (9, 9.0, 0.6), (5, 5.5, 0.2), (9, 10.0, 0.4)]
+    rows = [(1, 1.0, 0.1, 0), (5, 5.0, 0.2, 0), (9, 9.0, 0.6, 0)]
+    rows += [(5, 5.5, 0.2, 1), (9, 10.0, 0.4, 1)]
     trial = logs.read_trial(made_trial(tmp_path, rows))
     assert [(e.step, e.submission_time) for e in trial.evaluations] == [
         (1, 1.0),
@@ -103,25 +107,33 @@ def test_rows_a_resumed_run_wrote_twice_count_once_and_are_said(tmp_path):
     assert any("step 5 is there twice" in hole for hole in trial.holes)
 
 
-def test_a_row_cut_short_is_left_out_and_said(tmp_path):
-    trial = logs.read_trial(made_trial(tmp_path, [(1, 1.0, 0.1), (5, "", ""), (9, 9.0, 0.7)]))
-    assert trial.steps_to_target == 9
-    assert "eval_measurements.csv line 3 is incomplete: left out" in trial.holes
+def test_a_resumed_run_may_go_back_in_time_too(tmp_path):
+    """Evaluations are due by time: the branch that was left may have had one at another step."""
+    rows = [(1, 1.0, 0.1, 0), (5, 5.0, 0.2, 0), (9, 9.1, 0.3, 0), (10, 9.0, 0.6, 1)]
+    trial = logs.read_trial(made_trial(tmp_path, rows))
+    assert [e.step for e in trial.evaluations] == [1, 5, 10]
+    assert (trial.outcome, trial.steps_to_target) == ("hit", 10)
+    assert any("1 rows were done again" in hole for hole in trial.holes)
 
 
-def test_nan_is_no_hit(tmp_path):
-    trial = logs.read_trial(made_trial(tmp_path, [(1, 10.0, "nan"), (5, 25.0, "nan")]))
-    assert trial.outcome == "miss" and "no validation/accuracy at step 1" in trial.holes
+def test_nan_is_no_hit_and_the_run_is_said_to_have_diverged(tmp_path):
+    trial = logs.read_trial(made_trial(tmp_path, [(1, 10.0, "nan"), (5, 25.0, "")]))
+    assert trial.outcome == "miss" and trial.diverged
+    assert trial.holes == [
+        "validation/accuracy is not finite at 2 of 2 evaluations, the first at step 1",
+        "diverged",
+    ]
 
 
 def test_an_empty_csv_and_a_missing_target_are_holes(tmp_path):
     path = made_trial(tmp_path, [(1, 1.0, 0.1)])
     (path / "eval_measurements.csv").write_text("")
-    assert any("no column global_step" in hole for hole in logs.read_trial(path).holes)
+    assert "eval_measurements.csv has no header" in logs.read_trial(path).holes
     (path / "meta_data_0.json").write_text("{}")
     assert "no target in the meta data" in logs.read_trial(path).holes
     (path / "meta_data_0.json").write_text("{")
-    assert "meta_data_0.json is not valid JSON" in logs.read_trial(path).holes
+    holes = logs.read_trial(path).holes
+    assert holes[0].startswith("meta_data_0.json is not valid JSON: line 1: ")
 
 
 def test_a_run_ended_by_its_step_limit_is_a_miss(tmp_path):
@@ -131,13 +143,33 @@ def test_a_run_ended_by_its_step_limit_is_a_miss(tmp_path):
     assert logs.read_trial(path).outcome == "miss"
 
 
+def embedded_trial(folder: Path, rows: list[tuple], status: str, result: dict) -> Path:
+    """An embedded run's folder with a sealed record of these evaluations."""
+    path = made_trial(folder, rows, {"rng_seed": 1})
+    properties = {"target_metric_name": "accuracy", "validation_target_value": 0.5}
+    identity = {"workload": "w", "seed": 1, "hparams": {}, "workload_properties": properties}
+    record = {"identity": identity, "status": status, "result": result, "files": seal.make(path)}
+    (path / "run.json").write_text(json.dumps(seal.signed(record)))
+    return path
+
+
+HIT = {"steps_to_target": 5, "time_to_target": 5.0, "global_step": 5}
+
+
 def test_an_embedded_run_is_unfinished_until_its_record_says_so(tmp_path):
-    path = made_trial(tmp_path, [(1, 1.0, 0.1), (5, 5.0, 0.6)])
-    (path / "run.json").write_text(json.dumps({"identity": {}, "status": "running"}))
-    assert logs.read_trial(path).outcome == "unfinished"
-    (path / "run.json").write_text(json.dumps({"identity": {}, "status": "finished"}))
-    trial = logs.read_trial(path)
-    assert (trial.outcome, trial.source) == ("hit", "embedded")
+    rows = [(1, 1.0, 0.1), (5, 5.0, 0.6)]
+    trial = logs.read_trial(embedded_trial(tmp_path / "a", rows, "running", {}))
+    assert (trial.outcome, trial.holes) == ("unfinished", [])
+    trial = logs.read_trial(embedded_trial(tmp_path / "b", rows, "finished", HIT))
+    assert (trial.outcome, trial.source, trial.holes) == ("hit", "embedded", [])
+
+
+def test_a_diverged_run_is_a_miss_and_marked(tmp_path):
+    rows = [(1, 1.0, 0.1), (5, 5.0, "nan")]
+    result = {"steps_to_target": None, "time_to_target": None, "global_step": 7}
+    trial = logs.read_trial(embedded_trial(tmp_path, rows, "diverged", result))
+    assert (trial.outcome, trial.diverged) == ("miss", True)
+    assert trial.holes[-1] == "diverged (run.json)"
 
 
 def test_finding_trials_below_folders(tmp_path):
@@ -153,6 +185,8 @@ def test_finding_trials_below_folders(tmp_path):
     ]
     with pytest.raises(UserError, match="no such folder of runs"):
         logs.find_trials([tmp_path / "nothing"])
+    with pytest.raises(UserError, match="no such folder of runs"):
+        logs.find_trials([tmp_path / ("n" * 300)])
     with pytest.raises(UserError, match="not a folder study_K"):
         logs.read_trial(tmp_path)
 
