@@ -12,25 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
-
-_OTHER_FOLDER = "set OUT= to another folder"
-_ADVICE = {
-    errno.ENOSPC: "free some space and give the same command again",
-    errno.EDQUOT: "free some space and give the same command again",
-    errno.EROFS: _OTHER_FOLDER,
-    errno.EACCES: _OTHER_FOLDER,
-    errno.EPERM: _OTHER_FOLDER,
-    errno.ENAMETOOLONG: "set OUT= to a shorter path (a name has at most 255 bytes)",
-    errno.ENOENT: "it was deleted or moved; give the same command again",
-    errno.ESTALE: "it was deleted or moved; give the same command again",
-    errno.ENOTDIR: "a file is where a folder should be; " + _OTHER_FOLDER,
-    errno.EISDIR: "a folder is where a file should be; remove it, or " + _OTHER_FOLDER,
-    errno.EEXIST: "something else is where a folder should be; remove it, or " + _OTHER_FOLDER,
-    errno.ELOOP: "a symbolic link leads back to itself; remove it, or " + _OTHER_FOLDER,
-    errno.ENOLCK: "files cannot be locked there; " + _OTHER_FOLDER,
-    errno.ENOTSUP: "files cannot be locked there; " + _OTHER_FOLDER,
-}
 
 
 class DiskError(UserError):
@@ -43,8 +26,8 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "see to the disk, then give the same command again")
-        raise DiskError(f"{path}: {error.strerror or error}: {advice}") from error
+        named = OSError(error.errno, error.strerror or str(error), str(path))
+        raise DiskError(paths.complaint(named)) from error
 
 
 def write_atomically(path: Path, data: bytes, sync_name: bool = True) -> None:

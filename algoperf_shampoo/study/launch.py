@@ -88,13 +88,14 @@ def _launch_embedded(
                 data_dir=plan.data_dir,
                 flags=flags,
                 echo=echo,
+                keep_diverged=bool(flags.get("keep_diverged")),
             )
         except UserError as error:
             failed += 1
-            echo(f"{run.name}: failed: {error}")
+            echo(_complaint(run.name, str(error)))
         except OSError as error:
             failed += 1
-            echo(f"{run.name}: failed: {paths.complaint(error)}")
+            echo(_complaint(run.name, paths.complaint(error)))
         except Exception:  # whatever a submission does wrong, the next run is to start
             failed += 1
             echo(f"{run.name}: failed:\n{traceback.format_exc()}")
@@ -115,6 +116,10 @@ def _shortened(load: Callable[[str], Any], steps: int | None) -> Callable[[str],
         return workload
 
     return cut
+
+
+def _complaint(name: str, text: str) -> str:
+    return f"error: {name}: {' '.join(text.split())}"
 
 
 def _suite_loader(plan: Plan) -> Callable[[str], Any]:
