@@ -3,7 +3,7 @@
 # Words of the command line, by target. A word that its targets do not take is refused.
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
-  PROCESSES WANDB DRY_RUN ALGOPERF_PYTHON
+  PROCESSES WANDB KEEP_DIVERGED DRY_RUN ALGOPERF_PYTHON
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE
 words.table1 := RUNS TABLE
 words.repeat := RUN OUT DATA_DIR
@@ -76,6 +76,7 @@ help: words ## list targets and variables
 	@echo '  DATA_DIR=          data folder; minis need none'
 	@echo '  WANDB=             with HARNESS=algoperf: 1: log to wandb too'
 	@echo '  PROCESSES=         with HARNESS=algoperf and no GPU: processes'
+	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
 	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
 	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
 	@echo 'variables of table1: RUNS=results/runs, folders of runs, comma-separated;'
@@ -94,7 +95,7 @@ submit-%: words FORCE
 	  $(call flag,GPUS,gpus) $(call flag,DATA_DIR,data_dir) $(call flag,F,f) $(call flag,TAU,tau) \
 	  $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) $(call flag,TRIALS,trials) \
 	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
-	  $(call flag,WANDB,wandb) $(call flag,DRY_RUN,dry_run)
+	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) $(call flag,DRY_RUN,dry_run)
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
 	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 
+import command_line  # noqa: F401  first: it handles signals from here on
 from absl import flags
 from command_line import ROOT, run
 
@@ -28,6 +29,9 @@ _CONFIG = flags.DEFINE_string("workloads_config", None, "Another folder of workl
 _STEPS = flags.DEFINE_string("steps", None, "End after so many steps.")
 _PROCESSES = flags.DEFINE_string("processes", None, "HARNESS=algoperf without a GPU: processes.")
 _WANDB = flags.DEFINE_bool("wandb", False, "HARNESS=algoperf: log to Weights & Biases as well.")
+_KEEP_DIVERGED = flags.DEFINE_bool(
+    "keep_diverged", False, "Embedded harness: a run whose loss is not finite goes on."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print what would run.")
 
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import run_lock, seal, submission_loader
 from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata, processes
@@ -315,7 +316,7 @@ def _train(
         folder.write_json(run.run_dir / folder.LAUNCHES, launches)
         (run.run_dir / seal.NAME).unlink(missing_ok=True)  # what it sealed is about to change
         try:
-            ending = _run(plan.root, run.run_dir, command, lock)
+            ending = _run(plan.root, run.run_dir, command, lock, run.name)
             record |= asdict(ending)
         except BaseException as error:
             record["how"] = _how(error)
@@ -349,26 +350,33 @@ def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
 
 
 def _how(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped by SIGINT"
-    if isinstance(error, SystemExit):
-        return "stopped by SIGTERM"
+    if isinstance(error, interrupt.Interrupted):
+        return f"stopped by {processes.signal_name(error.signal_number)}"
     return f"launcher failed: {type(error).__name__}: {error}"
 
 
-def _run(root: Path, run_dir: Path, command: Command, lock: int) -> processes.Ending:
+def _run(
+    root: Path, run_dir: Path, command: Command, lock: int, name: str = "the runner"
+) -> processes.Ending:
     """Start it, show and keep what it prints, and wait for its end and its children's."""
+
+    def say() -> str:
+        steps = folder.steps(run_dir)
+        then = f"goes on from step {steps[0]}" if steps else "starts it again"
+        return f"{name}; the same command {then}"
+
     with (run_dir / folder.CONSOLE).open("a", encoding="utf-8") as log:
 
         def on_line(line: str) -> None:
-            for target in (log, sys.stdout):
+            # What a runner says that is being ended, after ours, is in the log alone.
+            for target in (log,) if interrupt.interrupted() else (log, sys.stdout):
                 target.write(line)
                 target.flush()
             if "Saved checkpoint to" in line:
                 folder.prune_checkpoints(run_dir)
 
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **command.environment}
-        return processes.run(command.arguments, root, environment, lock, on_line)
+        return processes.run(command.arguments, root, environment, lock, on_line, say)
 
 
 def _points(plan: Plan, run: RunSpec) -> list[dict[str, Any]]:

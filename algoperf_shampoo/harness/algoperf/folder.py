@@ -66,6 +66,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def steps(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints in the folder, newest first, readable or not."""
+    return [int(path.name.removeprefix("checkpoint_")) for path in checkpoints(run_dir)]
+
+
 def fingerprint(run_dir: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of change of the checkpoints: whether they are still the same."""
     found = []
