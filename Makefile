@@ -3,14 +3,14 @@
 # Words of the command line, by target. A word that its targets do not take is refused.
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
-  PROCESSES WANDB KEEP_DIVERGED DRY_RUN ALGOPERF_PYTHON
+  PROCESSES WANDB KEEP_DIVERGED PRICE DRY_RUN ALGOPERF_PYTHON
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE
 words.table1 := RUNS TABLE
 words.repeat := RUN OUT DATA_DIR
 words.algoperf-env := TORCH ALGOPERF_VENV
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA DRY_RUN
-words.docker-submit := $(filter-out HARNESS ALGOPERF_PYTHON,$(words.submit)) ENGINE IMAGE TORCH
+words.docker-submit := $(filter-out HARNESS PRICE ALGOPERF_PYTHON,$(words.submit)) ENGINE IMAGE TORCH
 # Families of targets, by the beginning of their names.
 families := submit export docker-submit
 
@@ -77,6 +77,7 @@ help: words ## list targets and variables
 	@echo '  WANDB=             with HARNESS=algoperf: 1: log to wandb too'
 	@echo '  PROCESSES=         with HARNESS=algoperf and no GPU: processes'
 	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
+	@echo '  PRICE=             of an hour of one GPU: shown with the time of full-size runs'
 	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
 	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
 	@echo 'variables of table1: RUNS=results/runs, folders of runs, comma-separated;'
@@ -95,7 +96,8 @@ submit-%: words FORCE
 	  $(call flag,GPUS,gpus) $(call flag,DATA_DIR,data_dir) $(call flag,F,f) $(call flag,TAU,tau) \
 	  $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) $(call flag,TRIALS,trials) \
 	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
-	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) $(call flag,DRY_RUN,dry_run)
+	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) $(call flag,PRICE,price) \
+	  $(call flag,DRY_RUN,dry_run)
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
 	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)
