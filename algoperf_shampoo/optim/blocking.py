@@ -10,7 +10,6 @@ import itertools
 import math
 from dataclasses import dataclass
 
-
 # What a parameter of two or more dimensions with at most max_preconditioner_dim entries becomes.
 SMALL_MATRICES = ("vector", "matrix")
 

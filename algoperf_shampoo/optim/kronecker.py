@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import costs, gpu, settings, state

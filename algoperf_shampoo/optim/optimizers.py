@@ -113,8 +113,8 @@ class Shampoo(Kronecker):
         eps: added to the factors' eigenvalues before the root.
         weight_decay: decoupled, W <- W - lr (U + weight_decay W).
         precondition_frequency: steps between roots.
-        grafting: "adam": every block's update gets the norm of Adam's. None: U = L^(-1/4) M R^(-1/4)
-            as it is (in general an exponent 1 / (2k) for each of k factors), all bias-corrected.
+        grafting: "adam": every block's update gets the norm of Adam's. None: it stays
+            L^(-1/4) M R^(-1/4), all bias-corrected, the exponent being 1 / (2k) for k factors.
         grafting_eps: added to Adam's sqrt(D).
         exponent_multiplier: multiplies the exponents.
         nadam: numerator beta1 M + (1 - beta1) G instead of M, as in AlgoPerf's NAdamW.
@@ -215,5 +215,6 @@ def _solver(eigensolver: Eigensolver, workspace_mib: int | None) -> Solver:
         if workspace_mib is not None:
             raise ValueError("eigen_workspace_mib: the eigensolver given has workspace_mib already")
         return eigensolver
-    given = {} if workspace_mib is None else {"workspace_mib": workspace_mib}
-    return Solver(method=eigensolver, **given)
+    if workspace_mib is None:
+        return Solver(method=eigensolver)
+    return Solver(method=eigensolver, workspace_mib=workspace_mib)

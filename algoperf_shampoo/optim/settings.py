@@ -103,7 +103,9 @@ def _check_one(name: str, value: Any, option: Option) -> None:
         raise ValueError(f"{name} must be {option.wanted}, got {value!r}")
 
 
-def check_given(given: Mapping[str, Any], defaults: Mapping[str, Any], fixed: Iterable[str]) -> None:
+def check_given(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], fixed: Iterable[str]
+) -> None:
     """Whether a new group may set what it sets; keys that no optimizer of ours knows pass, as in
     torch.
 

@@ -10,7 +10,7 @@ parameter (:func:`.blocking.cut`) and its mode i:
 | j.exp_avg, j.exp_avg_sq, ... | what the rule keeps, shaped like the block |
 | j.factor_i, j.operator_i | [d_i, d_i]: L or R; its eigenbasis, or its inverse root |
 | j.ready | 1 once any operator of the block was computed; until then they are the identity |
-| j.checks_i, j.refreshes_i, j.failures_i | how often a factor was due, got a new operator, could not |
+| j.checks_i, j.refreshes_i, j.failures_i | how often it was due, got a new operator, could not |
 
 No key holds a list or a string, because torch.distributed.checkpoint flattens neither.
 """
@@ -207,7 +207,7 @@ def copy_of(value: Any) -> Any:
 
 
 def blocks_of(entry: Mapping[str, Any]) -> list[Entry]:
-    """A parameter's entry block by block: ``{"1.ready": 1, ...}`` -> ``[..., {"ready": 1, ...}]``."""
+    """A parameter's entry block by block: ``{"1.ready": 1}`` -> ``[..., {"ready": 1}]``."""
     blocks: dict[int, Entry] = {}
     for key, value in entry.items():
         number, dot, name = key.partition(".")

@@ -75,8 +75,10 @@ def layout():
 
 def hyper(stacks=(), precision="highest"):
     """Bias corrections 0.3 + row / 100 and 0.2 + row / 100."""
-    rows = {id(s): torch.arange(len(s), device=DEVICE).view(-1, *[1] * len(s.shape)) for s in stacks}
-    corrections = {key: (0.3 + r / 100, 0.2 + r / 100) for key, r in rows.items()}
+    corrections = {}
+    for s in stacks:
+        rows = torch.arange(len(s), device=DEVICE).view(-1, *[1] * len(s.shape)) / 100
+        corrections[id(s)] = 0.3 + rows, 0.2 + rows
     return Hyper(0.0, 0.9, 0.99, 1e-30, 0.0, True, precision, corrections)
 
 
@@ -101,7 +103,8 @@ PRECISIONS = [("highest", 1e-6), ("high", 1e-3)]
 
 @pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
 def test_rotations_and_adam_between(layout, precision, tolerance):
-    stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper(layout.stacks, precision)
+    stacks, arithmetic = layout.stacks, grouped.Grouped(layout.stacks)
+    h = hyper(stacks, precision)
     arithmetic.gradients_came(stacks)
     expected = [rotated(s.g, s.operators) for s in stacks]
     xs = arithmetic.rotate(stacks, [s.g for s in stacks], h)

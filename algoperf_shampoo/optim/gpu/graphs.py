@@ -81,7 +81,8 @@ class Recorder:
         else:
             values = [[1 - beta**t for t in steps] for beta in (h.beta1, h.beta2)]
             # From pinned memory, which its allocator keeps until the copy has run.
-            host = torch.tensor(values, dtype=self._corrections.dtype, pin_memory=self._device.type == "cuda")
+            pinned = self._device.type == "cuda"
+            host = torch.tensor(values, dtype=self._corrections.dtype, pin_memory=pinned)
             self._corrections.copy_(host, non_blocking=True)
         return h._replace(lr=self._lr, corrections=self._of_stacks)
 
