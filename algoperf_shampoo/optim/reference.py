@@ -219,36 +219,3 @@ class ShampooGrafting:
             S = from_basis(numerator(self.adam.M, G, h, self.t), self.roots)
             U = S * (A.norm() / (S.norm() + 1e-16))
         return W - h.alpha * (U + h.weight_decay * W)
-
-
-@dataclass
-class Shampoo:
-    """Shampoo without grafting: U = L^-1/4 M^ R^-1/4, exponent 1/(2k) per factor for order k.
-
-    The numerator as Algorithm 2's, the factors bias-corrected as Algorithm 3's; the roots are the
-    identity before the first ones (step F).
-    """
-
-    h: Hyperparameters
-    t: int = 0
-    M: Tensor | None = None
-    factors: list[Tensor] = field(default_factory=list)
-    roots: list[Tensor] = field(default_factory=list)
-
-    def step(self, W: Tensor, G: Tensor) -> Tensor:
-        h = self.h
-        if self.M is None:
-            self.M = torch.zeros_like(G)
-            self.factors = [torch.zeros(d, d, dtype=G.dtype) for d in G.shape]
-            self.roots = [torch.eye(d, dtype=G.dtype) for d in G.shape]
-        self.t += 1
-        self.M = h.beta1 * self.M + (1 - h.beta1) * G
-        for i, L in enumerate(self.factors):
-            X = matricize(G, i)
-            self.factors[i] = h.beta2 * L + (1 - h.beta2) * X @ X.T
-        if self.t % h.F == 0:
-            correction = 1 - h.beta2**self.t
-            exponent = 1 / (2 * G.ndim)
-            self.roots = [inverse_root(L / correction, exponent, h.epsilon) for L in self.factors]
-        U = from_basis(numerator(self.M, G, h, self.t), self.roots)
-        return W - h.alpha * (U + h.weight_decay * W)

@@ -2,7 +2,7 @@
 
 import torch
 
-from algoperf_shampoo.optim import AdamW, EShampoo, Shampoo, reference, state
+from algoperf_shampoo.optim import AdamW, EShampoo, Shampoo, reference, reference_shampoo, state
 from algoperf_shampoo.optim.blocking import cut
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
@@ -11,7 +11,7 @@ VARIANTS = {
     "adamw": (AdamW, reference.AdamW, {}),
     "shampoo_grafting": (Shampoo, reference.ShampooGrafting, {}),
     # Nothing bounds its steps in a null space but epsilon.
-    "shampoo_ungrafted": (Shampoo, reference.Shampoo, {"grafting": None, "eps": 1e-4}),
+    "shampoo_ungrafted": (Shampoo, reference_shampoo.shampoo, {"grafting": None, "eps": 1e-4}),
     "eshampoo_fixed": (EShampoo, reference.EShampoo, {"tau": 0.0}),
     "eshampoo_adaptive": (EShampoo, reference.EShampoo, {"tau": 0.1}),
 }
