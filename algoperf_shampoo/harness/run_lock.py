@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import disk
 
 LOCK = ".lock"
 PATIENCE = 120.0
@@ -49,21 +48,18 @@ def hold(
 
     Raises:
         UserError: another launch is writing to the folder, or leftovers do not end; who they are.
-            The folder cannot be written to.
     """
-    disk.make_folders(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK
-    with disk.explained(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _take(descriptor, path, patience, echo)
         # Written through this open file, whose position is then its end: as a standard input it
         # gives nothing to read.
-        with disk.explained(path):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, json.dumps(_me()).encode() + b"\n")
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(_me()).encode() + b"\n")
         for leftover in run_dir.glob(".*.tmp"):  # of a kill in the middle of a write
-            disk.remove(leftover)
+            leftover.unlink()
         yield descriptor
     finally:
         os.close(descriptor)
@@ -139,9 +135,6 @@ def _take(descriptor: int, path: Path, patience: float, echo: Callable[[str], No
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             launch = _read(path)
-        except OSError as error:  # a file system without locks, say
-            with disk.explained(path):
-                raise error
         here = launch.get("host") == socket.gethostname()
         if here and _alive(launch):
             holder = Holder(launch["pid"], _command(Path(f"/proc/{launch['pid']}")))
