@@ -3,17 +3,14 @@
 # Words of the command line, by target. A word that its targets do not take is refused.
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
-  PROCESSES WANDB DRY_RUN ALGOPERF_PYTHON
-words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
-  ALGOPERF_PYTHON LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
-words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT EVERY ONCE
+  PROCESSES WANDB KEEP_DIVERGED PRICE DRY_RUN ALGOPERF_PYTHON
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE
 words.table1 := RUNS TABLE
 words.repeat := RUN OUT DATA_DIR
 words.algoperf-env := TORCH ALGOPERF_VENV
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA DRY_RUN
-words.docker-submit := $(filter-out HARNESS ALGOPERF_PYTHON,$(words.submit)) ENGINE IMAGE TORCH
+words.docker-submit := $(filter-out HARNESS PRICE ALGOPERF_PYTHON,$(words.submit)) ENGINE IMAGE TORCH
 # Families of targets, by the beginning of their names.
 families := submit export docker-submit
 
@@ -47,7 +44,6 @@ refused := $(filter-out $(taken) $(passing),$(given))
 all.words := $(sort $(foreach v,$(filter words.%,$(.VARIABLES)),$($(v))))
 $(foreach w,$(all.words) $(refused),$(eval override $(w) := $$(value $(w))))
 export $(all.words) $(refused)
-given.flag = $(if $(filter $(1),$(given)),$(flag))
 flag = $${$(1):+"--$(2)=$$$(1)"}
 quoted = '$(subst ','\'',$(1))'
 
@@ -56,7 +52,7 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-gpu test-kernels \
-  lint types table1 repeat study status FORCE
+  lint types table1 repeat FORCE
 .DEFAULT_GOAL := help
 
 help: words ## list targets and variables
@@ -80,6 +76,8 @@ help: words ## list targets and variables
 	@echo '  DATA_DIR=          data folder; minis need none'
 	@echo '  WANDB=             with HARNESS=algoperf: 1: log to wandb too'
 	@echo '  PROCESSES=         with HARNESS=algoperf and no GPU: processes'
+	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
+	@echo '  PRICE=             of an hour of one GPU: shown with the time of full-size runs'
 	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
 	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
 	@echo 'variables of table1: RUNS=results/runs, folders of runs, comma-separated;'
@@ -98,7 +96,8 @@ submit-%: words FORCE
 	  $(call flag,GPUS,gpus) $(call flag,DATA_DIR,data_dir) $(call flag,F,f) $(call flag,TAU,tau) \
 	  $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) $(call flag,TRIALS,trials) \
 	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
-	  $(call flag,WANDB,wandb) $(call flag,DRY_RUN,dry_run)
+	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) $(call flag,PRICE,price) \
+	  $(call flag,DRY_RUN,dry_run)
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
 	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)
@@ -111,22 +110,6 @@ algoperf-env: words ## AlgoPerf's harness, pinned, in .venv-algoperf with torch 
 
 data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data/algoperf_mini
 	@sh scripts/in_venv.sh algoperf scripts/make_algoperf_mini_data.py $(call flag,OUT,out)
-
-# A study has seeds of its own, and no image unless one is given.
-study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SIZE=full LAUNCHER=slurm
-	$(IN_RUN) scripts/study.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \
-	  $(call flag,SIZE,size) $(call flag,HARNESS,harness) $(call given.flag,SEEDS,seeds) \
-	  $(call flag,GPUS,gpus) $(call flag,DATA_DIR,data_dir) $(call flag,STEPS,steps) \
-	  $(call flag,OUT,out) $(call flag,PROCESSES,processes) $(call flag,WANDB,wandb) \
-	  $(call flag,LAUNCHER,launcher) $(call flag,JOBS,jobs) $(call flag,PARTITION,partition) \
-	  $(call flag,ACCOUNT,account) $(call flag,QOS,qos) $(call flag,TIME,time) $(call flag,MEM,mem) \
-	  $(call flag,CPUS,cpus) $(call flag,LIMIT,limit) $(call flag,SBATCH,sbatch) \
-	  $(call flag,CONTAINER,container) $(call given.flag,IMAGE,image) $(call flag,DRY_RUN,dry_run)
-
-status: words ## how the runs of a study go, live on a terminal: STUDY=table3, or all in OUT=
-	$(IN_RUN) scripts/status.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \
-	  $(call flag,SIZE,size) $(call flag,HARNESS,harness) $(call given.flag,SEEDS,seeds) \
-	  $(call flag,STEPS,steps) $(call flag,OUT,out) $(call flag,EVERY,every) $(call flag,ONCE,once)
 
 export-%: words FORCE
 	$(IN_RUN) scripts/export.py --variant=$(call quoted,$*) $(call flag,OUT,out) \

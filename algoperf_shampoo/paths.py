@@ -19,6 +19,10 @@ _REMEDIES = {
     errno.EEXIST: "something else is there already, or a link that leads nowhere",
     errno.ENOTDIR: "a part of it is a file: name another folder",
     errno.EISDIR: "a folder is where a file would be: move it away",
+    errno.EIO: "the disk fails: name another folder, or mend it; the same command then goes on",
+    errno.ESTALE: "it was deleted on the server; the same command goes on with what is left",
+    errno.ENOLCK: "files cannot be locked there: name another folder",
+    errno.ENOTSUP: "the file system cannot do that: name another folder",
     errno.EMFILE: "too many files are open: raise `ulimit -n`",
 }
 

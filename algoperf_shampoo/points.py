@@ -168,6 +168,14 @@ DECLARED = (
         "full",
     ),
     Field(
+        "small_matrices",
+        "small",
+        Choice(("vector", "matrix")),
+        "parameters with at most max_preconditioner_dim entries: one vector, or a matrix",
+        "factors",
+        "vector",
+    ),
+    Field(
         "matmul_precision",
         "mm",
         Choice(("highest", "high")),

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from . import points
-from .optim import Kronecker, Solver
+from .optim import Kronecker
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ def kronecker_settings(point: Any) -> dict[str, Any]:
         "max_preconditioner_dim": point.max_preconditioner_dim,
         "one_dim": point.one_dim,
         "matmul_precision": point.matmul_precision,
-        "solver": Solver(method=point.eigensolver, workspace_mib=point.eigen_workspace_mib),
+        "small_matrices": point.small_matrices,
+        "eigensolver": point.eigensolver,
+        "eigen_workspace_mib": point.eigen_workspace_mib,
     }
 
 

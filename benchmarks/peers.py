@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from algoperf_shampoo.optim import eshampoo, shampoo_grafting
-from algoperf_shampoo.optim.eigen.solvers import Solver
+from algoperf_shampoo.optim import EShampoo, Shampoo
 
 # The paper's point, as far as all contenders know it.
 POINT: dict[str, Any] = dict(lr=1.4e-3, betas=(0.9747, 0.9749), weight_decay=2e-4)
@@ -28,7 +27,7 @@ Build = Callable[[list[torch.nn.Parameter], int], torch.optim.Optimizer]
 def ours(**settings: Any) -> Build:
     """EShampoo with the paper's point and ``settings``."""
     fixed = {**POINT, "nadam": True, **settings}
-    return lambda params, F: eshampoo(params, precondition_frequency=F, **BLOCKS, **fixed)
+    return lambda params, F: EShampoo(params, precondition_frequency=F, **BLOCKS, **fixed)
 
 
 def _check_only(params: list[torch.nn.Parameter], F: int) -> torch.optim.Optimizer:
@@ -38,7 +37,7 @@ def _check_only(params: list[torch.nn.Parameter], F: int) -> torch.optim.Optimiz
 
     def after_step(*_: Any) -> None:
         if next(steps, F) == F:
-            optimizer.tau = 0.999  # type: ignore[attr-defined]
+            optimizer.param_groups[0]["tau"] = 0.999
 
     optimizer.register_step_post_hook(after_step)
     return optimizer
@@ -46,17 +45,16 @@ def _check_only(params: list[torch.nn.Parameter], F: int) -> torch.optim.Optimiz
 
 def contenders(meta: str | None, soap: str | None) -> dict[str, Build]:
     """Name -> how to build it for (parameters, F)."""
-    warm = Solver(method="warm")
     table: dict[str, Build] = {
         "ours, fp32": ours(),
         "ours, 11-bit rotations": ours(matmul_precision="high"),
-        "ours, fp32, warm": ours(solver=warm),
-        "ours, 11-bit rotations, warm": ours(matmul_precision="high", solver=warm),
-        "ours, fp32, 1 GiB workspace": ours(solver=Solver(workspace_mib=1024)),
+        "ours, fp32, warm": ours(eigensolver="warm"),
+        "ours, 11-bit rotations, warm": ours(matmul_precision="high", eigensolver="warm"),
+        "ours, fp32, 1 GiB workspace": ours(eigen_workspace_mib=1024),
         "ours, fp32, no graph": ours(cuda_graph=False),
         "ours, fp32, 1-D by Adam": ours(one_dim="adam"),
         "ours, fp32, check only": _check_only,
-        "our Shampoo + grafting, fp32": lambda p, F: shampoo_grafting(
+        "our Shampoo + grafting, fp32": lambda p, F: Shampoo(
             p, precondition_frequency=F, nadam=True, **BLOCKS, **POINT
         ),
         "torch AdamW": lambda p, F: torch.optim.AdamW(p, **POINT, fused=p[0].is_cuda or None),
@@ -99,12 +97,11 @@ def _soap(path: str) -> Build:
 
 def adaptive_contenders(meta: str | None, tau: float) -> dict[str, Build]:
     """Name -> EShampoo with the adaptive criterion, for (parameters, F)."""
-    warm = Solver(method="warm")
     table = {
         "ours, fp32": ours(tau=tau),
         "ours, 11-bit rotations": ours(tau=tau, matmul_precision="high"),
-        "ours, fp32, warm": ours(tau=tau, solver=warm),
-        "ours, 11-bit rotations, warm": ours(tau=tau, matmul_precision="high", solver=warm),
+        "ours, fp32, warm": ours(tau=tau, eigensolver="warm"),
+        "ours, 11-bit rotations, warm": ours(tau=tau, matmul_precision="high", eigensolver="warm"),
     }
     if meta:
         table["public EShampoo, eigh"] = _meta_adaptive(meta, "EighEigendecompositionConfig", tau)

@@ -1,4 +1,7 @@
-"""What the scripts share: one line and exit code 2 for a user's mistake."""
+"""What the scripts share: one line and exit code 2 for a user's mistake, 130 and 143 for signals.
+
+To be imported first, for signals are handled from then on.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,20 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that scripts run without the package being installed
+
+from algoperf_shampoo import interrupt  # noqa: E402
+
+if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == ROOT / "scripts":
+    interrupt.install()  # now: what is imported below takes seconds
+
 try:
     from absl import app, flags, logging
 except ModuleNotFoundError as missing:
     remedy = "pip install -e '.[run]' brings it"
     print(f"error: {sys.executable}: no module {missing.name}: {remedy}", file=sys.stderr)
     sys.exit(2)
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that scripts run without the package being installed
 
 from algoperf_shampoo import paths  # noqa: E402
 from algoperf_shampoo.errors import UserError  # noqa: E402
@@ -32,6 +40,9 @@ def run(main: Callable[[], int]) -> None:
             return main()
         except UserError as error:
             return _fail(error)
+        except interrupt.Interrupted as stop:
+            print(stop.line, file=sys.stderr)
+            return 128 + stop.signal_number
         except BrokenPipeError:  # `make table1 | head`: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # as a shell reports SIGPIPE

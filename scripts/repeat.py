@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import command_line  # noqa: F401  first: it handles signals from here on
 from absl import flags
 from command_line import ROOT, run
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import shlex
 
+import command_line  # noqa: F401  first: it handles signals from here on
 from absl import flags
 from command_line import ROOT, run
 
 from algoperf_shampoo import paths
-from algoperf_shampoo.study import launch, logs, plan, table_text, tables
+from algoperf_shampoo.study import cost, launch, logs, plan, table_text, tables
 
 _VARIANT = flags.DEFINE_list("variant", None, "Folders of submissions/, comma-separated.")
 _WORKLOAD = flags.DEFINE_string("workload", "all", "fastmri, imagenet_vit, ogbg or all.")
@@ -28,6 +29,10 @@ _CONFIG = flags.DEFINE_string("workloads_config", None, "Another folder of workl
 _STEPS = flags.DEFINE_string("steps", None, "End after so many steps.")
 _PROCESSES = flags.DEFINE_string("processes", None, "HARNESS=algoperf without a GPU: processes.")
 _WANDB = flags.DEFINE_bool("wandb", False, "HARNESS=algoperf: log to Weights & Biases as well.")
+_KEEP_DIVERGED = flags.DEFINE_bool(
+    "keep_diverged", False, "Embedded harness: a run whose loss is not finite goes on."
+)
+_PRICE = flags.DEFINE_string("price", None, "Of an hour of one GPU, for the preview of costs.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print what would run.")
 
 
@@ -56,6 +61,10 @@ def main() -> int:
     )
     if wanted.dry_run and wanted.harness == "embedded":
         print(*plan.describe(wanted), sep="\n")
+    price = None if _PRICE.value is None else cost.parse_price(_PRICE.value)
+    if wanted.size == "full" or price is not None:
+        own = logs.find_trials([wanted.out]) if wanted.out.is_dir() else []
+        print(*cost.preview(wanted.runs, price, wanted.gpus, records=own), sep="\n", end="\n\n")
     own_flags = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module("__main__")}
     echo = functools.partial(print, flush=True)
     failed = launch.launch(wanted, own_flags, echo=echo)

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from algoperf_shampoo import submission
-from algoperf_shampoo.optim import eshampoo
+from algoperf_shampoo.optim import EShampoo
 
 
 def test_schedule_is_the_submissions_until_it_ends():
@@ -72,7 +72,7 @@ def replica(rank, port, directory):
     model = torch.nn.Linear(6, 4, bias=False)
     wrapped = submission._ensure_ddp(model)
     assert submission._ensure_ddp(wrapped) is wrapped
-    optimizer = eshampoo(
+    optimizer = EShampoo(
         list(wrapped.parameters()),
         precondition_frequency=2,
         tau=0.1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -11,60 +12,99 @@ from typing import Any
 
 import torch
 
-from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness.checkpoint import write_atomically
+from algoperf_shampoo.harness import disk
 
 MEASUREMENTS, EVALS, LOSSES = "measurements.csv", "eval_measurements.csv", "step_losses.csv"
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, sync_name: bool = True) -> None:
     """Write JSON with AlgoPerf's indentation; the old file stays until the new one is complete."""
-    write_atomically(path, json.dumps(content, indent=2).encode() + b"\n")
+    disk.write_atomically(path, json.dumps(content, indent=2).encode() + b"\n", sync_name)
 
 
 class CsvTable:
-    """A CSV file that grows by rows and, when a row brings a new key, by columns."""
+    """A CSV file that grows by rows and, when a row brings a new key, by columns.
 
-    def __init__(self, path: Path, keep_rows: int = 0) -> None:
-        """Continue the file at ``path`` after its first ``keep_rows`` rows; the rest is dropped."""
+    What the file is to hold is kept in memory, to be compared with and put back.
+    """
+
+    def __init__(self, path: Path, content: str = "") -> None:
+        """Make the file hold ``content``: nothing, or the header and rows to go on from.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
         self.path = path
-        self._columns: list[str] = []
-        self._rows: list[dict[str, Any]] = []
-        if keep_rows:
-            if not path.is_file():
-                raise UserError(f"{path}: gone, so the run cannot go on; remove its folder")
-            with open(path, newline="") as file:
-                reader = csv.DictReader(file)
-                self._rows = [row for row, _ in zip(reader, range(keep_rows), strict=False)]
-                self._columns = list(reader.fieldnames or [])
-            self._rewrite()
-        else:
-            path.unlink(missing_ok=True)
+        self.note: str | None = None
+        """What was done to a file that did not begin with ``content``."""
+        self._set(content.encode())
+        self._restore()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._rows
+
+    @property
+    def content(self) -> str:
+        """Header and rows so far; empty before the first row."""
+        return bytes(self._data).decode()
+
+    def sealed(self) -> dict[str, Any]:
+        """The file's entry in a run's record (:mod:`.seal`)."""
+        return {"bytes": len(self._data), "rows": self._rows, "sha256": self._sha256.hexdigest()}
+
+    def brings_columns(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether appending ``rows`` rewrites a file that has rows already."""
+        return self._rows > 0 and any(key not in self._columns for row in rows for key in row)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows and bring the file up to date."""
+        """Add rows and bring the file up to date, on disk.
+
+        Raises:
+            DiskError: the file is gone, or cannot be written.
+        """
         if not rows:
             return
-        new = [key for row in rows for key in row if key not in self._columns]
-        self._rows += rows
+        new = dict.fromkeys(key for row in rows for key in row if key not in self._columns)
         if new:
-            self._columns += list(dict.fromkeys(new))
-            self._rewrite()
+            text = io.StringIO(self.content, newline="")
+            before = list(csv.DictReader(text))
+            columns = [*self._columns, *new]
+            self._set(_as_csv(columns, [*before, *rows], header=True))
+            disk.write_atomically(self.path, bytes(self._data))
             return
-        text = io.StringIO(newline="")
-        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
-        with open(self.path, "a", newline="") as file:
-            file.write(text.getvalue())
+        chunk = _as_csv(self._columns, rows, header=False)
+        self._data += chunk
+        self._sha256.update(chunk)
+        self._rows += len(rows)
+        with disk.explained(self.path):
+            untouched = self.path.stat().st_size == len(self._data) - len(chunk)
+        if untouched:
+            disk.append(self.path, chunk)
+        else:
+            self.note = "was changed by someone else: put back"
+            disk.write_atomically(self.path, bytes(self._data))
 
-    def _rewrite(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._rows)
-        write_atomically(self.path, text.getvalue().encode())
+    def _set(self, data: bytes) -> None:
+        self._data = bytearray(data)
+        self._sha256 = hashlib.sha256(data)
+        reader = csv.reader(io.StringIO(data.decode(), newline=""))
+        self._columns: list[str] = next(reader, [])
+        self._rows = sum(1 for _ in reader)
+
+    def _restore(self) -> None:
+        with disk.explained(self.path):
+            there = self.path.read_bytes() if self.path.exists() else b""
+        wanted = bytes(self._data)
+        if not wanted:
+            disk.remove(self.path)
+        elif there == wanted:
+            return
+        elif there.startswith(wanted):
+            disk.cut(self.path, len(wanted))
+        else:
+            lost = "rows were lost" if wanted.startswith(there) else "it was changed"
+            self.note = f"{lost}: put back from the checkpoint"
+            disk.write_atomically(self.path, wanted)
 
 
 class MetricsLogger:
@@ -74,9 +114,14 @@ class MetricsLogger:
     rewrites its CSV at each call, on the submission's clock.)
     """
 
-    def __init__(self, run_dir: Path, rows_kept: dict[str, int]) -> None:
+    def __init__(self, run_dir: Path, contents: dict[str, str]) -> None:
+        """Go on from the given contents of the CSVs, by name; none: from nothing.
+
+        Raises:
+            DiskError: a file cannot be read or written.
+        """
         self._tables = {
-            name: CsvTable(run_dir / name, rows_kept.get(name, 0))
+            name: CsvTable(run_dir / name, contents.get(name, ""))
             for name in (MEASUREMENTS, EVALS, LOSSES)
         }
         self._pending: dict[str, list[dict[str, Any]]] = {name: [] for name in self._tables}
@@ -100,12 +145,37 @@ class MetricsLogger:
         """Losses of training steps, as (1-based step, mean loss over its valid examples)."""
         self._pending[LOSSES] += [{"global_step": step, "loss": loss} for step, loss in losses]
 
-    def flush(self) -> dict[str, int]:
-        """Write what is pending; the number of rows each file now has."""
-        for name, rows in self._pending.items():
-            self._tables[name].append([_plain(row) for row in rows])
-            rows.clear()
-        return {name: len(table) for name, table in self._tables.items()}
+    def flush(self, before_rewriting: Callable[[], None] = lambda: None) -> None:
+        """Write what is pending, to disk.
+
+        Args:
+            before_rewriting: called before a file that has rows is written anew with new columns,
+                when what was sealed of it is about to go.
+
+        Raises:
+            DiskError: a file is gone, or cannot be written.
+        """
+        pending = {name: [_plain(row) for row in rows] for name, rows in self._pending.items()}
+        if any(table.brings_columns(pending[name]) for name, table in self._tables.items()):
+            before_rewriting()
+        for name, table in self._tables.items():
+            table.append(pending[name])
+            self._pending[name].clear()
+
+    def contents(self) -> dict[str, str]:
+        """What each CSV holds, by name."""
+        return {name: table.content for name, table in self._tables.items()}
+
+    def sealed(self) -> dict[str, dict[str, Any]]:
+        """Entries of the files that are there, for the run's record (:mod:`.seal`)."""
+        return {name: table.sealed() for name, table in self._tables.items() if len(table)}
+
+    def notes(self) -> list[str]:
+        """What was done to files that others had changed since the last call, a line each."""
+        found = [f"{name}: {table.note}" for name, table in self._tables.items() if table.note]
+        for table in self._tables.values():
+            table.note = None
+        return found
 
     def finish(self) -> None:
         """AlgoPerf's name for the last flush."""
@@ -153,6 +223,15 @@ class LossRecorder:
             total[0] += s
             total[1] += n
         return [(step, s / n if n else float("nan")) for step, (s, n) in totals.items()]
+
+
+def _as_csv(columns: list[str], rows: list[dict[str, Any]], header: bool) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

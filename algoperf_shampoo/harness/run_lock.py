@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import disk
 
 LOCK = ".lock"
 PATIENCE = 120.0
@@ -48,18 +49,21 @@ def hold(
 
     Raises:
         UserError: another launch is writing to the folder, or leftovers do not end; who they are.
+            The folder cannot be written to.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    disk.make_folders(run_dir)
     path = run_dir / LOCK
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with disk.explained(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         _take(descriptor, path, patience, echo)
         # Written through this open file, whose position is then its end: as a standard input it
         # gives nothing to read.
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(_me()).encode() + b"\n")
+        with disk.explained(path):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, json.dumps(_me()).encode() + b"\n")
         for leftover in run_dir.glob(".*.tmp"):  # of a kill in the middle of a write
-            leftover.unlink()
+            disk.remove(leftover)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -135,6 +139,9 @@ def _take(descriptor: int, path: Path, patience: float, echo: Callable[[str], No
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             launch = _read(path)
+        except OSError as error:  # a file system without locks, say
+            with disk.explained(path):
+                raise error
         here = launch.get("host") == socket.gethostname()
         if here and _alive(launch):
             holder = Holder(launch["pid"], _command(Path(f"/proc/{launch['pid']}")))

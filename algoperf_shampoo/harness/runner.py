@@ -8,51 +8,39 @@ along the same curve.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 
+from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import (
     checkpoint,
+    determinism,
+    disk,
+    divergence,
     environment,
     hparams,
     prng,
     record,
     run_folder,
     run_lock,
-    seal,
+    run_record,
 )
-from algoperf_shampoo.harness.spec import RunSpec, TrainingCompleteError, hit_line
+from algoperf_shampoo.harness.run_record import identity
+from algoperf_shampoo.harness.spec import RunSpec, TrainingCompleteError
 from algoperf_shampoo.harness.submission_loader import Submission
 
+__all__ = ["execute", "identity", "summary"]
+
 Echo = Callable[[str], None]
-
-
-def identity(run: RunSpec, workload: Any, root: Path, data_dir: Path | None) -> dict[str, Any]:
-    """What must be equal for two runs to be the same run; kept in ``run.json``."""
-    return {
-        "harness": "embedded",
-        "variant": run.variant,
-        "label": run.label,
-        "workload": run.workload,
-        "seed": run.seed,
-        "trial": run.trial,
-        "hparams": run.hparams,
-        "workload_properties": environment.workload_properties(workload),
-        "workload_config": environment.workload_config(workload),
-        "data_dir": data_dir.name if data_dir is not None else None,
-        "source_sha256": environment.source_digests(root, run.variant),
-    }
+_ACCUMULATED = ("accumulated_submission_time", "accumulated_eval_time", "accumulated_logging_time")
 
 
 def execute(
@@ -63,53 +51,53 @@ def execute(
     data_dir: Path | None = None,
     flags: dict[str, Any] | None = None,
     echo: Echo = print,
+    keep_diverged: bool = False,
 ) -> dict[str, Any]:
     """Start, continue or merely report a run; its ``run.json`` as a dict.
 
+    Args:
+        keep_diverged: a run whose loss is not finite goes on to the end of its budget, also one
+            that had ended for it; else it ends at the evaluation that sees it.
+
     Raises:
-        UserError: the folder holds another run, is in use, or has only damaged checkpoints; the
-            submission's state cannot be saved.
+        UserError: the folder holds another run, is in use, cannot be written to, has only damaged
+            checkpoints, or has lost what cannot be made again; the submission's state cannot be
+            saved.
     """
     own = identity(run, workload, root, data_dir)
     found = run_folder.check(run.run_dir, own)
-    if _finished(found, run, echo):
-        return found
-    with run_lock.hold(run.run_dir, echo=echo):
-        found = run_folder.check(run.run_dir, own)
-        if _finished(found, run, echo):  # while the lock was waited for
-            return found
-        folder_record = found or {
-            "format": 1,
-            "status": "running",
-            "identity": own,
-            "sessions": [],
-        }
-        training = _Training(run, workload, submission, data_dir, echo)
-        with training.recording_losses(), _deterministic_cpu():
-            training.start()
+    if found is not None and run_record.is_over(found, keep_diverged):
+        return _report(run, found, echo)
+    with run_lock.hold(run.run_dir, echo=echo) as lock:
+        ledger = run_record.RunRecord(run, own, lock, echo)
+        if run_record.is_over(ledger.content, keep_diverged):  # another process was faster
+            return _report(run, ledger.content, echo)
+        training = _Training(run, workload, submission, data_dir, echo, keep_diverged)
+        with (
+            interrupt.saying(training.where),
+            training.recording_losses(),
+            determinism.repeatable_on_cpu(),
+        ):
+            training.start(ledger)
             session = {
                 "preemption_count": training.preemption_count,
                 "from_step": training.global_step,
-                "started_unix_time": round(time.time(), 3),
                 **environment.describe(root),
             }
-            _warn_of_changes(run, folder_record["sessions"], session, echo)
-            folder_record["sessions"].append(session)
-            _write_start(run, workload, training, folder_record, flags or {})
-            training.on_saved = functools.partial(_write_sealed, run.run_dir, folder_record)
+            training.log_to(session, flags or {})
             training.loop()
-            folder_record["result"] = training.finish()
-        folder_record["status"] = "finished"
-        _write_sealed(run.run_dir, folder_record)
-    echo(f"{run.name}: {summary(folder_record['result'])}")
-    return folder_record
+            result = training.finish()
+        status = "diverged" if training.watch.diverged_at_step is not None else "finished"
+        ledger.end(status, result, training.logger.sealed())
+        checkpoint.prune(run.run_dir, keep=1)
+    echo(f"{run.name}: {summary(result)}")
+    return ledger.content
 
 
-def _finished(found: dict[str, Any] | None, run: RunSpec, echo: Echo) -> TypeGuard[dict[str, Any]]:
-    if found is None or found["status"] != "finished":
-        return False
+def _report(run: RunSpec, found: dict[str, Any], echo: Echo) -> dict[str, Any]:
+    run_record.check_intact(run.run_dir, found)
     echo(f"{run.name}: finished before: {summary(found['result'])}")
-    return True
+    return found
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -121,7 +109,9 @@ def summary(result: dict[str, Any]) -> str:
         )
     else:
         hit = f"target not reached in {result['global_step']} steps"
-    return f"{hit} (ended: {result['stop_reason']})"
+    diverged = result.get("diverged_at_step")
+    at = f"; diverged at step {diverged}" if diverged is not None else ""
+    return f"{hit} (ended: {result['stop_reason']}{at})"
 
 
 class _Training:
@@ -134,6 +124,7 @@ class _Training:
         submission: Submission,
         data_dir: Path | None,
         echo: Echo,
+        keep_diverged: bool,
     ) -> None:
         self.run, self.workload, self.submission, self.echo = run, workload, submission, echo
         self.data_dir = str(data_dir) if data_dir is not None else None
@@ -155,8 +146,16 @@ class _Training:
         self.duration_before = 0.0
         self.eval_results: list[tuple[int, dict[str, Any]]] = []
         self.saved_step: int | None = None
-        self.on_saved: Callable[[], None] = lambda: None
-        """Called after each checkpoint, off the clock: brings the run's record up to date."""
+        self.keep_diverged = keep_diverged
+        self.watch = divergence.Watch(workload.target_metric_name)
+        self.ledger: run_record.RunRecord
+        self.logger: record.MetricsLogger
+        self._contents: dict[str, str] = {}  # of the CSVs, as the checkpoint has them
+
+    def where(self) -> str:
+        """How far the run is, and what the same command will do."""
+        then = f"goes on from step {self.saved_step}" if self.saved_step else "starts it again"
+        return f"{self.run.name}: at step {self.global_step}; the same command {then}"
 
     @contextmanager
     def recording_losses(self) -> Iterator[None]:
@@ -169,15 +168,15 @@ class _Training:
             self.workload.loss_fn = original
             self.workload.attach_metrics_logger(None)
 
-    def start(self) -> None:
-        """Build data, model and optimizer from the seed; go on from a checkpoint, if any."""
+    def start(self, ledger: run_record.RunRecord) -> None:
+        """Build data, model and optimizer from the seed; go on from a checkpoint, if any.
+
+        Nothing is written yet. Without a checkpoint the time in the run's record stays spent.
+        """
+        self.ledger = ledger
         key, _ = prng.split(prng.PRNGKey(self.run.seed), 2)
         data_rng, optimizer_rng, model_rng, self.rng = prng.split(key, 4)
-        # Nothing below should draw from the global generators, but what does stays repeatable.
-        seed = int(prng.fold_in(key, 0)[0])
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        determinism.seed_global_generators(int(prng.fold_in(key, 0)[0]))
         self.input_queue = self.workload._build_input_queue(
             data_rng,
             "train",
@@ -195,15 +194,37 @@ class _Training:
                     f"{type(entry).__name__} without state_dict and load_state_dict: a run could "
                     "not be continued from its checkpoints"
                 )
-        rows = self._restore()
-        self.logger = record.MetricsLogger(self.run.run_dir, rows)
+        if not self._restore():
+            self._start_over()
+
+    def log_to(self, session: dict[str, Any], flags: dict[str, Any]) -> None:
+        """Bring the folder to the state that the run goes on from, and open its files."""
+        run_dir = self.run.run_dir
+        if self.ledger.sessions:
+            self.ledger.unseal()
+        checkpoint.discard_after(run_dir, self.global_step)
+        if self.saved_step is None and self.preemption_count:
+            for name in (record.EVALS, record.MEASUREMENTS, record.LOSSES):
+                if (run_dir / name).exists():
+                    disk.set_aside(run_dir / name)
+        self.logger = record.MetricsLogger(run_dir, self._contents)
+        for note in self.logger.notes():
+            self.echo(f"{self.run.name}: {note}")
+        self.ledger.begin_session(session, self.workload, flags, self.logger.sealed())
         self.workload.attach_metrics_logger(self.logger)
 
     def loop(self) -> None:
         """Train until the targets, the step budget or the time budget is reached."""
         state = self.train_state
         self.started = state["last_step_end_time"] = _now()
-        while state["is_time_remaining"] and not self._goals() and not state["training_complete"]:
+        if self.global_step:
+            state["last_eval_time"] = self.started  # the checkpoint is of an evaluation
+        while (
+            state["is_time_remaining"]
+            and not self._goals()
+            and not state["training_complete"]
+            and not self._is_given_up()
+        ):
             prepare_rng, eval_rng = self._step()
             now = _now()
             state["accumulated_submission_time"] += now - state["last_step_end_time"]
@@ -218,16 +239,15 @@ class _Training:
 
     def finish(self) -> dict[str, Any]:
         """Write the last row and checkpoint; the outcome of the run."""
-        self.logger.append_losses(self.losses.drain())
+        self._take_losses({})
         self.logger.append_scalar_metrics(
             {"score": self.train_state["accumulated_submission_time"]},
             global_step=self.global_step,
             preemption_count=self.preemption_count,
         )
-        rows = self.logger.flush()
+        self._flush()
         if self.saved_step != self.global_step:
-            self._save(rows)
-        checkpoint.prune(self.run.run_dir, keep=1)
+            self._save()
         hit = next(
             (
                 (step, result["accumulated_submission_time"])
@@ -243,7 +263,8 @@ class _Training:
             "steps_to_target": hit[0],
             "time_to_target": hit[1],
             "preemption_count": self.preemption_count,
-            "params_sha256": hash_parameters(self.params),
+            "diverged_at_step": self.watch.diverged_at_step,
+            "params_sha256": determinism.hash_parameters(self.params),
         }
 
     def _step(self) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +302,8 @@ class _Training:
         period = self.workload.eval_period_steps
         if period is not None:
             return self.global_step == 1 or self.global_step % period == 0
-        return now - self.train_state["last_eval_time"] >= self.workload.eval_period_time_sec
+        since = now - self.train_state["last_eval_time"]
+        return self.global_step == 1 or since >= self.workload.eval_period_time_sec
 
     def _prepare_for_eval(self, rng: np.ndarray) -> None:
         if self.submission.prepare_for_eval is None:
@@ -307,7 +329,6 @@ class _Training:
             None,
             self.global_step,
         )
-        hit_before = state["validation_goal_reached"]
         for goal, reached in (
             ("validation_goal_reached", workload.has_reached_validation_target),
             ("test_goal_reached", workload.has_reached_test_target),
@@ -324,16 +345,14 @@ class _Training:
             "accumulated_logging_time": state["accumulated_logging_time"],
         }
         self.eval_results.append((self.global_step, row))
-        self.logger.append_losses(self.losses.drain())
+        self._take_losses(row)
         self.logger.append_scalar_metrics(
             row, self.global_step, self.preemption_count, is_eval=True
         )
-        self._save(self.logger.flush())
+        self._flush()
+        self._save()
         state["accumulated_logging_time"] += _now() - end
         self.echo(self._progress(row))
-        if state["validation_goal_reached"] and not hit_before:
-            metric, target = workload.target_metric_name, workload.validation_target_value
-            self.echo(hit_line(self.run.name, metric, target, self.global_step, row["score"]))
 
     def _keywords(self, rng: np.ndarray) -> dict[str, Any]:
         return {
@@ -349,7 +368,30 @@ class _Training:
             "rng": rng,
         }
 
-    def _save(self, rows: dict[str, int]) -> None:
+    def _take_losses(self, row: dict[str, Any]) -> None:
+        """Log the steps' losses, and say when they, or those of an evaluation, are not finite."""
+        losses = self.losses.drain()
+        self.logger.append_losses(losses)
+        known = self.watch.diverged_at_step
+        news = self.watch.look(self.global_step, losses, row)
+        if news and self.watch.diverged_at_step not in (None, known):
+            ends = "it ends here, a miss; --keep_diverged lets such runs go on"
+            news += ": it goes on" if self.keep_diverged else f": {ends}"
+        if news:
+            self.echo(f"{self.run.name}: {news}")
+
+    def _is_given_up(self) -> bool:
+        return self.watch.diverged_at_step is not None and not self.keep_diverged
+
+    def _flush(self) -> None:
+        """Bring the CSVs up to date, on disk."""
+        self.ledger.verify()
+        self.logger.flush(before_rewriting=self.ledger.unseal)
+        for note in self.logger.notes():
+            self.echo(f"{self.run.name}: {note}")
+
+    def _save(self) -> None:
+        """Write a checkpoint and the run's record; older checkpoints go once both are on disk."""
         state = {
             "model_params": self.params.state_dict(),
             "optimizer_state": {n: e.state_dict() for n, e in self.optimizer_state.items()},
@@ -358,20 +400,30 @@ class _Training:
             "eval_results": self.eval_results,
             "global_step": self.global_step,
             "preemption_count": self.preemption_count,
-            "rows": rows,
+            "diverged_at_step": self.watch.diverged_at_step,
+            "tables": self.logger.contents(),
             "rng_states": checkpoint.rng_states(),
         }
-        checkpoint.save(self.run.run_dir, self.global_step, state)
+        run_dir, first = self.run.run_dir, self.saved_step is None
+        checkpoint.save(run_dir, self.global_step, state)
+        if first:
+            checkpoint.refuse_unloadable(run_dir, self.global_step)
+        self.ledger.update(self._spent(), self.logger.sealed())
+        checkpoint.prune(run_dir, keep=2)
         self.saved_step = self.global_step
-        self.on_saved()
 
-    def _restore(self) -> dict[str, int]:
-        """Load the newest whole checkpoint; the number of rows each CSV had then."""
+    def _spent(self) -> dict[str, Any]:
+        times = {name: value for name, value in self.train_state.items() if name in _ACCUMULATED}
+        duration = self.eval_results[-1][1]["total_duration"] if self.eval_results else 0.0
+        return {"global_step": self.global_step, **times, "total_duration": duration}
+
+    def _restore(self) -> bool:
+        """Load the newest whole checkpoint; whether there is one."""
         saved, damaged = checkpoint.load_newest(self.run.run_dir)
         for problem in damaged:
             self.echo(f"{self.run.name}: {problem}: going back to the one before")
         if saved is None:
-            return {}
+            return False
         self.params.load_state_dict(saved["model_params"])
         for name, entry in self.optimizer_state.items():
             entry.load_state_dict(saved["optimizer_state"][name])
@@ -380,14 +432,30 @@ class _Training:
         self.eval_results = saved["eval_results"]
         self.global_step = self.saved_step = saved["global_step"]
         self.preemption_count = saved["preemption_count"] + 1
+        self.watch.diverged_at_step = saved["diverged_at_step"]
         if self.eval_results:
             self.duration_before = self.eval_results[-1][1]["total_duration"]
-        checkpoint.discard_after(self.run.run_dir, self.global_step)
+        self._contents = saved["tables"]
         self.input_queue.skip(self.global_step)
         checkpoint.restore_rng_states(saved["rng_states"])
         spent = self.train_state["accumulated_submission_time"]
-        self.echo(f"{self.run.name}: continuing from step {self.global_step}, {spent:.1f} s spent")
-        return saved["rows"]
+        self.echo(
+            f"{self.run.name}: continuing from step {self.global_step}, {spent:.1f} s already spent"
+        )
+        return True
+
+    def _start_over(self) -> None:
+        """From step 0, but with the time that the run's record says is spent."""
+        before = self.ledger.progress
+        if not before:
+            return
+        self.train_state |= {name: before[name] for name in _ACCUMULATED}
+        self.duration_before = before["total_duration"]
+        self.preemption_count = self.ledger.sessions[-1]["preemption_count"] + 1
+        self.echo(
+            f"{self.run.name}: no checkpoint is left of {before['global_step']} steps: starting "
+            f"over; the {before['accumulated_submission_time']:.1f} s already spent count"
+        )
 
     def _goals(self) -> bool:
         return self.train_state["validation_goal_reached"] and self.train_state["test_goal_reached"]
@@ -395,6 +463,8 @@ class _Training:
     def _stop_reason(self) -> str:
         if self._goals():
             return "targets reached"
+        if self._is_given_up():
+            return run_record.DIVERGED
         if not self.train_state["is_time_remaining"]:
             return "time budget spent"
         if self.global_step == self.workload.max_steps:
@@ -415,84 +485,10 @@ class _Training:
         )
 
 
-def hash_parameters(model: torch.nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of a model's state, in its own order."""
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        value = tensor.detach().cpu().contiguous()
-        total.update(f"{name} {value.dtype} {list(value.shape)}\0".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-def _write_sealed(run_dir: Path, folder_record: dict[str, Any]) -> None:
-    """Bring ``run.json`` up to date with what the folder holds now."""
-    folder_record[seal.FILES] = seal.make(run_dir)
-    run_folder.write_record(run_dir, folder_record)
-
-
-def _write_start(
-    run: RunSpec,
-    workload: Any,
-    training: _Training,
-    folder_record: dict[str, Any],
-    flags: dict[str, Any],
-) -> None:
-    """Write the record first: from here on the folder says whose it is."""
-    run_folder.write_record(run.run_dir, folder_record)
-    record.write_json(run.run_dir / "hparams.json", run.hparams)
-    properties = environment.workload_properties(workload)
-    meta = {f"workload.{name}": value for name, value in properties.items()}
-    meta |= {**folder_record["sessions"][-1], "rng_seed": run.seed}
-    record.write_json(run.run_dir / f"meta_data_{training.preemption_count}.json", meta)
-    own_flags = {
-        "workload": run.workload,
-        "framework": "pytorch",
-        "submission_path": f"submissions/{run.variant}/submission.py",
-        "tuning_ruleset": "external",
-        "rng_seed": run.seed,
-        "max_global_steps": workload.max_steps,
-    }
-    record.write_json(
-        run.run_dir / f"flags_{training.preemption_count}.json", {**flags, **own_flags}
-    )
-
-
-def _warn_of_changes(
-    run: RunSpec, sessions: list[dict[str, Any]], session: dict[str, Any], echo: Echo
-) -> None:
-    """Say what may keep the rest of the curve from being the unbroken run's to the bit."""
-    for key in ("packages", "cpu_model_name", "torch_num_threads", "gpu_model_name"):
-        if sessions and sessions[-1].get(key) != session.get(key):
-            echo(
-                f"{run.name}: {key} was {sessions[-1].get(key)} and is {session.get(key)} now: "
-                "from here on the last bits may differ from an unbroken run's"
-            )
-
-
-@contextmanager
-def _deterministic_cpu() -> Iterator[None]:
-    """Ask torch for repeatable kernels on a CPU; on a GPU its own choices stay, as in AlgoPerf."""
-    if torch.cuda.is_available():
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    options: Any = torch.utils.deterministic  # a module whose attributes are made at run time
-    fill = options.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    options.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        options.fill_uninitialized_memory = fill
-
-
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.time()
+    return time.perf_counter()  # never set back, as the time of day can be
 
 
 def _number(value: Any) -> Any:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,16 @@ class Hyper(NamedTuple):
     weight_decay: float  # lambda
     nadam: bool  # numerator beta1 M + (1 - beta1) G instead of M
     matmul_precision: str  # of rotations; statistics are float32-accurate under every setting
-    # 1 - beta1^t and 1 - beta2^t as tensors [] on the device while all blocks have the same t;
-    # else None, and each stack's own.
-    c1: Tensor | None = None
-    c2: Tensor | None = None
+    # id(stack) -> 1 - beta1^t and 1 - beta2^t of its rows as tensors [B, 1, ..., 1] on the device,
+    # always the same ones; None: the stack's own numbers.
+    corrections: Mapping[int, tuple[Tensor, Tensor]] | None = None
+
+
+def bias_corrections(stack: Stack, h: Hyper) -> tuple[float | Tensor, float | Tensor]:
+    """1 - beta1^t and 1 - beta2^t: numbers, or [B, 1, ..., 1] each."""
+    if h.corrections is not None:
+        return h.corrections[id(stack)]
+    return stack.bias_correction(h.beta1), stack.bias_correction(h.beta2)
 
 
 class Arithmetic:
@@ -61,8 +67,7 @@ class Arithmetic:
         """Update exp_avg and exp_avg_sq with xs, and replace these by Adam's direction."""
         work: dict[bool, list[tuple[Any, ...]]] = {}
         for s, x in zip(stacks, xs, strict=True):
-            c1 = s.bias_correction(h.beta1) if h.c1 is None else h.c1
-            c2 = s.bias_correction(h.beta2) if h.c2 is None else h.c2
+            c1, c2 = bias_corrections(s, h)
             row = x, s.state["exp_avg"], s.state["exp_avg_sq"], c1, c2
             work.setdefault(isinstance(c1, Tensor), []).append(row)
         for rows in work.values():  # corrections are all tensors, or all numbers
@@ -157,8 +162,8 @@ def adam_(
     """Update both moments and replace x by Adam's direction (NAdam's numerator with ``nadam``).
 
     xs, ms, vs: contiguous, of one shape [B, ...] and dtype each. c1, c2 = 1 - beta1^t, 1 -
-    beta2^t: all numbers, or all tensors [] or [B, 1, ..., 1] on x's device. The order of operations
-    is torch.optim.AdamW's, so that the two agree to rounding.
+    beta2^t: all numbers, or all tensors [B, 1, ..., 1] on x's device. The order of operations is
+    torch.optim.AdamW's, so that the two agree to rounding.
     """
     torch._foreach_mul_(vs, beta2)
     torch._foreach_addcmul_(vs, xs, xs, value=1 - beta2)

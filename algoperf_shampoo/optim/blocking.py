@@ -10,6 +10,9 @@ import itertools
 import math
 from dataclasses import dataclass
 
+# What a parameter of two or more dimensions with at most max_preconditioner_dim entries becomes.
+SMALL_MATRICES = ("vector", "matrix")
+
 
 def merge_dims(shape: tuple[int, ...], max_dim: int) -> tuple[int, ...]:
     """Drop dimensions of size 1, then multiply neighbours, left to right, while <= ``max_dim``.
@@ -49,10 +52,15 @@ class Block:
         return math.prod(self.shape)
 
 
-def cut(shape: tuple[int, ...], max_dim: int) -> list[Block]:
+def cut(shape: tuple[int, ...], max_dim: int, small_matrices: str = "vector") -> list[Block]:
     """Blocks of a parameter of ``shape``, in row-major order of the grid of blocks.
 
     A dimension d is cut into floor(d / max_dim) pieces of max_dim and one of the rest.
+
+    Args:
+        small_matrices: where merging leaves one dimension of several, that vector (the paper's
+            footnote 8), or with "matrix" the first dimension by the product of the others:
+            [8, 4, 3, 3] becomes 288, or 8 x 36.
 
     Raises:
         ValueError: a dimension is 0, or max_dim < 1.
@@ -62,6 +70,9 @@ def cut(shape: tuple[int, ...], max_dim: int) -> list[Block]:
     if 0 in shape:
         raise ValueError(f"cannot precondition an empty parameter of shape {tuple(shape)}")
     merged = merge_dims(tuple(shape), max_dim)
+    sizes = [d for d in shape if d != 1]
+    if small_matrices == "matrix" and len(merged) == 1 < len(sizes):
+        merged = (sizes[0], math.prod(sizes[1:]))
     pieces = [[(s, min(max_dim, d - s)) for s in range(0, d, max_dim)] for d in merged]
     return [
         Block(merged, tuple(s for s, _ in corner), tuple(d for _, d in corner))

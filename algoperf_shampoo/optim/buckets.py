@@ -183,17 +183,28 @@ class Layout:
     Gradients are gathered into one buffer, block by block in stack order; the rules replace them
     there by update directions, which are scattered from it.
 
+    Args:
+        first: number of the first parameter, for messages.
+
     Raises:
-        ValueError: an empty, sparse or complex parameter.
+        ValueError: a parameter that is empty, sparse or not of real floating-point numbers, or
+            there twice.
     """
 
-    def __init__(self, params: Sequence[Tensor], blocks: Callable[[Tensor], list[Block]]) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        blocks: Callable[[Tensor], list[Block]],
+        first: int = 0,
+    ) -> None:
         self.params = list(params)
+        for i, p in enumerate(self.params, first):
+            _check_parameter(i, p)
+        if len(set(self.params)) < len(self.params):
+            raise ValueError("a parameter is twice in its group")
         self.blocks = [blocks(p) for p in self.params]
         by_shape: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Member]] = {}
         for i, p in enumerate(self.params):
-            if p.is_sparse or p.is_complex():
-                raise ValueError(f"parameter {i} is sparse or complex; only dense real ones work")
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             for j, block in enumerate(self.blocks[i]):
                 by_shape.setdefault((block.shape, dtype, p.device), []).append(Member(i, j, block))
@@ -284,23 +295,29 @@ class Layout:
         """The memory of a state tensor of all stacks: one flat tensor per dtype and device."""
         return [buffer for (key, _, _), buffer in self._buffers.items() if key == name]
 
-    def allocate(self, names: Sequence[str], scratch: bool) -> None:
-        """Zeros [B, *shape] as ``stack.state[name]`` of every stack, and as ``g`` and (where
-        wanted) ``scratch``.
+    def allocate(self, names: Callable[[Stack], Sequence[str]], scratch: bool) -> None:
+        """Zeros [B, *shape] as ``stack.state[name]`` for the names of every stack, and as ``g`` and
+        (where wanted) ``scratch``.
 
         All in one piece of memory that a refresh can work in (:class:`Lent`): what holds nothing
         between steps first, so that only the rest has to stand aside.
         """
         free = [GRADIENT, *([SCRATCH] if scratch else [])]
-        for dtype, device in {(stack.dtype, stack.device) for stack in self.stacks}:
+        for dtype, device in dict.fromkeys((stack.dtype, stack.device) for stack in self.stacks):
             mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
-            sizes = [-(-s.numel // ALIGNMENT) * ALIGNMENT for s in mine]
-            total = sum(sizes)
-            arena = torch.zeros((len(free) + len(names)) * total, dtype=dtype, device=device)
-            self.lent.append(Lent(arena, len(free) * total))
-            for name, flat in zip((*free, *names), arena.split(total), strict=True):
+            users = {name: mine for name in free}
+            for stack in mine:
+                for name in names(stack):
+                    users.setdefault(name, [])
+            users |= {n: [s for s in mine if n in names(s)] for n in users if n not in free}
+            sizes = {id(s): -(-s.numel // ALIGNMENT) * ALIGNMENT for s in mine}
+            totals = [sum(sizes[id(s)] for s in some) for some in users.values()]
+            arena = torch.zeros(sum(totals), dtype=dtype, device=device)
+            self.lent.append(Lent(arena, sum(totals[: len(free)])))
+            for (name, some), flat in zip(users.items(), arena.split(totals), strict=True):
                 self._buffers[name, dtype, device] = flat
-                for stack, part in zip(mine, flat.split(sizes), strict=True):
+                parts = flat.split([sizes[id(s)] for s in some])
+                for stack, part in zip(some, parts, strict=True):
                     view = part[: stack.numel].view(len(stack), *stack.shape)
                     if name == GRADIENT:
                         stack.g = view
@@ -325,3 +342,13 @@ class Layout:
                 for row, m in enumerate(stack.members)
             ]
             self._transfer = Transfer(blocks, buffer)
+
+
+def _check_parameter(number: int, p: Tensor) -> None:
+    wanted = "only dense ones of real floating-point numbers work"
+    if p.layout != torch.strided:
+        raise ValueError(f"parameter {number} is sparse; {wanted}")
+    if not p.is_floating_point():
+        raise ValueError(f"parameter {number} is of {p.dtype}; {wanted}")
+    if p.numel() == 0:
+        raise ValueError(f"parameter {number} is empty, of shape {tuple(p.shape)}")

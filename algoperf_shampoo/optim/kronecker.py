@@ -4,145 +4,145 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import gpu, state
+from . import costs, gpu, settings, state
 from .arithmetic import Arithmetic, Hyper
-from .blocking import Block, cut
+from .blocking import cut
 from .buckets import Layout, Stack
 from .eigen.solvers import Solver
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .gpu.graphs import Recorder, Run, direct
 from .gpu.grouped import Grouped
-from .precision import MATMUL_PRECISIONS, matmul_precision
-from .preconditioners import Adam, EShampoo, GraftedShampoo, Rule
+from .precision import matmul_precision
+from .preconditioners import Adam, Rule
+from .replicas import Replicas
+
+MAX_DIM = 1024  # a dimension above is cut, unless max_preconditioner_dim says otherwise
 
 
 @dataclass
 class Group:
     """One parameter group laid out in stacks: which rule takes which, and all their factors.
 
+    state: as it stands in ``optimizer.state``.
     recorder: on one GPU, runs steps in which all parameters take part; grouped: computes them,
     where our kernels work, and ``by_torch`` all others.
+    options: those in use, but for the learning rate: whether they changed.
     """
 
     layout: Layout
     rules: list[tuple[Rule, list[Stack]]]
     factor_sets: list[FactorSet]
+    state: state.GroupState
     recorder: Recorder | None
     grouped: Grouped | None
     by_torch: Arithmetic
+    options: dict[str, Any]
 
 
 class Kronecker(torch.optim.Optimizer):
-    """Shampoo-family optimizer with one rule; the named variants below choose the rule.
+    """Shampoo-family optimizer with one rule; the classes of :mod:`.optimizers` choose the rule.
 
     Parameters are merged and cut into blocks (:mod:`.blocking`), blocks of one shape are stacked
     (:mod:`.buckets`), and everything runs batched on stacks. State is float32 (float64 for float64
-    parameters). Parameters without a gradient are skipped and keep their own step count; from then
-    on steps go by torch's operations stack by stack, several times slower on a GPU than by our
-    kernels, which want all blocks to have the same count.
+    parameters), in ``state`` from construction on (:mod:`.state`). Parameters without a gradient
+    are skipped and keep their own step count; a step in which one is missing goes by torch's
+    operations stack by stack, several times slower on a GPU than by our kernels.
 
     Args:
-        params: parameters or groups. Groups may differ in lr, betas, eps, weight_decay and nadam.
+        params: parameters or groups.
         rule: the preconditioner of blocks with factors.
-        lr: alpha in the paper.
-        betas: (beta1, beta2): of the gradient's average, and of all second-moment statistics.
-        eps: epsilon added to sqrt(D).
-        weight_decay: lambda, decoupled: W <- W - lr * (U + weight_decay * W).
-        nadam: numerator beta1 M + (1 - beta1) G.
-        precondition_frequency: F, steps between checks of a block's factors.
-        tau: threshold of Eq. 11 in [0, 1); 0 refreshes at every check.
-        max_preconditioner_dim: larger dimensions are cut.
-        one_dim: "full" for full-matrix Adam on 1-D blocks, "adam" for Adam.
-        matmul_precision: of the rotations on a GPU, "highest" (accurate to float32) or "high"
-            (inputs rounded to 11 bits, as in TF32); Grams and criterion are always accurate to
-            float32.
+        defaults: the options of groups, see :mod:`.settings`.
+        fixed: names of those that are one for all groups.
         solver: how factors are decomposed.
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs; see
             :mod:`.graphs`.
         process_group: set when the processes of the group hold replicas that see equal gradients.
 
     Raises:
-        ValueError: a hyperparameter out of range (named, with its range), or an empty, sparse or
-            complex parameter.
+        ValueError: an option out of range (named, with its range), or a parameter that is empty,
+            sparse or not of real floating-point numbers (named by its number).
     """
 
     def __init__(
         self,
         params: ParamsT,
         rule: Rule,
+        defaults: dict[str, Any],
         *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        nadam: bool = False,
-        precondition_frequency: int = 100,
-        tau: float = 0.0,
-        max_preconditioner_dim: int = 1024,
-        one_dim: str = "full",
-        matmul_precision: str = "highest",
+        fixed: Sequence[str] = (),
         solver: Solver | None = None,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        frequency = precondition_frequency
-        if not isinstance(frequency, int) or isinstance(frequency, bool) or frequency < 1:
-            raise ValueError(f"precondition_frequency must be an integer >= 1, got {frequency!r}")
-        if not 0 <= tau < 1:
-            raise ValueError(f"tau must be in [0, 1), got {tau!r}")
-        if one_dim not in ("full", "adam"):
-            raise ValueError(f'one_dim must be "full" or "adam", got {one_dim!r}')
-        if matmul_precision not in MATMUL_PRECISIONS:
-            known = ", ".join(MATMUL_PRECISIONS)
-            raise ValueError(f"matmul_precision must be one of {known}, got {matmul_precision!r}")
+        defaults = {"rule": type(self).__name__, **defaults}
+        settings.check(defaults)
         self.rule = rule
-        self._adam = Adam()
-        self.precondition_frequency = frequency
-        self.tau = tau
-        self.max_preconditioner_dim = max_preconditioner_dim
-        self.one_dim = one_dim
-        self.matmul_precision = matmul_precision
         self.solver = solver or Solver()
         self.cuda_graph = cuda_graph
         self.process_group = process_group
+        self._fixed = ("rule", *fixed)
+        self._adam = Adam()
         self._groups: list[Group] = []
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nadam=nadam)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; if it is refused, the optimizer is as it was.
+
+        Raises:
+            ValueError: as the constructor; or an option that this optimizer does not read, or that
+                is one for all groups.
+        """
+        if isinstance(param_group, dict):
+            settings.check_given(param_group, self.defaults, self._fixed)
+        number = len(self.param_groups)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _check_group(group)
-        layout = Layout(group["params"], self._blocks)
+        try:
+            options = self.param_groups[number]
+            settings.check(options)
+            group = self._lay_out(options)
+        except BaseException:
+            del self.param_groups[number:]
+            raise
+        self._groups.append(group)
+        self.state.update(zip(options["params"], group.state.entries, strict=True))
+        costs.warn(group.layout, options)
+
+    def _lay_out(self, options: dict[str, Any]) -> Group:
+        limit = options.get("max_preconditioner_dim", MAX_DIM)
+        small = options.get("small_matrices", "vector")
+        first = sum(len(g.layout.params) for g in self._groups)
+        layout = Layout(options["params"], lambda p: cut(tuple(p.shape), limit, small), first)
         by_rule: dict[int, tuple[Rule, list[Stack]]] = {}
         for stack in layout.stacks:
-            rule = self._rule_for(stack.shape)
+            rule = self._rule_for(stack.shape, options.get("one_dim", "full"))
             by_rule.setdefault(id(rule), (rule, []))[1].append(stack)
         rules = list(by_rule.values())
         sets = build_factor_sets([s for rule, mine in rules if rule.has_factors for s in mine])
-        (device, dtype), *others = {(s.device, s.dtype) for s in layout.stacks}
-        one_gpu = device.type == "cuda" and not others
-        ours = one_gpu and gpu.multiplies(dtype, device)
-        layout.allocate(self.rule.moments, scratch=self.rule.has_factors)
-        recorder = Recorder(device, self.cuda_graph) if one_gpu else None
-        grouped = Grouped(layout.stacks) if ours else None
-        self._groups.append(Group(layout, rules, sets, recorder, grouped, Arithmetic()))
+        moments = {id(s): rule.moments for rule, mine in rules for s in mine}
+        layout.allocate(lambda s: moments[id(s)], scratch=self.rule.has_factors)
+        kinds = {(s.device, s.dtype) for s in layout.stacks}
+        recorder = grouped = None
+        if len(kinds) == 1:
+            ((device, dtype),) = kinds
+            if device.type == "cuda":
+                recorder = Recorder(device, self.cuda_graph)
+                grouped = Grouped(layout.stacks) if gpu.multiplies(dtype, device) else None
+        group_state = state.GroupState(layout, sets)
+        seen = _changeable(options)
+        return Group(layout, rules, sets, group_state, recorder, grouped, Arithmetic(), seen)
 
-    def _blocks(self, param: Tensor) -> list[Block]:
-        return cut(tuple(param.shape), self.max_preconditioner_dim)
-
-    def _rule_for(self, shape: tuple[int, ...]) -> Rule:
+    def _rule_for(self, shape: tuple[int, ...], one_dim: str) -> Rule:
         # A 1x1 factor has one direction: every rule of the family is Adam there.
-        plain = shape == (1,) or (len(shape) == 1 and self.one_dim == "adam")
+        plain = shape == (1,) or (len(shape) == 1 and one_dim == "adam")
         return self._adam if plain else self.rule
 
     @torch.no_grad()
@@ -156,11 +156,29 @@ class Kronecker(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for settings, group in zip(self.param_groups, self._groups, strict=True):
-            self._step_group(settings, group)
+        self._check_before_step()
+        for options, group in zip(self.param_groups, self._groups, strict=True):
+            self._step_group(options, group)
         return loss
 
-    def _step_group(self, settings: dict[str, Any], group: Group) -> None:
+    def _check_before_step(self) -> None:
+        """Refuse what cannot be stepped on, before anything is changed."""
+        number = 0
+        for options, group in zip(self.param_groups, self._groups, strict=True):
+            for p in group.layout.params:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"the gradient of parameter {number} is sparse; only dense ones work"
+                    )
+                number += 1
+            if (now := _changeable(options)) != group.options:
+                settings.check(now)
+                where = "changed after the group was added"
+                names = [n for n in now if n in self._fixed or n in settings.LAYOUT]
+                settings.check_same(where, now, group.options, names)
+                group.options = now
+
+    def _step_group(self, options: dict[str, Any], group: Group) -> None:
         layout = group.layout
         present = layout.gather()  # first, so that the device has work during the bookkeeping
         if not any(present):
@@ -170,26 +188,31 @@ class Kronecker(torch.optim.Optimizer):
         for stack in layout.stacks:
             stack.count(rows[id(stack)])
         with_factors = [s for rule, stacks in group.rules if rule.has_factors for s in stacks]
-        due = {id(s): s.due(rows[id(s)], self.precondition_frequency) for s in with_factors}
-        h = self._hyper(settings)
+        frequency = options.get("precondition_frequency", 1)
+        due = {id(s): s.due(rows[id(s)], frequency) for s in with_factors}
+        h = self._hyper(options)
         run: Run = direct
         arithmetic = group.by_torch
-        if group.recorder is not None and everyone and _in_step(layout):
+        if group.recorder is not None and everyone:
             h, run = group.recorder.begin(layout, h)
             arithmetic = group.grouped or arithmetic
         statistics = functools.partial(self._statistics, group, rows, h, arithmetic)
         update = functools.partial(self._update, group, rows, present, h, arithmetic)
+        check = functools.partial(
+            self._refresh, group, due, h, options.get("tau", 0.0), arithmetic, run
+        )
         if not with_factors:
             run("update", update)
         elif self.rule.statistics_first:
             run("statistics", statistics)
-            self._refresh(group, due, h, arithmetic, run)
+            check()
             run("update", update)
         else:
             run("update", update)
             layout.gather()
             run("statistics", statistics)
-            self._refresh(group, due, h, arithmetic, run)
+            check()
+        group.state.publish_steps()
 
     def _statistics(
         self, group: Group, rows: dict[int, list[int]], h: Hyper, arithmetic: Arithmetic
@@ -224,6 +247,7 @@ class Kronecker(torch.optim.Optimizer):
         group: Group,
         due: dict[int, list[int]],
         h: Hyper,
+        tau: float,
         arithmetic: Arithmetic,
         run: Run,
     ) -> None:
@@ -235,57 +259,105 @@ class Kronecker(torch.optim.Optimizer):
             due,
             self.rule,
             h.beta2,
-            self.tau,
+            tau,
             self.solver,
             arithmetic,
             group.layout.lent,
             self.process_group,
             run,
         )
+        group.state.publish()
         if overwritten and self.rule.statistics_first:
             group.layout.gather()
 
-    def _hyper(self, settings: dict[str, Any]) -> Hyper:
-        beta1, beta2 = settings["betas"]
+    def _hyper(self, options: dict[str, Any]) -> Hyper:
+        beta1, beta2 = options["betas"]
         return Hyper(
-            float(settings["lr"]),
+            float(options["lr"]),
             beta1,
             beta2,
-            settings["eps"],
-            settings["weight_decay"],
-            settings["nadam"],
-            self.matmul_precision,
+            options.get("grafting_eps", options["eps"]),  # Adam's, not the factors'
+            options["weight_decay"],
+            options["nadam"],
+            options.get("matmul_precision", "highest"),
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Canonical: per parameter and per block, independent of stacking, device and back end.
+        """A copy of the state, which does not change while training goes on.
 
-        {"state": {i: {"step": t, "blocks": [{"start", "shape", "ready", name: tensor, ...}]}},
-        "param_groups": [...]}, parameters numbered as torch does. Moments are copies,
-        factors and operators views of the live state: copy them if you step on.
+        As torch's: {"state": {number of a parameter: its entry, see :mod:`.state`},
+        "param_groups": [...]}. The same whatever the stacks, the device or the back end. Takes as
+        much memory as the state itself.
         """
-        return state.pack(self.param_groups, [(g.layout, g.factor_sets) for g in self._groups])
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        entries: list[dict[str, Any]] = []
+        groups = []
+        for options, group in zip(self.param_groups, self._groups, strict=True):
+            numbers = list(range(len(entries), len(entries) + len(group.layout.params)))
+            entries += group.state.copies()
+            packed = {k: state.copy_of(v) for k, v in options.items() if k != "params"}
+            groups.append({**packed, "params": numbers})
+        packed = {"state": dict(enumerate(entries)), "param_groups": groups}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            result = after(self, packed)
+            packed = packed if result is None else result
+        return packed
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, to the bit.
+        """Restore what :meth:`state_dict` gave, to the bit, the options of groups included.
 
         Raises:
-            ValueError: other parameters, shapes or blocks than this optimizer's, or a tensor is
-                missing; nothing has been changed then.
+            ValueError: saved by another rule, for other parameters or blocks, with options on which
+                the state's meaning depends (rule, one_dim, max_preconditioner_dim, ...) other than
+                this optimizer's, or damaged; nothing has been changed then.
         """
-        layouts = [(g.layout, g.factor_sets) for g in self._groups]
-        state.unpack(state_dict, self.param_groups, layouts)
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            result = before(self, state_dict)
+            state_dict = state_dict if result is None else result
+        loads = state.loading(
+            state_dict,
+            self.param_groups,
+            [g.state for g in self._groups],
+            (*self._fixed, *settings.LAYOUT),
+        )
+        for load in loads:
+            load()
+        for options, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            options.update({k: state.copy_of(v) for k, v in saved.items() if k != "params"})
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have the state but no hooks, as torch's."""
+        entries = [entry for group in self._groups for entry in group.state.copies()]
+        params = [p for group in self._groups for p in group.layout.params]
+        return {
+            **super().__getstate__(),
+            "state": dict(zip(params, entries, strict=True)),
+            **{name: self.__dict__[name] for name in ("rule", "solver", "cuda_graph", "_fixed")},
+            "process_group": Replicas(self.process_group),
+        }
+
+    @torch.no_grad()
+    def __setstate__(self, state_: dict[str, Any]) -> None:
+        super().__setstate__(state_)
+        self.process_group = state_["process_group"].group
+        self._adam = Adam()
+        self._groups = []
+        saved, self.state = self.state, defaultdict(dict)
+        for options in self.param_groups:
+            group = self._lay_out(options)
+            group.state.loading([saved[p] for p in options["params"]], 0)()
+            self._groups.append(group)
+            self.state.update(zip(options["params"], group.state.entries, strict=True))
 
     def factor_sets(self) -> Iterable[FactorSet]:
         """All factor sets, for telemetry and tests."""
         for group in self._groups:
             yield from group.factor_sets
-
-
-def _in_step(layout: Layout) -> bool:
-    """Whether all blocks have the same step count."""
-    step = layout.stacks[0].steps[0]
-    return all(s.uniform and s.steps[0] == step for s in layout.stacks)
 
 
 def _taking_part(group: Group, rows: dict[int, list[int]]) -> Iterator[tuple[Rule, list[Stack]]]:
@@ -305,38 +377,6 @@ def _parts(stacks: list[Stack], rows: dict[int, list[int]]) -> Iterator[list[Sta
             stack.put(rows[id(stack)], part)
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    for name, value, good, wanted in (
-        ("lr", group["lr"], float(group["lr"]) >= 0, ">= 0"),
-        ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
-        ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
-        ("eps", group["eps"], group["eps"] >= 0, ">= 0"),
-        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0, ">= 0"),
-    ):
-        if not good:
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
-
-
-def eshampoo(params: ParamsT, **settings: Any) -> Kronecker:
-    """EShampoo (Algorithm 2). tau = 0: fixed frequency F; tau > 0: adaptive, checked every F
-    steps."""
-    return Kronecker(params, EShampoo(), **settings)
-
-
-def shampoo_grafting(
-    params: ParamsT,
-    *,
-    eps: float = 1e-8,
-    grafting_eps: float = 1e-8,
-    exponent_multiplier: float = 1.0,
-    **settings: Any,
-) -> Kronecker:
-    """Shampoo with Adam grafting (Algorithm 3); eps is added to the factors' eigenvalues."""
-    rule = GraftedShampoo(eps, grafting_eps, exponent_multiplier)
-    return Kronecker(params, rule, eps=grafting_eps, **settings)
-
-
-def adamw(params: ParamsT, **settings: Any) -> Kronecker:
-    """AdamW, or with nadam=True AlgoPerf's NAdamW: the baseline, on the same step loop."""
-    return Kronecker(params, Adam(), **settings)
+def _changeable(options: dict[str, Any]) -> dict[str, Any]:
+    """What must be checked when it has changed: all options but the learning rate."""
+    return {name: options[name] for name in settings.OPTIONS if name in options and name != "lr"}

@@ -1,27 +1,219 @@
-"""The canonical state_dict: per parameter and per block, whatever the stacks or the device."""
+"""The state of an optimizer as torch sees it: flat per parameter, the same whatever the stacks, the
+device or the back end.
+
+``optimizer.state[p]`` is there from construction on and live. It holds, for block j of the
+parameter (:func:`.blocking.cut`) and its mode i:
+
+| key | value |
+|---|---|
+| step | t, updates so far: int64 [] on the CPU |
+| j.exp_avg, j.exp_avg_sq, ... | what the rule keeps, shaped like the block |
+| j.factor_i, j.operator_i | [d_i, d_i]: L or R; its eigenbasis, or its inverse root |
+| j.ready | 1 once any operator of the block was computed; until then they are the identity |
+| j.checks_i, j.refreshes_i, j.failures_i | how often it was due, got a new operator, could not |
+
+No key holds a list or a string, because torch.distributed.checkpoint flattens neither.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import settings
 from .buckets import Layout, Stack
 from .eigenbasis import FactorSet
 
-Groups = Sequence[tuple[Layout, Sequence[FactorSet]]]
-Rows = dict[tuple[int, int], tuple[Stack, int]]
+Entry = dict[str, Any]  # of one parameter
+COUNTERS = ("checks", "refreshes", "failures")
 
 
-def _rows(layout: Layout) -> Rows:
-    """(parameter, block) -> (stack, row)."""
-    return {
-        (member.param, member.index): (stack, row)
-        for stack in layout.stacks
-        for row, member in enumerate(stack.members)
-    }
+class GroupState:
+    """One group's part of ``optimizer.state``: views of the stacks, and copies of their counters.
+
+    Attributes:
+        entries: per parameter of the group, its part of ``optimizer.state``.
+    """
+
+    def __init__(self, layout: Layout, factor_sets: Sequence[FactorSet]) -> None:
+        self._rows: list[list[tuple[Stack, int]]] = [[] for _ in layout.params]
+        by_place = {
+            (member.param, member.index): (stack, row)
+            for stack in layout.stacks
+            for row, member in enumerate(stack.members)
+        }
+        for param, index in sorted(by_place):
+            self._rows[param].append(by_place[param, index])
+        # (id(stack), mode) -> the factor set, and where in it the stack begins.
+        self._sets = {
+            (id(span.stack), span.mode): (factor_set, span.start)
+            for factor_set in factor_sets
+            for span in factor_set.spans
+        }
+        self._layout = layout
+        self._steps = torch.zeros(len(layout.params), dtype=torch.int64)
+        self.entries: list[Entry] = []
+        for param, rows in enumerate(self._rows):
+            entry: Entry = {"step": self._steps[param]}
+            for j, (stack, row) in enumerate(rows):
+                entry |= {f"{j}.{name}": x for name, x in _tensors(stack, row)}
+            self.entries.append(entry)
+        self.publish()
+
+    def publish_steps(self) -> None:
+        """Bring the step counts up to date."""
+        stacks = self._layout.stacks
+        if all(s.uniform and s.steps[0] == stacks[0].steps[0] for s in stacks):
+            self._steps.fill_(stacks[0].steps[0] if stacks else 0)
+        else:
+            self._steps.copy_(torch.tensor([rows[0][0].steps[rows[0][1]] for rows in self._rows]))
+
+    def publish(self) -> None:
+        """Bring all that is no tensor of a stack up to date: step counts and counters."""
+        self.publish_steps()
+        for entry, rows in zip(self.entries, self._rows, strict=True):
+            for j, (stack, row) in enumerate(rows):
+                entry[f"{j}.ready"] = int(stack.ready[row])
+                for name, counts, k in self._counters(stack, row):
+                    entry[f"{j}.{name}"] = counts[k]
+
+    def copies(self) -> list[Entry]:
+        """The entries, sharing no memory with them or with each other.
+
+        Views share the memory of a whole stack and of its gradient buffer, and torch.save writes
+        all of a memory that a tensor belongs to.
+        """
+        return [{name: copy_of(x) for name, x in entry.items()} for entry in self.entries]
+
+    def loading(self, saved: Sequence[Any], first: int) -> Callable[[], None]:
+        """Check entries; what is returned copies them into the state.
+
+        Args:
+            saved: an entry of each parameter. None for one that is frozen
+                (torch.distributed.checkpoint leaves those out): its state starts anew.
+            first: number of the group's first parameter, for messages.
+
+        Raises:
+            ValueError: an entry is not of such a parameter; names the parameter and the key.
+        """
+        tensors: list[tuple[Tensor, Tensor]] = []
+        numbers: list[tuple[list[Any], int, Any]] = []
+        frozen = []
+        for param, (rows, found) in enumerate(zip(self._rows, saved, strict=True)):
+            if found is None and not self._layout.params[param].requires_grad:
+                frozen.append(param)
+                continue
+            live, where = self.entries[param], f"state_dict, parameter {first + param}"
+            _check_keys(where, live, found)
+            step = _whole(where, found, "step")
+            for name, x in live.items():
+                if name != "step" and isinstance(x, Tensor):
+                    tensors.append((x, _tensor_like(where, found, name, x)))
+            for j, (stack, row) in enumerate(rows):
+                numbers.append((stack.steps, row, step))
+                numbers.append((stack.ready, row, bool(_whole(where, found, f"{j}.ready"))))
+                for name, counts, k in self._counters(stack, row):
+                    numbers.append((counts, k, _whole(where, found, f"{j}.{name}")))
+
+        def load() -> None:
+            for live, value in tensors:
+                live.copy_(value)
+            for target, index, value in numbers:
+                target[index] = value
+            for param in frozen:
+                self._start_anew(param)
+            self.publish()
+
+        return load
+
+    def _start_anew(self, param: int) -> None:
+        for stack, row in self._rows[param]:
+            stack.steps[row], stack.ready[row] = 0, False
+            for name, x in _tensors(stack, row):
+                x.zero_()
+                if name.startswith("operator_"):
+                    x.fill_diagonal_(1)
+            for _, counts, k in self._counters(stack, row):
+                counts[k] = 0
+
+    def _counters(self, stack: Stack, row: int) -> Iterator[tuple[str, list[int], int]]:
+        """(key, counts, k) of all counters counts[k] of one block."""
+        for mode in range(len(stack.factors)):
+            factor_set, start = self._sets[id(stack), mode]
+            for name in COUNTERS:
+                yield f"{name}_{mode}", getattr(factor_set, name), start + row
+
+
+def loading(
+    state_dict: Any,
+    param_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[GroupState],
+    meaning: Sequence[str],
+) -> list[Callable[[], None]]:
+    """Check a whole state_dict; what is returned copies its state.
+
+    Args:
+        param_groups: the optimizer's own, with its options.
+        meaning: names of options on which the meaning of the state depends.
+
+    Raises:
+        ValueError: see :meth:`.kronecker.Kronecker.load_state_dict`.
+    """
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"state_dict has no {key!r}; it must be what state_dict() gave")
+    saved_groups, entries = state_dict["param_groups"], state_dict["state"]
+    for number, saved in enumerate(saved_groups):
+        params = saved.get("params") if isinstance(saved, Mapping) else None
+        if not isinstance(params, Sequence):
+            raise ValueError(f"state_dict: param_groups[{number}] has no 'params'")
+    sizes, saved_sizes = [len(g.entries) for g in groups], [len(g["params"]) for g in saved_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"state_dict has parameter groups of sizes {saved_sizes}, this optimizer {sizes}"
+        )
+    loads, first = [], 0
+    for number, (saved, own, group) in enumerate(
+        zip(saved_groups, param_groups, groups, strict=True)
+    ):
+        _check_options(f"state_dict, param_groups[{number}]", saved, own, meaning)
+        found = [entries.get(key) for key in saved["params"]]
+        loads.append(group.loading(found, first))
+        first += len(found)
+    return loads
+
+
+def _check_options(
+    where: str, saved: Mapping[str, Any], own: Mapping[str, Any], meaning: Sequence[str]
+) -> None:
+    if "rule" not in saved:
+        raise ValueError(f"{where}: names no rule; saved by an optimizer other than {own['rule']}")
+    settings.check_same(where, saved, own, ["rule"])
+    if missing := [name for name in own if name in settings.OPTIONS and name not in saved]:
+        raise ValueError(f"{where}: lacks {', '.join(missing)}")
+    settings.check_same(where, saved, own, [name for name in meaning if name in own])
+    try:
+        settings.check(saved)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def copy_of(value: Any) -> Any:
+    """A tensor with memory of its own; anything else as it is."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def blocks_of(entry: Mapping[str, Any]) -> list[Entry]:
+    """A parameter's entry block by block: ``{"1.ready": 1}`` -> ``[..., {"ready": 1}]``."""
+    blocks: dict[int, Entry] = {}
+    for key, value in entry.items():
+        number, dot, name = key.partition(".")
+        if dot:
+            blocks.setdefault(int(number), {})[name] = value
+    return [blocks[j] for j in sorted(blocks)]
 
 
 def _tensors(stack: Stack, row: int) -> Iterator[tuple[str, Tensor]]:
@@ -34,96 +226,40 @@ def _tensors(stack: Stack, row: int) -> Iterator[tuple[str, Tensor]]:
         yield f"operator_{mode}", x[row]
 
 
-def _counts(factor_sets: Sequence[FactorSet]) -> dict[tuple[int, int, int], tuple[FactorSet, int]]:
-    """(id(stack), mode, row) -> (factor set, index)."""
-    return {
-        (id(span.stack), span.mode, row): (factor_set, span.start + row)
-        for factor_set in factor_sets
-        for span in factor_set.spans
-        for row in range(len(span.stack))
-    }
-
-
-def pack(param_groups: Sequence[dict[str, Any]], groups: Groups) -> dict[str, Any]:
-    packed_state: dict[int, Any] = {}
-    packed_groups = []
-    for settings, (layout, factor_sets) in zip(param_groups, groups, strict=True):
-        rows, counts = _rows(layout), _counts(factor_sets)
-        first = len(packed_state)
-        for i, blocks in enumerate(layout.blocks):
-            packed_blocks = []
-            for j, block in enumerate(blocks):
-                stack, row = rows[i, j]
-                owners = [counts[id(stack), mode, row] for mode in range(len(stack.factors))]
-                packed_blocks.append(
-                    {
-                        "start": list(block.start),
-                        "shape": list(block.shape),
-                        "ready": stack.ready[row],
-                        "checks": [s.checks[k] for s, k in owners],
-                        "refreshes": [s.refreshes[k] for s, k in owners],
-                        "failures": [s.failures[k] for s, k in owners],
-                        # Moments share memory with the gradient buffer, and torch.save writes
-                        # all of a memory that a view belongs to.
-                        **{
-                            name: x.clone() if name in stack.state else x
-                            for name, x in _tensors(stack, row)
-                        },
-                    }
-                )
-            stack, row = rows[i, 0]
-            packed_state[first + i] = {"step": stack.steps[row], "blocks": packed_blocks}
-        packed = {name: value for name, value in settings.items() if name != "params"}
-        packed_groups.append({**packed, "params": list(range(first, first + len(layout.params)))})
-    return {"state": packed_state, "param_groups": packed_groups}
-
-
-@torch.no_grad()
-def unpack(
-    state_dict: dict[str, Any], param_groups: Sequence[dict[str, Any]], groups: Groups
-) -> None:
-    """Check everything first, then copy: a bad state_dict changes nothing."""
-    saved_groups = state_dict["param_groups"]
-    sizes = [len(layout.params) for layout, _ in groups]
-    saved_sizes = [len(g["params"]) for g in saved_groups]
-    if sizes != saved_sizes:
+def _check_keys(where: str, live: Entry, found: Any) -> None:
+    if not isinstance(found, Mapping) or not found:
+        raise ValueError(f"{where}: no state; it was saved by an optimizer that had none for it")
+    if "blocks" in found:
         raise ValueError(
-            f"state_dict has parameter groups of sizes {saved_sizes}, this optimizer {sizes}"
+            f"{where}: saved by a version that kept lists of blocks, which this one does not read; "
+            "start again, or load it with that version"
         )
-    copies: list[tuple[Tensor, Tensor]] = []
-    scalars: list[tuple[Any, int, Any]] = []
-    first = 0
-    for layout, factor_sets in groups:
-        rows, counts = _rows(layout), _counts(factor_sets)
-        for i, blocks in enumerate(layout.blocks):
-            saved = state_dict["state"][first + i]
-            where = f"state_dict, parameter {first + i}"
-            shapes = [(list(b.start), list(b.shape)) for b in blocks]
-            saved_shapes = [(list(b["start"]), list(b["shape"])) for b in saved["blocks"]]
-            if shapes != saved_shapes:
-                raise ValueError(
-                    f"{where}: blocks (start, shape) {saved_shapes}, this optimizer has {shapes}; "
-                    "were the shapes or max_preconditioner_dim changed?"
-                )
-            for j, block in enumerate(saved["blocks"]):
-                stack, row = rows[i, j]
-                scalars += [(stack.steps, row, saved["step"]), (stack.ready, row, block["ready"])]
-                for name, live in _tensors(stack, row):
-                    value = block.get(name)
-                    if value is None or value.shape != live.shape:
-                        got = "missing" if value is None else f"of shape {tuple(value.shape)}"
-                        raise ValueError(
-                            f"{where}, block {j}: {name} is {got}, expected {tuple(live.shape)}"
-                        )
-                    copies.append((live, value))
-                for mode in range(len(stack.factors)):
-                    factor_set, k = counts[id(stack), mode, row]
-                    for name in ("checks", "refreshes", "failures"):
-                        scalars.append((getattr(factor_set, name), k, block[name][mode]))
-        first += len(layout.params)
-    for live, value in copies:
-        live.copy_(value)
-    for target, index, value in scalars:
-        target[index] = value
-    for settings, saved in zip(param_groups, saved_groups, strict=True):
-        settings.update({k: v for k, v in saved.items() if k != "params"})
+    missing = [name for name in live if name not in found]
+    unknown = [str(name) for name in found if name not in live]
+    if missing or unknown:
+        parts = [f"lacks {', '.join(missing)}"] if missing else []
+        parts += [f"has {', '.join(unknown)}, which is not of this optimizer"] if unknown else []
+        raise ValueError(
+            f"{where}: {' and '.join(parts)}; was it saved by another optimizer, or for other "
+            "shapes?"
+        )
+
+
+def _tensor_like(where: str, found: Mapping[str, Any], name: str, live: Tensor) -> Tensor:
+    value = found[name]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = f"of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{where}: {name} is {kind}; it must be a floating-point tensor")
+    if value.shape != live.shape:
+        shapes = f"{tuple(value.shape)}, expected {tuple(live.shape)}"
+        raise ValueError(f"{where}: {name} is of shape {shapes}")
+    return value
+
+
+def _whole(where: str, found: Mapping[str, Any], name: str) -> int:
+    value = found[name]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, int | float) or value != value // 1 or value < 0:
+        raise ValueError(f"{where}: {name} is {value!r}; it must be a count >= 0")
+    return int(value)

@@ -103,7 +103,7 @@ def make_plan(
     directory = None
     if data_dir is not None:
         directory = Path(data_dir).expanduser().resolve()
-        if not directory.is_dir() and not dry_run:  # it may be another machine's
+        if not directory.is_dir():
             raise UserError(f"DATA_DIR={data_dir}: no such folder")
     folder = Path(out).expanduser() if out else root / "results" / "runs" / size
     folder = folder if folder.is_absolute() else root / folder

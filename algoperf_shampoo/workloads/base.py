@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.workloads import metrics
 from algoperf_shampoo.workloads.config import Schema, WorkloadConfig
 from algoperf_shampoo.workloads.queues import (
     Batch,
@@ -245,12 +246,16 @@ class Workload(abc.ABC):
         score: Callable[[Tensor, Batch], Tensor],
         rng: Any,
     ) -> dict[str, float]:
-        """Averages ``score`` (one number an example) and the loss over all examples."""
+        """Averages ``score`` (one number an example) and the loss over all examples.
+
+        An output that is not finite makes both NaN.
+        """
         total, loss, count = 0.0, 0.0, 0
         for batch in batches:
             logits, _ = self._run_model(model, batch, ForwardPassMode.EVAL, rng, 0.0)
             total += float(score(logits, batch).sum())
-            loss += float(self.loss_fn(batch["targets"], logits)["summed"])
+            per_example = self.loss_fn(batch["targets"], logits)["per_example"]
+            loss += float(metrics.where_finite(per_example, logits).sum())
             count += len(logits)
         return {self.target_metric_name: total / count, "loss": loss / count}
 

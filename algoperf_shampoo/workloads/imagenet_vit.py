@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from algoperf_shampoo.workloads import metrics
 from algoperf_shampoo.workloads.base import Batch, LossType, Workload
 from algoperf_shampoo.workloads.config import Schema
 from algoperf_shampoo.workloads.data import read_arrays
@@ -121,7 +122,7 @@ class ImagenetViT(Workload):
 
     def _evaluate(self, model: nn.Module, batches: list[Batch], rng: Any) -> dict[str, float]:
         def score(logits: Tensor, batch: Batch) -> Tensor:
-            return logits.argmax(dim=1) == batch["targets"]
+            return metrics.top_1_accuracy(logits, batch["targets"])
 
         return self._mean_over_examples(model, batches, score, rng)
 

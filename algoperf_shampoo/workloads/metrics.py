@@ -11,6 +11,12 @@ WINDOW = 7
 K1, K2 = 0.01, 0.03
 
 
+def where_finite(score: Tensor, outputs: Tensor) -> Tensor:
+    """``score`` [B], floats, but NaN for examples whose ``outputs`` [B, ...] hold inf or NaN."""
+    finite = torch.isfinite(outputs).flatten(start_dim=1).all(dim=1)
+    return torch.where(finite, score, torch.nan)
+
+
 def _window_mean(images: Tensor) -> Tensor:
     """Mean over every 7x7 window that lies inside the image: [B, H, W] -> [B, H - 6, W - 6]."""
     columns = F.avg_pool2d(images.unsqueeze(1), (WINDOW, 1), stride=1)
@@ -30,7 +36,7 @@ def ssim(outputs: Tensor, targets: Tensor, mean: Tensor, std: Tensor, volume_max
       volume_max: [B], L; 0 (a padded example) is read as 1.
 
     Returns:
-      [B], in [-1, 1].
+      [B], in [-1, 1]; NaN for an image with an output that is not finite.
     """
     x = outputs * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
     y = targets * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
@@ -44,7 +50,20 @@ def ssim(outputs: Tensor, targets: Tensor, mean: Tensor, std: Tensor, volume_max
     vxy = sample * (_window_mean(x * y) - ux * uy)
     similarity = (2 * ux * uy + c1) * (2 * vxy + c2)
     similarity = similarity / ((ux * ux + uy * uy + c1) * (vx + vy + c2))
-    return similarity.mean(dim=(1, 2)).clamp(-1.0, 1.0)
+    return where_finite(similarity.mean(dim=(1, 2)).clamp(-1.0, 1.0), outputs)
+
+
+def top_1_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the largest logit of each example is its label's, 1 or 0.
+
+    Args:
+      logits: [B, classes].
+      labels: [B], integers.
+
+    Returns:
+      [B]; NaN for an example with a logit that is not finite.
+    """
+    return where_finite((logits.argmax(dim=1) == labels).float(), logits)
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -55,7 +74,12 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     Args:
       labels: [N] of 0 and 1, at least one of them 1.
       scores: [N], higher means more likely 1.
+
+    Returns:
+      NaN when a score is not finite: NaN has no place in an order.
     """
+    if not np.isfinite(scores).all():
+        return float("nan")
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(labels[order] == 1)  # positives among the first k + 1
     last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
@@ -74,9 +98,11 @@ def mean_average_precision(labels: np.ndarray, logits: np.ndarray, mask: np.ndar
       labels, logits, mask: [N, tasks]; mask is false where a label is missing.
 
     Returns:
-      NaN when no task has both classes.
+      NaN when no task has both classes, or a logit with a known label is not finite.
     """
     known = mask.astype(bool)
+    if not np.isfinite(logits[known]).all():
+        return float("nan")
     precisions = []
     for task in range(labels.shape[1]):
         truth = labels[known[:, task], task]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -220,7 +221,10 @@ class OGBG(Workload):
         return self._check_count(source, len(members)), make_batch
 
     def _evaluate(self, model: nn.Module, batches: list[Batch], rng: Any) -> dict[str, float]:
-        """The loss is averaged over known labels (AlgoPerf: over all, missing ones as 0)."""
+        """The loss is averaged over known labels (AlgoPerf: over all, missing ones as 0).
+
+        A logit with a known label that is not finite makes both NaN.
+        """
         loss, count = 0.0, 0
         parts: list[tuple[np.ndarray, ...]] = []
         for batch in batches:
@@ -231,9 +235,10 @@ class OGBG(Workload):
             tensors = (batch["targets"], logits, batch["weights"])
             parts.append(tuple(t.cpu().numpy() for t in tensors))
         labels, scores, known = (np.concatenate(part) for part in zip(*parts, strict=True))
+        finite = np.isfinite(scores[known]).all()
         return {
             "mean_average_precision": mean_average_precision(labels, scores, known),
-            "loss": loss / max(count, 1),
+            "loss": loss / max(count, 1) if finite else math.nan,
         }
 
     def synthetic_batch(self, batch_size: int, rng: Any) -> Batch:

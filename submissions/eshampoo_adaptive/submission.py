@@ -3,14 +3,14 @@
 The paper's C^EShampoo (tau = 0.1, F = 50): Algorithm 2 of "Purifying Shampoo".
 """
 
-from algoperf_shampoo.optim import eshampoo
+from algoperf_shampoo.optim import EShampoo
 from algoperf_shampoo.submission import Submission, kronecker_settings
 
 FIELDS = "factors", "tau"
 
 
 def make_optimizer(params, point, process_group):
-    return eshampoo(
+    return EShampoo(
         params,
         tau=point.tau,
         process_group=process_group,

@@ -3,14 +3,14 @@
 The paper's C^EShampoo (F = 100): Algorithm 2 of "Purifying Shampoo" without Eq. 11.
 """
 
-from algoperf_shampoo.optim import eshampoo
+from algoperf_shampoo.optim import EShampoo
 from algoperf_shampoo.submission import Submission, kronecker_settings
 
 FIELDS = ("factors",)
 
 
 def make_optimizer(params, point, process_group):
-    return eshampoo(params, process_group=process_group, **kronecker_settings(point))
+    return EShampoo(params, process_group=process_group, **kronecker_settings(point))
 
 
 _submission = Submission(make_optimizer, FIELDS)

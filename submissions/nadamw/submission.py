@@ -1,13 +1,13 @@
 """AdamW, or NAdamW with use_nadam: the baseline that sets the targets of the minis."""
 
-from algoperf_shampoo.optim import adamw
+from algoperf_shampoo.optim import AdamW
 from algoperf_shampoo.submission import Submission, common_settings
 
 FIELDS = ("common",)
 
 
 def make_optimizer(params, point, process_group):
-    return adamw(params, **common_settings(point))
+    return AdamW(params, **common_settings(point))
 
 
 _submission = Submission(make_optimizer, FIELDS)

@@ -4,15 +4,16 @@ The paper's baseline (F = 100), the winner of AlgoPerf's first external-tuning t
 "Purifying Shampoo".
 """
 
-from algoperf_shampoo.optim import shampoo_grafting
+from algoperf_shampoo.optim import Shampoo
 from algoperf_shampoo.submission import Submission, kronecker_settings
 
 FIELDS = "factors", "grafting_epsilon", "exponent_multiplier"
 
 
 def make_optimizer(params, point, process_group):
-    return shampoo_grafting(
+    return Shampoo(
         params,
+        grafting="adam",
         grafting_eps=point.grafting_epsilon,
         exponent_multiplier=point.exponent_multiplier,
         process_group=process_group,

@@ -40,7 +40,7 @@ sys.exit(1)
 WORKER = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-os.write(1, f"worker {sys.argv[1]} {os.getpid()} {child.pid}\\n".encode())
+print(f"worker {sys.argv[1]} {os.getpid()} {child.pid}", flush=True)
 time.sleep(60)
 """
 LAUNCHER = """
@@ -51,14 +51,9 @@ print("exit", train(Path(sys.argv[1])), flush=True)
 """
 
 
-def run_in(here: Path) -> RunSpec:
-    run_dir = here / "nadamw" / "study_1" / "ogbg_pytorch" / "trial_1"
-    return RunSpec("nadamw", "nadamw", "ogbg", 1, 1, {}, run_dir)
-
-
 def train(here: Path) -> bool:
     """Run the stand-in through the door, as a launch does."""
-    run = run_in(here)
+    run = RunSpec("nadamw", "nadamw", "ogbg", 1, 1, {}, here / "run")
     plan = Plan(ROOT, "algoperf", "full", here, (run,), {})
     command = door.Command(
         (sys.executable, str(here / "torchrun.py")), {"PYTHONPATH": f"{ROOT}:{here}"}
@@ -76,7 +71,7 @@ class Started:
     def __init__(self, here: Path) -> None:
         (here / "torchrun.py").write_text(TORCHRUN)
         (here / "fake_worker.py").write_text(WORKER)
-        self.run_dir = run_in(here).run_dir
+        self.run_dir = here / "run"
         self.launcher = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(here)],
             cwd=ROOT,
@@ -194,12 +189,11 @@ def test_a_launch_under_way_is_not_waited_for(started: Started) -> None:
 
 def test_exit_code_console_and_no_input(tmp_path: Path) -> None:
     code = "import sys; print('one'); print('two', file=sys.stderr); input()"
-    run = run_in(tmp_path)
-    with run_lock.hold(run.run_dir) as lock:
+    with run_lock.hold(tmp_path) as lock:
         command = door.Command((sys.executable, "-u", "-c", code), {})
-        ending = door._run(tmp_path, run, command, lock, print)
+        ending = door._run(tmp_path, tmp_path, command, lock)
     assert (ending.exit_code, ending.how) == (1, "failed: exit code 1")  # asked, and got no answer
-    console = (run.run_dir / folder.CONSOLE).read_text()
+    console = (tmp_path / folder.CONSOLE).read_text()
     assert console.startswith("one\ntwo\n") and "EOFError" in console
 
 

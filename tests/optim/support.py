@@ -2,28 +2,26 @@
 
 import torch
 
-from algoperf_shampoo.optim import adamw, eshampoo, reference, shampoo_grafting
+from algoperf_shampoo.optim import AdamW, EShampoo, Shampoo, reference, reference_shampoo, state
 from algoperf_shampoo.optim.blocking import cut
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
 
 VARIANTS = {
-    "adamw": (lambda p, **k: adamw(p, **_without_factors(k)), reference.AdamW, {}),
-    "shampoo_grafting": (shampoo_grafting, reference.ShampooGrafting, {}),
-    "eshampoo_fixed": (eshampoo, reference.EShampoo, {"tau": 0.0}),
-    "eshampoo_adaptive": (eshampoo, reference.EShampoo, {"tau": 0.1}),
+    "adamw": (AdamW, reference.AdamW, {}),
+    "shampoo_grafting": (Shampoo, reference.ShampooGrafting, {}),
+    # Nothing bounds its steps in a null space but epsilon.
+    "shampoo_ungrafted": (Shampoo, reference_shampoo.shampoo, {"grafting": None, "eps": 1e-4}),
+    "eshampoo_fixed": (EShampoo, reference.EShampoo, {"tau": 0.0}),
+    "eshampoo_adaptive": (EShampoo, reference.EShampoo, {"tau": 0.1}),
 }
-
-
-def _without_factors(settings):
-    known = ("lr", "betas", "weight_decay", "nadam", "eps", "cuda_graph")
-    return {k: v for k, v in settings.items() if k in known}
 
 
 def make(variant, params, **overrides):
     """The fast optimizer of a variant, F = 5 unless overridden."""
     build, _, settings = VARIANTS[variant]
-    return build(params, **{**SETTINGS, "precondition_frequency": 5, **settings, **overrides})
+    frequency = {} if variant == "adamw" else {"precondition_frequency": 5}
+    return build(params, **{**SETTINGS, **frequency, **settings, **overrides})
 
 
 class ReferenceParameter:
@@ -40,6 +38,7 @@ class ReferenceParameter:
             nadam=nadam,
             F=frequency,
             tau=settings.get("tau", 0.0),
+            epsilon=settings.get("eps", 1e-8),
         )
         self.blocks = cut(tuple(value.shape), max_dim)
         self.rules = [reference_class(h) for _ in self.blocks]
@@ -60,13 +59,13 @@ class ReferenceParameter:
 
 def blocks_of(optimizer, index=0):
     """The canonical state of one parameter's blocks."""
-    return optimizer.state_dict()["state"][index]["blocks"]
+    return state.blocks_of(optimizer.state_dict()["state"][index])
 
 
 def bases_of(optimizer, index=0):
     """Per block, its operators in float64, as the reference takes them."""
     return [
-        [block[f"operator_{i}"].double() for i in range(len(block["shape"]))]
+        [block[name].double() for name in sorted(block) if name.startswith("operator_")]
         for block in blocks_of(optimizer, index)
     ]
 

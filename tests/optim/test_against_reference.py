@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from algoperf_shampoo.optim import adamw, eshampoo, reference
+from algoperf_shampoo.optim import AdamW, EShampoo, reference
 
 from .support import (
     SETTINGS,
@@ -74,7 +74,7 @@ def test_one_dim_parameter_is_full_matrix_adam_once_its_factor_has_full_rank():
     assert expected.relative_error(parameter) < 1e-10
 
 
-@pytest.mark.parametrize("build", [adamw, eshampoo])
+@pytest.mark.parametrize("build", [AdamW, EShampoo])
 def test_identity_basis_is_torch_adamw(build):
     """EShampoo before its first refresh, and the baseline: torch.optim.AdamW to rounding."""
     shapes = [(12, 7), (5,), (), (4, 3, 2)]
@@ -96,7 +96,7 @@ def test_identity_basis_is_nadamw():
     """With the flag on: the NAdamW formula, written out here once more."""
     value = next(gradients((9, 4), 1))
     parameter = torch.nn.Parameter(value.clone())
-    optimizer = eshampoo([parameter], nadam=True, **SETTINGS)
+    optimizer = EShampoo([parameter], nadam=True, **SETTINGS)
     (b1, b2), lr, wd = SETTINGS["betas"], SETTINGS["lr"], SETTINGS["weight_decay"]
     m = v = torch.zeros_like(value)
     for t, g in enumerate(gradients((9, 4), 50), start=1):
@@ -122,7 +122,7 @@ def test_a_rotated_parameter_learns_as_the_unrotated_one():
         weight_decay=0.0,
         betas=(0.0, 0.9),
     )
-    optimizers = [eshampoo([p], **settings) for p in (plain, turned)]
+    optimizers = [EShampoo([p], **settings) for p in (plain, turned)]
     # From the third step on the factors have full rank; the first two set an arbitrary null space.
     for t, gradient in enumerate(gradients((6, 9), 30)):
         plain.grad, turned.grad = gradient.clone(), u @ gradient @ v.T

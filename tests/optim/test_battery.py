@@ -59,11 +59,11 @@ def test_state_dict_round_trip_to_the_bit(variant):
     again = twin.state_dict()["state"]
     for i, entry in optimizer.state_dict()["state"].items():
         assert entry["step"] == again[i]["step"] == 15
-        for a, b in zip(entry["blocks"], again[i]["blocks"], strict=True):
-            assert a.keys() == b.keys()
-            for name, value in a.items():
-                same = torch.equal(value, b[name]) if torch.is_tensor(value) else value == b[name]
-                assert same, name
+        assert entry.keys() == again[i].keys()
+        for name, value in entry.items():
+            other = again[i][name]
+            same = torch.equal(value, other) if torch.is_tensor(value) else value == other
+            assert same, name
 
 
 def test_state_dict_of_another_model_changes_nothing(variant):
@@ -78,7 +78,7 @@ def test_state_dict_of_another_model_changes_nothing(variant):
         optimizer.load_state_dict(other.state_dict())
     after = optimizer.state_dict()
     assert after["state"][0]["step"] == 6
-    x, y = (s["state"][0]["blocks"][0]["exp_avg"] for s in (before, after))
+    x, y = (s["state"][0]["0.exp_avg"] for s in (before, after))
     assert torch.equal(x, y)
 
 
@@ -98,8 +98,8 @@ def test_bfloat16_parameters_have_float32_state(variant):
         # 12 updates of 1e-2, each rounded to 8 bits of the parameter
         assert (p.float() - q).abs().max() <= 12 * 2**-8 * max(1.0, q.abs().max().item())
     for entry in optimizer.state_dict()["state"].values():
-        for block in entry["blocks"]:
-            assert {x.dtype for x in block.values() if torch.is_tensor(x)} == {torch.float32}
+        tensors = {name: x for name, x in entry.items() if torch.is_tensor(x) and name != "step"}
+        assert {x.dtype for x in tensors.values()} == {torch.float32}
 
 
 def test_parameters_without_gradients_are_skipped_and_count_their_own_steps(variant):
@@ -125,7 +125,10 @@ def test_parameters_without_gradients_are_skipped_and_count_their_own_steps(vari
 def test_a_convex_problem_is_solved(variant):
     target = next(gradients((6, 5), 1, dtype=torch.float32))
     weight = torch.nn.Parameter(torch.zeros(6, 5))
-    optimizer = make(variant, [weight], lr=0.05, weight_decay=0.0)
+    # Without grafting a stale root, or one of a null space, takes steps of any length.
+    alone = dict(precondition_frequency=1, eps=0.1, betas=(0.5, 0.9))
+    own = alone if variant == "shampoo_ungrafted" else {}
+    optimizer = make(variant, [weight], lr=0.05, weight_decay=0.0, **own)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # also: the scheduler finds step() wrapped as torch does
@@ -177,9 +180,10 @@ def test_zero_gradients_and_a_nan_spare_the_rest(variant):
     assert torch.equal(params[0], start)
     assert params[2].isfinite().all()
     if variant != "adamw":
-        assert blocks_of(optimizer, 1)[0]["failures"] == [2, 2]
-        assert blocks_of(optimizer, 0)[0]["refreshes"] == [0, 0]
-        assert blocks_of(optimizer, 2)[0]["refreshes"][0] >= 1
+        zero, nan, good = (blocks_of(optimizer, i)[0] for i in range(3))
+        assert nan["failures_0"] == nan["failures_1"] == 2
+        assert zero["refreshes_0"] == zero["refreshes_1"] == 0
+        assert good["refreshes_0"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -209,7 +213,7 @@ def test_bad_settings_are_named(variant, setting, value):
     ],
 )
 def test_bad_kronecker_settings_are_named(variant, setting, value):
-    if variant == "adamw":
+    if variant == "adamw" or setting == "tau":
         variant = "eshampoo_fixed"
     with pytest.raises(ValueError, match=setting):
         make(variant, parameters(), **{setting: value})
@@ -239,7 +243,7 @@ def test_a_saved_state_holds_the_state_and_nothing_else(variant):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    entries = 2 * (64 * 48 + 200)  # M and D
+    entries = (64 * 48 + 200) * (1 if variant == "shampoo_ungrafted" else 2)  # M and D
     if variant != "adamw":
         entries += 2 * (64**2 + 48**2 + 200**2)  # factors and bases, or roots
     file = io.BytesIO()

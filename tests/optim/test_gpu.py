@@ -4,7 +4,7 @@ test-gpu`."""
 import pytest
 import torch
 
-from algoperf_shampoo.optim import eshampoo
+from algoperf_shampoo.optim import EShampoo
 from algoperf_shampoo.optim.buckets import Lent
 from algoperf_shampoo.optim.eigen import batched, cusolver, direct, lanes
 from algoperf_shampoo.optim.eigen.jobs import Job
@@ -305,7 +305,7 @@ def test_recorded_steps_equal_direct_ones(variant):
 
 def test_an_ordinary_step_does_not_wait_for_the_device():
     params = [torch.nn.Parameter(torch.randn(64, 48, device="cuda")) for _ in range(3)]
-    optimizer = eshampoo(params, precondition_frequency=4, **SETTINGS)
+    optimizer = EShampoo(params, precondition_frequency=4, **SETTINGS)
     for t in range(1, 16):
         for p in params:
             p.grad = torch.randn_like(p)

@@ -9,7 +9,7 @@ import torch
 
 from algoperf_shampoo.harness import prng
 from algoperf_shampoo.harness.spec import ForwardPassMode
-from algoperf_shampoo.optim import adamw, reference
+from algoperf_shampoo.optim import AdamW, reference
 from algoperf_shampoo.workloads import load
 
 from .support import VARIANTS, ReferenceParameter, bases_of, make
@@ -39,7 +39,7 @@ def recording(request):
     chosen = representatives(params)
     start = [params[i].detach().clone() for i in chosen]
     queue = workload._build_input_queue(rng, "train", None, 4)
-    optimizer = adamw(params, lr=1e-3)
+    optimizer = AdamW(params, lr=1e-3)
     gradients = []
     for step in range(STEPS):
         batch = next(queue)
@@ -67,8 +67,9 @@ def test_hundred_steps(recording, variant, dtype, tolerance):
         pytest.skip("inverse roots of factors of low rank have no digits in float32")
     start, gradients = recording
     params = [torch.nn.Parameter(p.to(dtype)) for p in start]
-    settings = {} if variant == "adamw" else {"max_preconditioner_dim": MAX_DIM}
-    optimizer = make(variant, params, nadam=True, precondition_frequency=10, **settings)
+    limits = {"max_preconditioner_dim": MAX_DIM, "precondition_frequency": 10}
+    settings = {} if variant == "adamw" else limits
+    optimizer = make(variant, params, nadam=True, **settings)
     expected = [
         ReferenceParameter(variant, p, max_dim=MAX_DIM, nadam=True, frequency=10) for p in start
     ]

@@ -68,6 +68,41 @@ def test_mean_average_precision_by_hand() -> None:
     assert math.isnan(metrics.mean_average_precision(labels, logits, np.zeros_like(mask)))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_metrics_of_outputs_that_are_not_finite_are_nan(bad: float) -> None:
+    images, one = torch.rand(3, 9, 9), torch.ones(3)
+    images[1, 4, 4] = bad
+    found = metrics.ssim(images, torch.rand(3, 9, 9), 0 * one, one, one)
+    assert found.isnan().tolist() == [False, True, False]
+    logits = torch.tensor([[2.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    logits[1, 1] = bad
+    found = metrics.top_1_accuracy(logits, torch.tensor([0, 0, 0]))
+    assert found[[0, 2]].tolist() == [1.0, 0.0] and found[1].isnan()
+    labels, scores = np.array([1.0, 0.0, 1.0]), np.array([1.0, bad, 2.0])
+    assert math.isnan(metrics.average_precision(labels, scores))
+    two, known = np.stack([labels, labels], 1), np.ones((3, 2), bool)
+    scores = np.array([[1.0, 1.0], [0.0, bad], [2.0, 2.0]])
+    assert math.isnan(metrics.mean_average_precision(two, scores, known))
+    known[1, 1] = False  # nobody knows that label: the prediction does not count
+    assert metrics.mean_average_precision(two, scores, known) == 1.0
+
+
+@pytest.mark.parametrize("name", ["fastmri_mini", "imagenet_vit_mini", "ogbg_mini"])
+def test_one_weight_that_is_nan_makes_every_metric_and_loss_nan(name: str) -> None:
+    workload = workloads.load(name)
+    rng = np.array([1, 2], dtype=np.uint32)
+    model, _ = workload.init_model_fn(rng)
+    before = workload.eval_model(workload.eval_batch_size, model, None, rng, None, None, 0)
+    assert all(math.isfinite(value) for value in before.values())
+    with torch.no_grad():
+        list(model.parameters())[-1].view(-1)[0] = math.nan
+    after = workload.eval_model(workload.eval_batch_size, model, None, rng, None, None, 0)
+    counts = [key for key in after if key.endswith("/num_examples")]
+    assert all(after[key] == before[key] for key in counts)
+    assert all(math.isnan(value) for key, value in after.items() if key not in counts)
+    assert not workload.has_reached_validation_target(after)
+
+
 def test_fastmri_loss_by_hand() -> None:
     workload = workloads.load("fastmri_mini")
     targets = torch.zeros(3, 2, 2)

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import gpus, run_lock, seal, submission_loader
+from algoperf_shampoo.harness import run_lock, seal, submission_loader
 from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata, processes
 from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import progress
 from algoperf_shampoo.study.plan import Plan
 
 _RUNNER = "submission_runner"
@@ -77,9 +75,6 @@ class Command:
         return " ".join([f"cd {shlex.quote(str(cwd))} &&", *settings, shlex.join(self.arguments)])
 
 
-Fingerprint = tuple[tuple[str, int, int], ...]
-
-
 @dataclass(frozen=True)
 class _Job:
     """A run to start: its step limit, what its folder held, and which checkpoints were seen."""
@@ -87,7 +82,7 @@ class _Job:
     run: RunSpec
     limit: int | None
     state: folder.State
-    seen: Fingerprint
+    seen: tuple[tuple[str, int, int], ...]
     command: Command
 
 
@@ -103,23 +98,7 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
     seen = {run.run_dir: folder.fingerprint(run.run_dir) for run in plan.runs}
     found = [run_dir / name for run_dir, files in seen.items() for name, *_ in files]
     environment = env.look(plan.root, found)
-    with ExitStack() as claims:
-        return _launch(plan, options, seen, environment, claims, echo)
-
-
-def _launch(
-    plan: Plan,
-    options: Options,
-    seen: dict[Path, Fingerprint],
-    environment: env.Environment,
-    claims: ExitStack,
-    echo: Callable[[str], None],
-) -> int:
-    place = choose_place(plan, options.processes, environment, echo)
-    if place.visible is not None and not plan.dry_run:
-        candidates = gpus.named(visible_gpus(environment))
-        held = claims.enter_context(gpus.claim(candidates, plan.gpus))
-        place = Place(len(held), ",".join(gpu.name for gpu in held))
+    place = choose_place(plan.gpus, options.processes, environment)
     missing = env.missing_message(environment)
     if missing is None and options.wandb and not environment.wandb:
         missing = f"WANDB=1: {environment.executable}: no wandb: install it there"
@@ -127,23 +106,23 @@ def _launch(
     if missing:
         complain(missing)
     if plan.data_dir is None:
-        complain("DATA_DIR= is needed: AlgoPerf's data; `make data-algoperf-mini` makes some")
+        _fail("DATA_DIR= is needed: AlgoPerf's data; `make data-algoperf-mini` makes a small set")
     data: dict[str, Path] = {}
     for workload in dict.fromkeys(run.workload for run in plan.runs):
         try:
             data[workload] = find_data(plan, workload, environment, check=not missing)
         except UserError as error:
             complain(str(error))
-            # A dry run shows the command all the same: data may be mounted elsewhere only.
-            if not workload.endswith(minidata.SUFFIX):
-                data[workload] = data_check.usual(workload, plan.data_dir or Path("DATA_DIR"))
+            # A dry run shows the command all the same.
+            if plan.data_dir is not None and not workload.endswith(minidata.SUFFIX):
+                data[workload] = plan.data_dir
     jobs = []
     for run in plan.runs:
         if run.workload not in data:
             continue
         limit = step_limit(run, data[run.workload], options)
         state = folder.examine(run, environment.checkpoints, limit)
-        _check_batch_sizes(plan, run, data[run.workload], place.processes, complain)
+        _check_batch_sizes(plan, run, data[run.workload], place.processes)
         command = compose(plan, run, data[run.workload], place, environment, options)
         jobs.append(_Job(run, limit, state, seen[run.run_dir], command))
     if plan.dry_run:
@@ -160,42 +139,24 @@ def _launch(
     return len(failed)
 
 
-def choose_place(
-    plan: Plan,
-    processes: int | None,
-    environment: env.Environment,
-    echo: Callable[[str], None] = print,
-) -> Place:
-    """Processes of a run, and the GPUs it would be shown if no other run held one.
-
-    A dry run may be of another machine, a cluster's node say, and then takes its GPUs as given.
+def choose_place(gpus: int | None, processes: int | None, environment: env.Environment) -> Place:
+    """Processes and GPUs of a run.
 
     Raises:
         UserError: more GPUs asked for than there are, or processes where there are GPUs.
     """
-    asked, present = plan.gpus, len(environment.gpus)
-    elsewhere = asked is not None or (plan.size == "full" and processes is None)
-    if plan.dry_run and elsewhere and (asked or 1) > present:
-        count = asked or 1
-        found = f"torch {environment.torch} finds {present} GPUs here"
-        echo(f"note: {found}: shown for {count}; GPUS= sets another number")
-        return Place(count, ",".join(map(str, range(count))))
-    if asked is not None and asked > present:
+    present = len(environment.gpus)
+    if gpus is not None and gpus > present:
         remedy = "leave GPUS out" + (", PROCESSES= sets the processes on a CPU" * (not present))
-        raise UserError(f"GPUS={asked}: torch {environment.torch} finds {present} here; {remedy}")
+        raise UserError(f"GPUS={gpus}: torch {environment.torch} finds {present} here; {remedy}")
     if not present:
         return Place(processes or 1, None)
     if processes is not None:
         raise UserError(f"PROCESSES={processes}: for machines without a GPU; use GPUS=")
+    count = gpus or present
     # The runner counts every GPU it can see, whatever torchrun starts: show it just these.
-    shown = visible_gpus(environment)[: asked or present]
-    return Place(len(shown), ",".join(shown))
-
-
-def visible_gpus(environment: env.Environment) -> list[str]:
-    """The GPUs that torch sees, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    count = len(environment.gpus)
-    return (os.environ.get(gpus.VISIBLE) or ",".join(map(str, range(count)))).split(",")[:count]
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(present)))
+    return Place(count, ",".join(shown.split(",")[:count]))
 
 
 def find_data(plan: Plan, workload: str, environment: env.Environment, check: bool) -> Path:
@@ -204,8 +165,7 @@ def find_data(plan: Plan, workload: str, environment: env.Environment, check: bo
     Raises:
         UserError: it is not there, or not as it should be.
     """
-    if plan.data_dir is None:
-        raise UserError("no DATA_DIR")
+    assert plan.data_dir is not None
     base = minidata.base_name(workload)
     place = data_check.locate(base, plan.data_dir)
     arguments = [base, str(place)]
@@ -270,7 +230,7 @@ def compose(
         "rng_seed": run.seed,
     }
     if minidata.base_name(run.workload) == "imagenet_vit":
-        arguments["imagenet_v2_data_dir"] = _imagenet_v2(plan, data)
+        arguments["imagenet_v2_data_dir"] = data_check.locate_imagenet_v2(data)
     limit = step_limit(run, data, options)
     if limit is not None:
         arguments["max_global_steps"] = limit
@@ -287,15 +247,6 @@ def compose(
     return Command((*start, "-m", _WORKER, runner, *flags), settings)
 
 
-def _imagenet_v2(plan: Plan, data: Path) -> Path:
-    try:
-        return data_check.locate_imagenet_v2(data)
-    except UserError:
-        if plan.dry_run:  # it has been noted, and may be there on the machine that is meant
-            return data
-        raise
-
-
 def _wandb_settings(run: RunSpec) -> dict[str, str]:
     """A fixed id per run folder, so that a resumed run goes on in the same record."""
     return {
@@ -306,15 +257,11 @@ def _wandb_settings(run: RunSpec) -> dict[str, str]:
     }
 
 
-def _check_batch_sizes(
-    plan: Plan, run: RunSpec, data: Path, processes: int, complain: Callable[[str], None]
-) -> None:
+def _check_batch_sizes(plan: Plan, run: RunSpec, data: Path, processes: int) -> None:
     if run.workload.endswith(minidata.SUFFIX):
         entry = minidata.read(data, run.workload)
         sizes = entry.global_batch_size, int(entry.properties["eval_batch_size"])
     else:
-        if importlib.util.find_spec("torch") is None:
-            return complain(f"no torch here: batch sizes of {run.workload} are not checked")
         # Imported here: torch takes seconds.
         from algoperf_shampoo import workloads
 
@@ -335,17 +282,15 @@ def _train(
     echo: Callable[[str], None],
 ) -> bool:
     run, state, command = job.run, job.state, job.command
-    if state.ended and progress.of(run.run_dir).state == progress.DONE:
-        return _complete(run, state, echo)
+    if _complete(run, state, echo):
+        return True
     with run_lock.hold(run.run_dir, echo=echo) as lock:
         if folder.fingerprint(run.run_dir) != job.seen:
             # Somebody wrote here until now: a launch that has ended, or what one left behind.
             facts = env.look(plan.root, folder.checkpoints(run.run_dir)).checkpoints
             state = folder.examine(run, facts, job.limit)
-        if state.ended:
-            launches = folder.close_launches(folder.read_launches(run.run_dir), finished=True)
-            folder.write_json(run.run_dir / folder.LAUNCHES, launches)
-            return _complete(run, state, echo)
+            if _complete(run, state, echo):
+                return True
         for note in folder.prepare(run, state, _points(plan, run)):
             echo(f"{run.name}: {note}")
         if state.step:
@@ -371,7 +316,7 @@ def _train(
         folder.write_json(run.run_dir / folder.LAUNCHES, launches)
         (run.run_dir / seal.NAME).unlink(missing_ok=True)  # what it sealed is about to change
         try:
-            ending = _run(plan.root, run, command, lock, echo)
+            ending = _run(plan.root, run.run_dir, command, lock, run.name)
             record |= asdict(ending)
         except BaseException as error:
             record["how"] = _how(error)
@@ -388,8 +333,9 @@ def _train(
 
 
 def _complete(run: RunSpec, state: folder.State, echo: Callable[[str], None]) -> bool:
-    echo(f"{run.name}: complete already ({state.ended}, step {state.step})")
-    return True
+    if state.ended:
+        echo(f"{run.name}: complete already ({state.ended}, step {state.step})")
+    return state.ended is not None
 
 
 def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
@@ -404,33 +350,33 @@ def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
 
 
 def _how(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped by SIGINT"
-    if isinstance(error, SystemExit):
-        return "stopped by SIGTERM"
+    if isinstance(error, interrupt.Interrupted):
+        return f"stopped by {processes.signal_name(error.signal_number)}"
     return f"launcher failed: {type(error).__name__}: {error}"
 
 
 def _run(
-    root: Path, run: RunSpec, command: Command, lock: int, echo: Callable[[str], None]
+    root: Path, run_dir: Path, command: Command, lock: int, name: str = "the runner"
 ) -> processes.Ending:
     """Start it, show and keep what it prints, and wait for its end and its children's."""
-    hit = progress.of(run.run_dir).hit_step is not None
-    with (run.run_dir / folder.CONSOLE).open("a", encoding="utf-8") as log:
+
+    def say() -> str:
+        steps = folder.steps(run_dir)
+        then = f"goes on from step {steps[0]}" if steps else "starts it again"
+        return f"{name}; the same command {then}"
+
+    with (run_dir / folder.CONSOLE).open("a", encoding="utf-8") as log:
 
         def on_line(line: str) -> None:
-            nonlocal hit
-            for target in (log, sys.stdout):
+            # What a runner says that is being ended, after ours, is in the log alone.
+            for target in (log,) if interrupt.interrupted() else (log, sys.stdout):
                 target.write(line)
                 target.flush()
             if "Saved checkpoint to" in line:
-                folder.prune_checkpoints(run.run_dir)
-                if not hit and (words := progress.hit_line(run.name, progress.of(run.run_dir))):
-                    hit = True
-                    echo(words)
+                folder.prune_checkpoints(run_dir)
 
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **command.environment}
-        return processes.run(command.arguments, root, environment, lock, on_line)
+        return processes.run(command.arguments, root, environment, lock, on_line, say)
 
 
 def _points(plan: Plan, run: RunSpec) -> list[dict[str, Any]]:

@@ -66,6 +66,11 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def steps(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints in the folder, newest first, readable or not."""
+    return [int(path.name.removeprefix("checkpoint_")) for path in checkpoints(run_dir)]
+
+
 def fingerprint(run_dir: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of change of the checkpoints: whether they are still the same."""
     found = []
@@ -155,12 +160,8 @@ def launcher() -> dict[str, Any]:
     }
 
 
-def close_launches(
-    launches: list[dict[str, Any]], finished: bool = False
-) -> list[dict[str, Any]]:
+def close_launches(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Say of each launch how it ended; to be asked by who holds the run's lock.
-
-    ``finished``: the last checkpoint is of a run that is over, whatever became of its launcher.
 
     One that could not write its end was killed (``kill -9``, the OOM killer, a power cut): what is
     certain is that it is over, because the lock was free.
@@ -178,8 +179,6 @@ def close_launches(
                 how = "the machine stopped"
             launch = {**launch, "how": how}
         closed.append(launch)
-    if finished and closed and not closed[-1]["how"].startswith("finished"):
-        closed[-1] = {**closed[-1], "how": f"finished ({closed[-1]['how']})"}
     return closed
 
 

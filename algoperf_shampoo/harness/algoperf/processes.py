@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import interrupt
 from algoperf_shampoo.harness.run_lock import process_start
 
 LAUNCHER = "ALGOPERF_SHAMPOO_LAUNCHER"
@@ -60,18 +61,20 @@ def run(
     environment: Mapping[str, str],
     lock: int,
     on_line: Callable[[str], None],
+    say: Callable[[], str] = lambda: "the runner was ended",
 ) -> Ending:
     """Run a program to its end, with all processes it starts, and give it no input.
 
     ``lock`` is the descriptor that holds the run's lock. ``on_line`` gets each line printed, with
-    its end, in a thread of its own.
+    its end, in a thread of its own. ``say`` is what an interruption says.
 
-    An exception, of a signal too, leaves only when every process has been ended.
+    An exception, of a signal too, leaves only when every process has been ended. A terminal's
+    Ctrl-C reaches us alone: the program has a process group of its own.
     """
     before = set(_children(os.getpid()))
     worker: list[tuple[int, int]] = []
     launcher = f"{os.getpid()} {process_start(os.getpid())}"
-    with _adopting(), terminated_on_sigterm():
+    with _adopting(), interrupt.unwinding(say):
         process = subprocess.Popen(
             arguments,
             cwd=cwd,
@@ -81,6 +84,7 @@ def run(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            process_group=0,
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
 
@@ -251,25 +255,3 @@ def _adopting() -> Iterator[None]:
         yield
     finally:
         _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, was.value, 0, 0, 0)
-
-
-@contextmanager
-def terminated_on_sigterm() -> Iterator[None]:
-    """Leave by an exception on SIGTERM (Slurm, Docker), so that the processes are ended too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    asked = False
-
-    def stop(*_: Any) -> None:
-        nonlocal asked
-        if not asked:  # a second one would break off the ending that the first has begun
-            asked = True
-            raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

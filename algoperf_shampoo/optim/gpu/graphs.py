@@ -9,6 +9,7 @@ replay.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -48,19 +49,14 @@ class Recorder:
         self._seen: set[str] = set()
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
-        self._scalars: torch.Tensor | None = None
+        self._lr: torch.Tensor | None = None
+        self._corrections: torch.Tensor | None = None  # [2, rows of all stacks]
+        self._of_stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin(self, layout: Layout, h: Hyper) -> tuple[Hyper, Run]:
-        """One step in which all parameters have gradients and all blocks the same step count: its
-        hyperparameters with the scalars on the device, and what runs its sections."""
-        if self._scalars is None:
-            first = layout.stacks[0]
-            self._scalars = torch.zeros(3, dtype=first.dtype, device=first.device)
-        lr, c1, c2 = self._scalars.unbind()
-        step = layout.stacks[0].steps[0]
-        lr.fill_(h.lr)
-        c1.fill_(1 - h.beta1**step)
-        c2.fill_(1 - h.beta2**step)
+        """One step in which all parameters have gradients: its hyperparameters with what changes
+        from step to step on the device, and what runs its sections."""
+        inputs = self.inputs(layout, h)
         constants = h._replace(lr=0.0), tuple([p.data_ptr() for p in layout.params])
         stacks = layout.stacks
 
@@ -69,7 +65,35 @@ class Recorder:
             self._expect((*constants, tuple([_readiness(stack) for stack in stacks])))
             return self._run(name, section)
 
-        return h._replace(lr=lr, c1=c1, c2=c2), run
+        return inputs, run
+
+    def inputs(self, layout: Layout, h: Hyper) -> Hyper:
+        """What changes from step to step as tensors, always the same ones: the learning rate, and
+        the bias corrections of every row."""
+        if self._lr is None or self._corrections is None:
+            self._allocate(layout)
+        assert self._lr is not None and self._corrections is not None
+        self._lr.fill_(h.lr)
+        steps = [t for stack in layout.stacks for t in stack.steps]
+        if steps.count(steps[0]) == len(steps):
+            for row, beta in zip(self._corrections, (h.beta1, h.beta2), strict=True):
+                row.fill_(1 - beta ** steps[0])
+        else:
+            values = [[1 - beta**t for t in steps] for beta in (h.beta1, h.beta2)]
+            # From pinned memory, which its allocator keeps until the copy has run.
+            pinned = self._device.type == "cuda"
+            host = torch.tensor(values, dtype=self._corrections.dtype, pin_memory=pinned)
+            self._corrections.copy_(host, non_blocking=True)
+        return h._replace(lr=self._lr, corrections=self._of_stacks)
+
+    def _allocate(self, layout: Layout) -> None:
+        first = layout.stacks[0]
+        make = functools.partial(torch.zeros, dtype=first.dtype, device=first.device)
+        self._lr, self._corrections = make(()), make(2, sum(len(s) for s in layout.stacks))
+        parts = self._corrections.split([len(s) for s in layout.stacks], dim=1)
+        for stack, part in zip(layout.stacks, parts, strict=True):
+            c1, c2 = (row.view(-1, *[1] * len(stack.shape)) for row in part)
+            self._of_stacks[id(stack)] = c1, c2
 
     def _expect(self, key: Hashable) -> None:
         """Forget what was recorded if it does not hold any more."""

@@ -74,18 +74,21 @@ class Grouped(Arithmetic):
                 launch(beta, weight)
 
     def adam(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
-        """h.c1, h.c2: tensors."""
+        """h.corrections: tensors, where they were at the first call."""
+        corrections = h.corrections
+        assert corrections is not None
 
         def build() -> Launches:
             groups = []
             for s, x in zip(stacks, xs, strict=True):
-                tensors = x, s.state["exp_avg"], s.state["exp_avg_sq"], self._top(s, x)
+                moments = s.state["exp_avg"], s.state["exp_avg_sq"]
+                tensors = x, *moments, self._top(s, x), *corrections[id(s)]
                 groups.append([*(t.data_ptr() for t in tensors), math.prod(s.shape)])
-            return self._elementwise(self._kernels.adam, stacks, groups, 4)
+            return self._elementwise(self._kernels.adam, stacks, groups, 6)
 
         self._forget_tops(stacks, xs)
         for launch in self._known("adam", stacks, xs, build):
-            launch(h.c1, h.c2, h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps, NADAM=h.nadam)
+            launch(h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps, NADAM=h.nadam)
 
     def copy_of_gradients(self, stacks: Sequence[Stack]) -> list[Tensor]:
         copies = [_scratch(s) for s in stacks]

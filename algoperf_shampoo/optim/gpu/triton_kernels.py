@@ -47,8 +47,8 @@ def _float_pointer(word):
 
 
 @triton.jit
-def _load_top(word, row):
-    """The top of a row, given the address of the tops in a table."""
+def _load_of_row(word, row):
+    """One number of a row (its top, say), given the address of all rows' in a table."""
     return tl.load(tl.load(word).to(tl.pointer_type(tl.float32)) + row)
 
 
@@ -114,8 +114,8 @@ def product(
     a_ptr = _float_pointer(group) + row * M * K
     b_ptr = _float_pointer(group + 1) + row * K * N
     c_ptr = _float_pointer(group + 2) + row * M * N
-    e_a = _exponent(_load_top(group + 3, row))
-    e_b = _exponent(_load_top(group + 4, row))
+    e_a = _exponent(_load_of_row(group + 3, row))
+    e_b = _exponent(_load_of_row(group + 4, row))
     scale_a, scale_b = _power(e_a), _power(e_b)
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
@@ -210,7 +210,7 @@ def gram(
     d = tl.multiple_of(tl.load(group + 3).to(tl.int32), ALIGN_D)
     K = tl.multiple_of(tl.load(group + 4).to(tl.int32), ALIGN_K)
     x = _float_pointer(group) + row * d * K
-    e = _exponent(_load_top(group + 2, row))
+    e = _exponent(_load_of_row(group + 2, row))
     scale = _power(e)
     r = i + tl.arange(0, S)
     c = j + tl.arange(0, S)
@@ -297,8 +297,6 @@ def tops(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
 def adam(
     groups,
     tiles,
-    c1_ptr,
-    c2_ptr,
     beta1,
     rest1,
     beta2,
@@ -311,12 +309,13 @@ def adam(
     """Both moments, and Adam's direction in place of x; see :func:`..arithmetic.adam_`.
 
     rest1, rest2: 1 - beta1, 1 - beta2, which in float32 would be off by 1e-5. Group: x, m, v, top
-    of the direction, entries a row. Tile: group, row, first entry.
+    of the direction, 1 - beta1^t and 1 - beta2^t (one a row), entries a row. Tile: group, row,
+    first entry.
     """
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
-    size = tl.multiple_of(tl.load(group + 4), ALIGN)
+    size = tl.multiple_of(tl.load(group + 6), ALIGN)
     k = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, SIZE)
     mask = k < size
     x_ptr = _float_pointer(group) + row * size + k
@@ -328,7 +327,9 @@ def adam(
     m += (x - m) * rest1
     v = v * beta2 + x * x * rest2
     u = x + (m - x) * beta1 if NADAM else m
-    u /= (tl.sqrt(v) / tl.sqrt(tl.load(c2_ptr)) + eps) * tl.load(c1_ptr)
+    c1 = _load_of_row(group + 4, row)
+    c2 = _load_of_row(group + 5, row)
+    u /= (tl.sqrt(v) / tl.sqrt(c2) + eps) * c1
     u = tl.where(mask, u, 0.0)
     _raise_top(group + 3, row, u[None, :])
     tl.store(x_ptr, u, mask=mask)

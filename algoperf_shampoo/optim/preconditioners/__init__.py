@@ -3,6 +3,6 @@
 from .adam import Adam
 from .base import Hyper, Rule
 from .eshampoo import EShampoo
-from .shampoo import GraftedShampoo
+from .shampoo import GraftedShampoo, UngraftedShampoo
 
-__all__ = ["Adam", "EShampoo", "GraftedShampoo", "Hyper", "Rule"]
+__all__ = ["Adam", "EShampoo", "GraftedShampoo", "Hyper", "Rule", "UngraftedShampoo"]

@@ -1,4 +1,5 @@
-"""Shampoo with Adam grafting, as the winning AlgoPerf submission runs it (Algorithm 3)."""
+"""Shampoo, with Adam grafting as the winning AlgoPerf submission runs it (Algorithm 3), and
+without."""
 
 from __future__ import annotations
 
@@ -7,38 +8,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arithmetic import Arithmetic, Hyper
+from ..arithmetic import Arithmetic, Hyper, bias_corrections
 from ..buckets import Stack
 from ..linalg import inverse_root
 from ..precision import matmul_precision
 from .base import Rule
 
 
-class GraftedShampoo(Rule):
-    """U = S ||A|| / (||S|| + 1e-16), S = L^-1/4 M^ R^-1/4, A = Adam's direction; norms per block.
-
-    Exponent 1/(2k) * exponent_multiplier per factor of a block of order k. Pure Adam before the
-    first roots.
+class _InverseRoots(Rule):
+    """A rule whose operators are roots L^-e, e = exponent_multiplier / (2k) for blocks of order k.
 
     Args:
         eps: epsilon added to the factors' eigenvalues.
-        grafting_eps: Adam's epsilon in A.
-
-    Raises:
-        ValueError: a negative epsilon or multiplier.
+        grafting_eps: Adam's epsilon.
     """
 
     def __init__(self, eps: float, grafting_eps: float, exponent_multiplier: float = 1.0) -> None:
-        for name, value in (
-            ("eps", eps),
-            ("grafting_eps", grafting_eps),
-            ("exponent_multiplier", exponent_multiplier),
-        ):
-            if not value >= 0:
-                raise ValueError(f"{name} must be >= 0, got {value!r}")
         self.eps = eps
         self.grafting_eps = grafting_eps
         self.exponent_multiplier = exponent_multiplier
+
+    def operator(
+        self, eigenvalues: Tensor, eigenvectors: Tensor, order: Tensor, correction: Tensor
+    ) -> Tensor:
+        exponent = self.exponent_multiplier / (2 * order)
+        with matmul_precision("highest"):
+            values = eigenvalues / correction[:, None]
+            return inverse_root(values, eigenvectors, exponent, self.eps)
+
+
+class GraftedShampoo(_InverseRoots):
+    """U = S ||A|| / (||S|| + 1e-16), S = L^-1/4 M^ R^-1/4, A = Adam's direction; norms per block.
+
+    Pure Adam before the first roots.
+    """
 
     def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
         rooted = [s for s in stacks if any(s.ready)]
@@ -64,13 +67,30 @@ class GraftedShampoo(Rule):
                 rows = stack.ready_rows()
                 stack.g.copy_(a.index_copy_(0, rows, s[rows]))
 
-    def operator(
-        self, eigenvalues: Tensor, eigenvectors: Tensor, order: Tensor, correction: Tensor
-    ) -> Tensor:
-        exponent = self.exponent_multiplier / (2 * order)
-        with matmul_precision("highest"):
-            values = eigenvalues / correction[:, None]
-            return inverse_root(values, eigenvectors, exponent, self.eps)
+
+class UngraftedShampoo(_InverseRoots):
+    """U = L^-1/4 M^ R^-1/4, the roots being the identity before the first ones.
+
+    exp_avg is M; no second moment is kept, but for blocks that Adam takes.
+    """
+
+    moments = ("exp_avg",)
+
+    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
+        xs = arithmetic.copy_of_gradients(stacks)
+        for stack, x in zip(stacks, xs, strict=True):
+            m = stack.state["exp_avg"]
+            m.lerp_(x, 1 - h.beta1)
+            x.lerp_(m, h.beta1) if h.nadam else x.copy_(m)
+            c1, _ = bias_corrections(stack, h)
+            x.div_(c1)
+        # Roots are symmetric: rotating, by the transpose, applies them as they are.
+        rooted = [(s, x) for s, x in zip(stacks, xs, strict=True) if any(s.ready)]
+        some, numerators = [s for s, _ in rooted], [x for _, x in rooted]
+        roots = arithmetic.rotate(some, numerators, h, orthogonal=False) if some else []
+        results = {id(s): x for s, x in zip(some, roots, strict=True)}
+        for stack, x in zip(stacks, xs, strict=True):
+            stack.g.copy_(results.get(id(stack), x))
 
 
 def _norm(x: Tensor) -> Tensor:
