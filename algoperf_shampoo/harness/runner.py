@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from algoperf_shampoo import interrupt
+from algoperf_shampoo import interrupt, paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import (
     checkpoint,
@@ -28,11 +28,13 @@ from algoperf_shampoo.harness import (
     environment,
     hparams,
     prng,
+    progress,
     record,
     run_folder,
     run_lock,
     run_record,
 )
+from algoperf_shampoo.harness.progress import summary
 from algoperf_shampoo.harness.run_record import identity
 from algoperf_shampoo.harness.spec import RunSpec, TrainingCompleteError
 from algoperf_shampoo.harness.submission_loader import Submission
@@ -90,7 +92,7 @@ def execute(
         status = "diverged" if training.watch.diverged_at_step is not None else "finished"
         ledger.end(status, result, training.logger.sealed())
         checkpoint.prune(run.run_dir, keep=1)
-    echo(f"{run.name}: {summary(result)}")
+    echo(f"{run.name}: {summary(result)}; {paths.shown(run.run_dir, root)}")
     return ledger.content
 
 
@@ -98,20 +100,6 @@ def _report(run: RunSpec, found: dict[str, Any], echo: Echo) -> dict[str, Any]:
     run_record.check_intact(run.run_dir, found)
     echo(f"{run.name}: finished before: {summary(found['result'])}")
     return found
-
-
-def summary(result: dict[str, Any]) -> str:
-    """One line for a finished run."""
-    if result["steps_to_target"] is not None:
-        hit = (
-            f"target reached at step {result['steps_to_target']}, "
-            f"{result['time_to_target']:.1f} s of submission time"
-        )
-    else:
-        hit = f"target not reached in {result['global_step']} steps"
-    diverged = result.get("diverged_at_step")
-    at = f"; diverged at step {diverged}" if diverged is not None else ""
-    return f"{hit} (ended: {result['stop_reason']}{at})"
 
 
 class _Training:
@@ -217,6 +205,7 @@ class _Training:
         """Train until the targets, the step budget or the time budget is reached."""
         state = self.train_state
         self.started = state["last_step_end_time"] = _now()
+        self.clock = progress.Clock(self.workload.max_steps, self.workload.max_allowed_runtime_sec)
         if self.global_step:
             state["last_eval_time"] = self.started  # the checkpoint is of an evaluation
         while (
@@ -352,7 +341,10 @@ class _Training:
         self._flush()
         self._save()
         state["accumulated_logging_time"] += _now() - end
-        self.echo(self._progress(row))
+        left = self.clock.left(self.global_step, state["accumulated_submission_time"], end)
+        reached = state["validation_goal_reached"]
+        line = progress.line(workload, row, self.global_step, left, reached)
+        self.echo(f"{self.run.name} | {line}")
 
     def _keywords(self, rng: np.ndarray) -> dict[str, Any]:
         return {
@@ -470,19 +462,6 @@ class _Training:
         if self.global_step == self.workload.max_steps:
             return "step budget spent"
         return "ended by the submission"
-
-    def _progress(self, row: dict[str, Any]) -> str:
-        metric, limit = self.workload.target_metric_name, self.workload.max_steps
-        spent = row["accumulated_submission_time"]
-        left = f"{max(0.0, self.workload.max_allowed_runtime_sec - spent):.0f} s"
-        if limit is not None:
-            left = f"{limit - self.global_step} steps, {left}"
-        return (
-            f"{self.run.name} | step {self.global_step}{f'/{limit}' if limit else ''} | "
-            f"{metric} {row[f'validation/{metric}']:.4f} "
-            f"(target {self.workload.validation_target_value:.4f}) | "
-            f"{spent:.1f} s | left {left}"
-        )
 
 
 def _now() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -349,4 +350,5 @@ def test_progress_line_says_step_metric_target_time_and_what_is_left(tmp_path):
     )
     assert len(lines) == 6
     assert lines[1].startswith("fake fake_mini seed 1 | step 10/40 | accuracy 0.")
-    assert "(target 0.9000)" in lines[1] and lines[1].endswith("left 30 steps, 100 s")
+    assert "(target 0.9000)" in lines[1] and re.search(r"s \| at most \d+ s left$", lines[1])
+    assert lines[-1].endswith(f"; {tmp_path / 'fake/study_1/fake_mini_pytorch/trial_1'}")
