@@ -1,10 +1,9 @@
 """Public optimizers, from checkouts or packages of your own, made to compute in float64.
 
 They are not part of this project: name a checkout's folder, or install a package, and pass the
-result to :func:`walk`. Most of them keep state in float32 or bfloat16, or cast on the way to a
-decomposition; :func:`float64` lifts that while they run, by making torch's default dtype,
-``torch.float32`` and the casts ``float()`` and ``bfloat16()`` mean float64, and ``torch.compile``
-mean no compiling.
+result to :func:`walk`. Most of them keep state in float32, or cast on the way to a decomposition;
+:func:`float64` lifts that while they run, by making torch's default dtype, ``torch.float32`` and
+the cast ``float()`` mean float64, and ``torch.compile`` mean no compiling.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import contextlib
 import importlib
 import math
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -33,14 +34,12 @@ def _no_compile(fn: Any = None, **_: Any) -> Any:
 
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
-    """Within: float32 and bfloat16 mean float64, and nothing is compiled."""
+    """Within: float32 means float64, and nothing is compiled."""
     patches: list[tuple[Any, str, Any]] = [
         (torch, "float32", torch.float64),
         (torch, "float", torch.float64),
-        (torch, "bfloat16", torch.float64),
         (torch, "compile", _no_compile),
         (Tensor, "float", lambda x, *_, **__: x.to(torch.float64)),
-        (Tensor, "bfloat16", lambda x, *_, **__: x.to(torch.float64)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
     default = torch.get_default_dtype()
@@ -96,14 +95,14 @@ def meta(
         settings: further fields of the configuration.
     """
     module = load(folder, "distributed_shampoo")
-    types = load(folder, "distributed_shampoo.shampoo_types")
+    configs = load(folder, "distributed_shampoo.shampoo_types")
     solvers = load(folder, "distributed_shampoo.preconditioner.matrix_functions_types")
     if solver is not None:
         fields = {k: v for k, v in solver.items() if k != "class"}
         settings["amortized_computation_config"] = getattr(solvers, solver["class"])(**fields)
     for name in ("factor_matrix_dtype", *dtypes):
         settings[name] = torch.float64
-    adam = types.AdamPreconditionerConfig(beta2=POINT["betas"][1], epsilon=EPSILON)
+    adam = configs.AdamPreconditionerConfig(beta2=POINT["betas"][1], epsilon=EPSILON)
     return lambda params: module.DistributedShampoo(
         params,
         **POINT,
@@ -111,8 +110,8 @@ def meta(
         precondition_frequency=F,
         start_preconditioning_step=F,
         grafting_config=adam if grafting else None,
-        preconditioner_config=getattr(types, config)(**settings),
-        distributed_config=types.SingleDeviceDistributedConfig(
+        preconditioner_config=getattr(configs, config)(**settings),
+        distributed_config=configs.SingleDeviceDistributedConfig(
             target_parameter_dimensionality=math.inf
         ),
     )
@@ -142,3 +141,61 @@ def kl(folder: str, *, F: int, **settings: Any) -> Build:
             )
 
     return build
+
+
+def kl_soap_file(folder: str, *, F: int, **settings: Any) -> Build:
+    """The SOAP that comes with yorkerlin/KL-Methods."""
+    module = load(folder, "optim.soap")
+
+    def build(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        with contextlib.redirect_stdout(None):
+            return module.SOAP(
+                params,
+                **POINT,
+                eps=EPSILON,
+                precondition_frequency=F,
+                cast_dtype=torch.float64,
+                **settings,
+            )
+
+    return build
+
+
+def emerging(folder: str, module: str, name: str, **settings: Any) -> Build:
+    """A SOAP of NVIDIA-NeMo/Emerging-Optimizers, with the factors' EMA coefficient set to beta2."""
+    if sys.version_info < (3, 12):
+        # Theirs is written for 3.12: a decorator of typing, and the syntax of generics in the
+        # register of names, which has no part in the computation.
+        typing.override = lambda method: method  # type: ignore[attr-defined]
+        register = types.ModuleType("emerging_optimizers.registry")
+        register.register_optimizer = lambda _: lambda cls: cls  # type: ignore[attr-defined]
+        sys.modules[register.__name__] = register
+    cls = getattr(load(folder, f"emerging_optimizers.{module}"), name)
+    beta2 = POINT["betas"][1]
+    return lambda params: cls(params, **POINT, eps=EPSILON, shampoo_beta=beta2, **settings)
+
+
+def heavyball(name: str, *, F: int, **settings: Any) -> Build:
+    """An optimizer of the heavyball package, not compiled, tensors not merged."""
+    with float64():
+        module, utils = (importlib.import_module(m) for m in ("heavyball", "heavyball.utils"))
+    utils.compile_mode = None
+    cls, beta2 = getattr(module, name), POINT["betas"][1]
+    return lambda params: cls(
+        params,
+        **POINT,
+        eps=EPSILON,
+        shampoo_beta=beta2,
+        precondition_frequency=F,
+        merge_dims=False,
+        use_precond_schedule=False,
+        **settings,
+    )
+
+
+def pytorch_optimizer(name: str, **settings: Any) -> Build:
+    """An optimizer of the pytorch_optimizer package; None leaves out a setting of :data:`POINT`."""
+    with float64():
+        cls = getattr(importlib.import_module("pytorch_optimizer"), name)
+    merged = {k: v for k, v in {**POINT, **settings}.items() if v is not None}
+    return lambda params: cls(params, **merged)

@@ -1,9 +1,10 @@
 """SOAP as its authors run it: one tensor, float64, loops.
 
-In the style of :mod:`.reference`. Source: the authors' code (nikhilvyas/SOAP at a1e55353), which
-differs from Algorithm 3 of Vyas et al., "SOAP" (2025), in one point: M is the EMA of the
-*rotated* gradient, and is taken to the new basis by way of the parameters' coordinates when the
-basis changes. Against EShampoo (Algorithm 2 of "Purifying Shampoo"):
+In the style of :mod:`.reference`. Source: the authors' code (nikhilvyas/SOAP at a1e55353). M is
+the EMA of the *rotated* gradient there, where Algorithm 3 of Vyas et al., "SOAP" (2025) has the
+gradient; because M is taken along, by way of the parameters' coordinates, whenever the basis
+changes, the two are one by linearity: the discrepancy that appendix B of "Purifying Shampoo" notes
+is one of notation. Against EShampoo (Algorithm 2 of "Purifying Shampoo"):
 
 * The first call only starts the factors and their eigenvectors; it updates nothing and does not
   count.
