@@ -19,7 +19,9 @@ _STEPS = re.compile(r"_steps(\d+)(?:_|$)")
 _ABSENT = object()
 
 Key = tuple[Any, ...]
-"""Of a row: workload, benchmark version, label, point as JSON."""
+"""Of a row: workload, benchmark version, label, point as JSON, tuning ruleset, framework, and where
+there is no point the number of the trial."""
+_RUN = {1: "version", 4: "ruleset", 5: "framework"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def find(groups: Mapping[Key, Sequence[Trial]], root: Path) -> dict[Key, list[Di
     found: dict[Key, list[Difference]] = {}
     for key, group in groups.items():
         variant = variant_of(key[2], variants)
-        own = own_point(root, variant, key[0]) if variant else None
+        has_point = variant is not None and group[0].hparams is not None
+        own = own_point(root, variant, key[0]) if variant and has_point else None
         point = group[0].hparams or {}
         found[key] = _between(point, own) if own is not None else []
         steps = _STEPS.search(key[2])
@@ -57,15 +60,16 @@ def find(groups: Mapping[Key, Sequence[Trial]], root: Path) -> dict[Key, list[Di
             found[key].append(Difference("STEPS", int(steps[1])))
     for alike in _alike(found, groups, variants):
         # Null is a value, and not the same as a field that is not there.
-        fields = dict.fromkeys(name for key in alike for name in groups[key][0].hparams or {})
-        for name in fields:
-            values = {key: (groups[key][0].hparams or {}).get(name, _ABSENT) for key in alike}
+        points = {key: p for key in alike if (p := groups[key][0].hparams) is not None}
+        for name in dict.fromkeys(name for point in points.values() for name in point):
+            values = {key: point.get(name, _ABSENT) for key, point in points.items()}
             if len({json.dumps(v, default=str) for v in values.values()}) > 1:
                 for key, value in values.items():
                     found[key].append(Difference(name, "absent" if value is _ABSENT else value))
-        if len({key[1] for key in alike}) > 1:
-            for key in alike:
-                found[key].append(Difference("version", key[1]))
+        for place, name in _RUN.items():
+            if len({key[place] for key in alike}) > 1:
+                for key in alike:
+                    found[key].append(Difference(name, key[place]))
     return found
 
 
@@ -79,6 +83,12 @@ def settings(point: Mapping[str, Any], differs: Sequence[Difference]) -> list[st
     ]
     rest = [d for d in differs if d.field not in (F_KEY, TAU_KEY)]
     return [difference.text() for difference in [*first, *rest]]
+
+
+def name_of(key: Key, group: Sequence[Trial], variants: Sequence[str]) -> str:
+    """What a row is called: its variant, or the label of what is none of ours."""
+    ours = group[0].hparams is not None
+    return (variant_of(key[2], variants) if ours else None) or str(key[2])
 
 
 def variant_of(label: str, variants: Sequence[str]) -> str | None:
@@ -123,7 +133,7 @@ def _alike(
     alike: dict[tuple[Any, ...], list[Key]] = {}
     for key, differs in found.items():
         point, trial = groups[key][0].hparams or {}, groups[key][0].trial
-        name = variant_of(key[2], variants) or key[2]
+        name = name_of(key, groups[key], variants)
         shown = (key[0], name, trial, tuple(settings(point, differs)))
         alike.setdefault(shown, []).append(key)
     return [keys for keys in alike.values() if len(keys) > 1]

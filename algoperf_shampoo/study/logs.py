@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import seal
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
@@ -71,6 +72,10 @@ class Trial:
     steps_to_target: int | None
     time_to_target: float | None
     diverged: bool = False
+    version: str = versions.UNKNOWN
+    """AlgoPerf's, told by what the run logged: "v0.6", say; "mini" and "minidata" of small data."""
+    ruleset: str = "external"
+    """AlgoPerf's tuning ruleset, "external" or "self"."""
 
 
 def find_trials(
@@ -163,7 +168,10 @@ def read_trial(path: Path) -> Trial:
     diverged = status == _DIVERGED or _is_not_finite(evaluations)
     if diverged:
         holes.note("diverged" + (" (run.json)" if status == _DIVERGED else ""))
-    outcome = _outcome(path, hit, evaluations, embedded, status, flags, meta, holes)
+    version = _version(workload, meta, target)
+    ruleset = "self" if flags.get("tuning_ruleset") == "self" else "external"
+    budget = _budget(meta, version, ruleset)
+    outcome = _outcome(path, hit, evaluations, embedded, status, diverged, flags, budget, holes)
     if outcome != "hit":
         hit = None
     return Trial(
@@ -185,6 +193,8 @@ def read_trial(path: Path) -> Trial:
         steps_to_target=hit.step if hit else None,
         time_to_target=hit.submission_time if hit else None,
         diverged=diverged,
+        version=version,
+        ruleset=ruleset,
     )
 
 
@@ -193,28 +203,17 @@ def size_of(workload: str) -> str:
     return {MINI: "mini", MINIDATA: "minidata"}.get(workload[workload.rfind("_") :], "full")
 
 
-def benchmark_version(
-    workload: str, step_hint: int | None, target: float | None, config_dir: Path
-) -> str:
-    """The AlgoPerf version whose settings a run logged, "v0.6" say, or "unknown".
-
-    Runs on small data have targets of their own and are "mini" or "minidata".
-
-    Versions are told apart by ``step_hint`` and validation target, which
-    ``workloads_config/<workload>.json`` lists for each.
-    """
+def _version(workload: str, meta: dict[str, Any], target: float | None) -> str:
+    """The AlgoPerf version of a run; "mini" and "minidata", which have targets of their own."""
     if size_of(workload) != "full":
         return size_of(workload)
-    path = config_dir / f"{workload}.json"
-    if path.is_file():
-        versions = json.loads(path.read_text(encoding="utf-8"))["full"]["versions"]
-        for name, settings in versions.items():
-            same_target = target is not None and math.isclose(
-                settings["validation_target_value"], target, rel_tol=1e-6
-            )
-            if settings["step_hint"] == step_hint and same_target:
-                return str(name)
-    return "unknown"
+    return versions.identify(
+        workload,
+        files.finite(meta.get("workload.step_hint")),
+        target,
+        files.finite(meta.get("workload.max_allowed_runtime_sec")),
+        meta.get("git_commit_hash"),
+    )
 
 
 def _place(path: Path, flags: dict[str, Any], holes: Holes) -> tuple[Path, str, str]:
@@ -371,8 +370,9 @@ def _outcome(
     evaluations: list[Evaluation],
     embedded: bool,
     status: Any,
+    diverged: bool,
     flags: dict[str, Any],
-    meta: dict[str, Any],
+    budget: float | str,
     holes: Holes,
 ) -> str:
     ended = status in ("finished", _DIVERGED)
@@ -382,10 +382,10 @@ def _outcome(
         return "unknown"
     if hit is not None:
         return "hit"
-    if embedded:
+    if embedded or diverged:
         return "miss"
-    budget = _budget(meta, holes)
-    if holes.faults:
+    if isinstance(budget, str):
+        holes.fault(budget)
         return "unknown"
     if _ran_to_its_end(path, evaluations, flags, budget):
         return "miss"
@@ -398,14 +398,13 @@ def _outcome(
     return "unknown"
 
 
-def _budget(meta: dict[str, Any], holes: Holes) -> float:
-    """Seconds of submission time that the run was allowed."""
+def _budget(meta: dict[str, Any], version: str, ruleset: str) -> float | str:
+    """Seconds of submission time that the run was allowed, or what is wrong with them."""
     stated = meta.get("workload.max_allowed_runtime_sec")
     budget = files.finite(stated)
     if budget is None or budget <= 0:
-        holes.fault(f"the time budget in the meta data is {_short(stated)}, not a number above 0")
-        return math.nan
-    return budget
+        return f"the time budget in the meta data is {_short(stated)}, not a number above 0"
+    return budget * (versions.self_tuning_factor(version) if ruleset == "self" else 1.0)
 
 
 def _ran_to_its_end(

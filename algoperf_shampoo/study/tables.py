@@ -21,7 +21,17 @@ from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
 from algoperf_shampoo.study import differences, files
 from algoperf_shampoo.study.differences import Difference
-from algoperf_shampoo.study.logs import Trial, benchmark_version, size_of
+from algoperf_shampoo.study.logs import Trial, size_of
+
+# Fields that only the published Shampoo submission has, where it is Shampoo grafted from Adam.
+_META = {
+    "grafting_type": "ADAM",
+    "use_momentum": False,
+    "start_preconditioning_step": -1,
+    "inv_root_override": 0,
+    "use_normalized_grafting": False,
+    "use_cosine_decay": True,
+}
 
 # The embedded harness's small models, and AlgoPerf's models on little data.
 _WORKLOADS = {"fastmri": "FastMRI", "imagenet_vit": "ImageNet ViT", "ogbg": "OGBG"}
@@ -70,6 +80,8 @@ class Row:
     notes: list[str] = field(default_factory=list)
     differs: list[Difference] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
+    ruleset: str = ""
+    framework: str = ""
 
     @property
     def title(self) -> str:
@@ -96,7 +108,6 @@ def build(
     trials: Sequence[Trial],
     paper: Sequence[dict[str, Any]],
     sizes: Sequence[str],
-    config_dir: Path,
     root: Path,
 ) -> list[Table]:
     """One table a size: a row for each of the paper's, with or without runs, then the other points.
@@ -106,14 +117,16 @@ def build(
     """
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
-        version = benchmark_version(trial.workload, trial.step_hint, trial.target, config_dir)
         point = json.dumps(trial.hparams, sort_keys=True)
-        groups.setdefault((trial.workload, version, trial.label, point), []).append(trial)
+        # Without a point the number of the trial stands for it.
+        number = trial.trial if trial.hparams is None else 0
+        run = (trial.workload, trial.version, trial.label, point, trial.ruleset, trial.framework)
+        groups.setdefault((*run, number), []).append(trial)
     differs = differences.find(groups, root)
     variants = submission_loader.variants(root)
 
     def row(title: str, key: tuple[Any, ...], entry: dict[str, Any] | None) -> Row:
-        name = differences.variant_of(key[2], variants) or key[2]
+        name = differences.name_of(key, groups[key], variants)
         return _row(title, name, groups[key], key[1], entry, differs[key], root)
 
     tables = []
@@ -124,7 +137,7 @@ def build(
         for base, title in _WORKLOADS.items():
             here = {k: g for k, g in own.items() if k[0] == base + suffix}
             for entry in (e for e in paper if e["workload"] == base and size != "minidata"):
-                matching = [k for k in here if _is_of(here[k][0], entry, size)]
+                matching = [k for k in here if _is_of(here[k][0], entry, size, root)]
                 rows += [row(title, key, entry) for key in matching]
                 for key in matching:
                     del here[key]
@@ -144,7 +157,7 @@ def table1(trials: Sequence[Trial], root: Path) -> list[Table]:
     """
     paper = read_paper(root / "results" / "paper" / "table1.json")
     extra = ["minidata"] if any(size_of(trial.workload) == "minidata" for trial in trials) else []
-    return build(trials, paper, ["mini", *extra, "full"], root / "workloads_config", root)
+    return build(trials, paper, ["mini", *extra, "full"], root)
 
 
 def of_runs(trials: Sequence[Trial], root: Path) -> list[Table]:
@@ -162,16 +175,16 @@ def to_csv(tables: Sequence[Table]) -> str:
     """All rows as CSV, seconds and full precision."""
     text = io.StringIO(newline="")
     columns = (
-        "size workload name label version hits ended steps_mean steps_se seconds_mean seconds_se "
-        "paper_hits paper_runs paper_steps_mean paper_steps_se paper_time_min_mean "
-        "paper_time_min_se differs"
+        "size workload name label version ruleset framework hits ended steps_mean steps_se "
+        "seconds_mean seconds_se paper_hits paper_runs paper_steps_mean paper_steps_se "
+        "paper_time_min_mean paper_time_min_se differs"
     ).split()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for table in tables:
         for row in table.rows:
             line: dict[str, Any] = {"size": table.size}
-            for name in ("workload", "name", "label", "version", "hits", "ended"):
+            for name in columns[1 : columns.index("steps_mean")]:
                 line[name] = getattr(row, name)
             for name, estimate in (("steps", row.steps), ("seconds", row.seconds)):
                 if estimate is not None:
@@ -189,15 +202,29 @@ def to_json(tables: Sequence[Table]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _is_of(trial: Trial, entry: dict[str, Any], size: str) -> bool:
+def _is_of(trial: Trial, entry: dict[str, Any], size: str, root: Path) -> bool:
     points = trial.hparams or {}
     if size == "mini":
         return trial.label == entry["variant"] and trial.trial == 1
-    if not trial.label.startswith(entry["variant"]):
+    if not trial.label.startswith(entry["variant"]) and not _is_published(trial, entry, root):
         return False
     # A file may state tau = 0 or null for "refresh at every check": the paper's rows without tau.
     same_tau = (points.get("tau") or None) == entry["tau"]
     return same_tau and points.get("precondition_frequency") == entry["precondition_frequency"]
+
+
+def _is_published(trial: Trial, entry: dict[str, Any], root: Path) -> bool:
+    """Whether a published trial is just what the paper's grafting rows are runs of.
+
+    The Shampoo submission's fields are more than ours; those that both have must be equal, and the
+    others at the values at which its optimizer is the paper's.
+    """
+    point = trial.hparams or {}
+    if entry["variant"] != "shampoo_grafting" or not _META.items() <= point.items():
+        return False
+    own = differences.own_point(root, entry["variant"], trial.workload) or {}
+    shared = own.keys() & point.keys()
+    return bool(shared) and all(own[name] == point[name] for name in shared)
 
 
 def _row(
@@ -235,6 +262,8 @@ def _row(
         notes=notes,
         differs=differs,
         settings=settings,
+        ruleset=first.ruleset,
+        framework=first.framework,
     )
 
 

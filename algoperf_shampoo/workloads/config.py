@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from algoperf_shampoo import json_input
+from algoperf_shampoo import json_input, versions
 from algoperf_shampoo.errors import UserError
 
-DEFAULT_DIR = Path(__file__).resolve().parents[2] / "workloads_config"
-DEFAULT_VERSION = "v0.6"
+DEFAULT_DIR = versions.CONFIG_DIR
+DEFAULT_VERSION = versions.DEFAULT
 
 # A schema maps a key to a type, to a nested schema, or to [type] for a list of that type.
 Schema = Mapping[str, Any]
@@ -22,13 +23,6 @@ COUNTS: Schema = {
     "num_eval_train_examples": int,
     "num_validation_examples": int,
     "num_test_examples": int,
-}
-VERSION: Schema = {
-    "step_hint": int,
-    "max_allowed_runtime_sec": float,
-    "eval_period_time_sec": float,
-    "validation_target_value": float,
-    "test_target_value": float,
 }
 MINI: Schema = {
     **COUNTS,
@@ -127,20 +121,18 @@ def read_config(
       model: schema of the model's sizes.
       data: schema of the mini data's settings beyond file and checksum.
       config_dir: folder of the file; None means workloads_config/ beside the package.
-      version: AlgoPerf version of the full size's budget.
+      version: AlgoPerf version of the full size's budget, targets and step hint, which are in the
+        folder's ``versions/``.
 
     Raises:
       UserError: missing file, malformed JSON, or a key that is unknown, missing or of a wrong type.
     """
     source = (DEFAULT_DIR if config_dir is None else Path(config_dir)) / f"{workload}.json"
     found = json_input.read(source, "workload file")
-    full = found.get("full") if isinstance(found, dict) else None
-    versions = full.get("versions") if isinstance(full, dict) else None
-    names = list(versions) if isinstance(versions, dict) else [DEFAULT_VERSION]
     schema: Schema = {
         "workload": str,
         "target_metric_name": str,
-        "full": {**COUNTS, "model": model, "versions": {name: VERSION for name in names}},
+        "full": {**COUNTS, "model": model},
         "mini": {**MINI, "model": model, "data": {**DATA, **data}},
     }
     checked = check_keys(source, "", found, schema)
@@ -152,12 +144,24 @@ def read_config(
         chosen["eval_period_time_sec"] = chosen["max_allowed_runtime_sec"]
     else:
         chosen = checked["full"]
-        if version not in chosen["versions"]:
-            raise UserError(
-                f"{source}: full.versions has no {version!r}; it has {', '.join(names)}"
-            )
-        chosen.update(chosen.pop("versions")[version])
+        chosen.update(_benchmark(checked, version, source.parent))
     for key in ("validation_target_value", "test_target_value"):
         if chosen[key] > 1:
             raise UserError(f"{source}: {key} is {chosen[key]!r}; it must be at most 1")
     return WorkloadConfig(source=source, target_metric_name=checked["target_metric_name"], **chosen)
+
+
+def _benchmark(checked: Mapping[str, Any], version: str, config_dir: Path) -> dict[str, Any]:
+    """What an AlgoPerf version says on a full workload, by :class:`WorkloadConfig`'s names."""
+    found = versions.read(version, config_dir)
+    settings = found.workloads.get(checked["workload"])
+    if settings is None:
+        raise UserError(f"AlgoPerf {version} has no workload {checked['workload']!r}")
+    said = dataclasses.asdict(settings)
+    metric = said.pop("target_metric_name")
+    if metric != checked["target_metric_name"]:
+        raise UserError(
+            f"{config_dir / checked['workload']}.json: target_metric_name is "
+            f"{checked['target_metric_name']!r}; AlgoPerf {version} has {metric!r}"
+        )
+    return said

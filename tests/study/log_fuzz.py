@@ -183,11 +183,8 @@ class Tally:
 
 def cell(trial: logs.Trial) -> tuple[Any, ...]:
     """What a table makes of a trial: its row, and what it adds there."""
-    version = logs.benchmark_version(
-        trial.workload, trial.step_hint, trial.target, ROOT / "workloads_config"
-    )
     point = json.dumps(trial.hparams, sort_keys=True)
-    row = (trial.label, trial.workload, trial.framework, version, point)
+    row = (trial.label, trial.workload, trial.framework, trial.version, point)
     return (*row, trial.outcome, trial.steps_to_target, trial.time_to_target)
 
 

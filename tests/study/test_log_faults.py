@@ -374,8 +374,6 @@ def test_metrics_where_lower_is_better(tmp_path):
 def test_one_bad_log_does_not_touch_the_cell_of_the_others(tmp_path):
     good = made_trial(tmp_path / "a", ROWS)
     bad = made_trial(tmp_path / "b", [("inf", 1.0, 0.9)])
-    (row,) = tables.build(
-        [logs.read_trial(p) for p in (good, bad)], [], ["full"], ROOT / "workloads_config", tmp_path
-    )[0].rows
+    (row,) = tables.build([logs.read_trial(p) for p in (good, bad)], [], ["full"], tmp_path)[0].rows
     assert (row.hits, row.ended, row.steps) == (1, 1, tables.Estimate(9.0, None, 1))
     assert row.notes[0].startswith("1 of 2 runs not counted") and len(row.notes) == 2

@@ -189,11 +189,3 @@ def test_finding_trials_below_folders(tmp_path):
         logs.find_trials([tmp_path / ("n" * 300)])
     with pytest.raises(UserError, match="not a folder study_K"):
         logs.read_trial(tmp_path)
-
-
-def test_benchmark_version_is_told_by_step_hint_and_target():
-    config = ROOT / "workloads_config"
-    assert logs.benchmark_version("ogbg", 52000, 0.28098, config) == "v0.6"
-    assert logs.benchmark_version("ogbg", 80000, 0.28098, config) == "v0.5"
-    assert logs.benchmark_version("ogbg", 80000, 0.3, config) == "unknown"
-    assert logs.benchmark_version("ogbg_mini", 300, 0.6, config) == "mini"

@@ -88,7 +88,7 @@ def test_misses_count_and_holes_do_not(tmp_path):
     miss = made_trial(tmp_path / "b", [(1, 1.0, 0.1), (28, 28.0, 0.2)])
     cut = made_trial(tmp_path / "c", [(1, 1.0, 0.1)])
     trials = [logs.read_trial(path) for path in (hit, miss, cut)]
-    row = tables.build(trials, [], ("full",), ROOT / "workloads_config", tmp_path)[0].rows[0]
+    row = tables.build(trials, [], ("full",), tmp_path)[0].rows[0]
     assert (row.hits, row.ended, len(row.runs)) == (1, 2, 3)
     assert row.steps == tables.Estimate(9.0, None, 1)
     assert row.notes[0] == "1 of 3 runs not counted: see below"
@@ -172,9 +172,7 @@ def test_rows_of_labels_that_are_no_variants_are_told_apart(tmp_path):
     for number, change in enumerate([{"a": 1, "b": True}, {"a": 2, "b": True}, {"b": True}]):
         path = made_trial(tmp_path / f"{number}", [(1, 1.0, 0.1), (9, 9.0, 0.6)])
         (path / "hparams.json").write_text(json.dumps(change))
-    full = tables.build(
-        logs.find_trials([tmp_path]), [], ("full",), ROOT / "workloads_config", ROOT
-    )[0]
+    full = tables.build(logs.find_trials([tmp_path]), [], ("full",), ROOT)[0]
     assert {row.name for row in full.rows} == {
         "label (a = 1)", "label (a = 2)", "label (a = absent)",
     }  # fmt: skip
@@ -192,7 +190,7 @@ def test_text_keeps_to_its_width(tmp_path, width):
         shutil.rmtree(tmp_path / f"{seed}")
     paper = tables.read_paper(ROOT / "results" / "paper" / "table1.json")
     trials = logs.find_trials([tmp_path])
-    made = tables.build(trials, paper, ("full",), ROOT / "workloads_config", tmp_path)
+    made = tables.build(trials, paper, ("full",), tmp_path)
     text = table_text.render(made[0], width)
     assert "4/7" in text and "study_{0,1,2,3,4,5,6}" in text
     assert max(map(len, text.splitlines())) <= width, text

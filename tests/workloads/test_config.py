@@ -47,7 +47,7 @@ def edit(folder: Path, name: str, path: str, value: Any) -> None:
         ("fastmri", "mini.max_steps", True, r"mini.max_steps is True"),
         ("fastmri", "mini.max_step", 5, r"unknown key mini.max_step \(value 5\); known here: "),
         ("fastmri", "mini.data.sha256", ..., r"key mini.data.sha256 is missing"),
-        ("fastmri", "full.versions", [1], r"full.versions is \[1\]; it must be an object"),
+        ("fastmri", "full.step_hint", 1, r"unknown key full.step_hint \(value 1\)"),
         ("fastmri", "workload", "ogbg", r"workload is 'ogbg'; it must be 'fastmri'"),
         ("fastmri", "mini.data.crop", 8, r"mini.model.num_pool_layers is 3; too many"),
         ("imagenet_vit", "mini.model.num_heads", 7, r"mini.model.num_heads is 7; it must divide"),
@@ -98,7 +98,8 @@ def test_unknown_workload() -> None:
 def test_versions() -> None:
     assert workloads.load("fastmri").step_hint == 18_094
     assert workloads.load("fastmri", version="v0.5").step_hint == 36_189
-    with pytest.raises(UserError, match=r"full.versions has no 'v9'; it has v0.5, v0.6"):
+    assert workloads.load("fastmri", version="2026").eval_period_time_sec == 110
+    with pytest.raises(UserError, match=r"AlgoPerf version 'v9': there is v0.5, v0.6, 2026"):
         workloads.load("fastmri", version="v9")
 
 
