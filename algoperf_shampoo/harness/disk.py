@@ -122,6 +122,20 @@ def make_folders(path: Path) -> None:
         sync_folder(folder.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Bring a file that another process has written to disk, if it is there.
+
+    Raises:
+        DiskError: the disk fails.
+    """
+    with explained(path), suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def sync_folder(path: Path) -> None:
     """Bring the names in a folder to disk.
 

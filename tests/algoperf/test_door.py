@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,7 @@ def facts(path: Path, step: int, **changes: Any) -> dict[str, Any]:
         "training_complete": False,
         "goals_reached": False,
         "is_time_remaining": True,
+        "eval_results": [[s, {"score": s / 2}] for s in (1, 10) if s <= step],
     }
     return {str(path): {**own, **changes}}
 
@@ -252,8 +254,77 @@ def test_rows_of_steps_to_come_again_are_set_aside(run: Any) -> None:
     kept = (run.run_dir / "eval_measurements.csv").read_text().splitlines()
     aside = (run.run_dir / "set_aside_1_eval_measurements.csv").read_text().splitlines()
     assert kept == ["global_step,score", "1,0.5", "10,5.0"]
-    assert aside == ["global_step,score", "12,6.0"]
+    assert aside == ["global_step,score", "1,0.5", "10,5.0", "12,6.0"]
     assert json.loads((run.run_dir / folder.SEARCH_SPACE).read_text()) == [run.hparams]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        b"global_step,score\n1,0.5\n",  # the last row is lost
+        b"global_step,score\n1,0.5\n10,5.",  # cut short: another number
+        b"global_step,score\n1,0.5\n10\n",
+        b"global_step,score\n1,0.5\n10,7.5\n",
+        b"global_step,score\n1,0.5\n1,0.5\n10,5.0\n10,5.0\n",
+        b"global_step,sc\xff",
+        b"\0" * 40,
+        b"",
+        None,
+    ],
+)
+def test_evaluations_are_put_back_from_the_checkpoint(run: Any, found: bytes | None) -> None:
+    path = run.run_dir / "eval_measurements.csv"
+    path.unlink() if found is None else path.write_bytes(found)
+    state = folder.examine(run, facts(run.run_dir / "checkpoint_10", 10), None)
+    notes = folder.prepare(run, state, [run.hparams])
+    rows = list(csv.DictReader(path.open(newline="")))
+    values = [(float(row["global_step"]), float(row["score"])) for row in rows]
+    assert values == [(1, 0.5), (10, 5.0)]
+    same = found is not None and found.endswith(b"10,5.")  # the same number
+    assert len(notes) == (0 if same else 1)
+    again = folder.prepare(run, state, [run.hparams])
+    assert again == []
+
+
+def test_what_the_runner_has_rounded_is_left_alone(run: Any) -> None:
+    path = run.run_dir / "eval_measurements.csv"
+    path.write_text("global_step,preemption_count,score\n1,0,0.5000000000000001\n10,1,5.0\n")
+    before = path.read_bytes()
+    state = folder.examine(run, facts(run.run_dir / "checkpoint_10", 10), None)
+    assert folder.prepare(run, state, [run.hparams]) == []
+    assert path.read_bytes() == before
+
+
+def test_without_checkpoints_the_time_that_is_spent_is_not_forgotten(run: Any) -> None:
+    path = run.run_dir / "eval_measurements.csv"
+    path.write_text("global_step,accumulated_submission_time\n1,0.5\n10,5.0\n")
+    for known, why in (({}, "damaged"), ({}, "gone")):
+        with pytest.raises(UserError, match=f"{why}, and AlgoPerf .* 5.0 s in 10 steps"):
+            folder.examine(run, known, None)
+        for old in folder.checkpoints(run.run_dir):
+            old.unlink()
+    path.write_text("global_step,accumulated_submission_time\n1,0.5\n")  # killed in its first save
+    state = folder.examine(run, {}, None)
+    assert state.step == 0 and "come again" in folder.prepare(run, state, [run.hparams])[0]
+
+
+def test_a_complete_run_that_was_damaged_is_said_so(run: Any) -> None:
+    known = facts(run.run_dir / "checkpoint_10", 10, goals_reached=True)
+    door._seal(run.run_dir, {"ended": "now", "exit_code": 0})
+    assert folder.examine(run, known, None).ended == "both targets reached"
+    path = run.run_dir / "eval_measurements.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(UserError, match="damaged since: eval_measurements.csv: .* 2 of 3 rows"):
+        folder.examine(run, known, None)
+
+
+def test_the_runners_line_on_an_evaluation_tells_of_divergence() -> None:
+    line = "I1126 runner.py:400] Time since start: 9.87s, \tStep: 20, \t{'train/accuracy': 0.1, "
+    assert door._divergence(line + "'validation/loss': 2.5, 'test/num_examples': 8}") is None
+    for value in ("nan", "tensor(nan)", "np.float64(inf)"):
+        news = door._divergence(line + f"'validation/loss': {value}, 'test/num_examples': 8}}")
+        assert news is not None and news.startswith("diverged: validation/loss is ")
+        assert news.endswith(" at step 20")
 
 
 def test_another_point_is_not_resumed(run: Any) -> None:
@@ -281,7 +352,7 @@ def test_a_finished_run_is_left_alone(run: Any, change: dict[str, bool], why: st
 
 
 def test_two_checkpoints_are_kept(run: Any) -> None:
-    folder.prune_checkpoints(run.run_dir)
+    folder.keep_checkpoint(run.run_dir)
     assert [p.name for p in folder.checkpoints(run.run_dir)] == ["checkpoint_10", "checkpoint_9"]
 
 

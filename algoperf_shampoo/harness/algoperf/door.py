@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,13 +23,16 @@ from typing import Any
 
 from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import run_lock, seal, submission_loader
+from algoperf_shampoo.harness import disk, run_lock, seal, submission_loader
 from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata, processes
 from algoperf_shampoo.harness.spec import RunSpec
 from algoperf_shampoo.study.plan import Plan
 
 _RUNNER = "submission_runner"
 _OWN_RUNNER = "algoperf_shampoo.harness.algoperf.runner"
+# The runner's line on an evaluation: "Time since start: 9.87s, Step: 20, {'train/loss': nan, ...".
+_STEP = re.compile(r"\bStep: (\d+),")
+_STRANGE = re.compile(r"'(\w+/(?!num_examples)\w+)': [^,}]*?(-?\b(?:nan|inf)\b)")
 _WORKER = "algoperf_shampoo.harness.algoperf.worker"
 
 
@@ -133,7 +137,15 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
         return 0
     if place.visible is None and plan.size == "full":
         echo("note: no GPU here; full-size models on a CPU are for trying things out")
-    failed = [job.run.name for job in jobs if not _train(plan, job, environment, echo)]
+    failed = []
+    for job in jobs:
+        try:
+            ended_well = _train(plan, job, environment, echo)
+        except UserError as error:
+            echo(f"error: {job.run.name}: {error}")
+            ended_well = False
+        if not ended_well:
+            failed.append(job.run.name)
     if failed:
         echo(f"{len(failed)} of {len(plan.runs)} runs failed: {', '.join(failed)}")
     return len(failed)
@@ -314,7 +326,7 @@ def _train(
         }
         launches = [*folder.close_launches(folder.read_launches(run.run_dir)), record]
         folder.write_json(run.run_dir / folder.LAUNCHES, launches)
-        (run.run_dir / seal.NAME).unlink(missing_ok=True)  # what it sealed is about to change
+        disk.remove(run.run_dir / seal.NAME)  # what it sealed is about to change
         try:
             ending = _run(plan.root, run.run_dir, command, lock, run.name)
             record |= asdict(ending)
@@ -340,11 +352,13 @@ def _complete(run: RunSpec, state: folder.State, echo: Callable[[str], None]) ->
 
 def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
     """Write down what the folder holds now that the runner has ended."""
+    with disk.explained(run_dir):
+        files = seal.make(run_dir)
     record = {
         "format": 1,
         "ended": launch["ended"],
         "exit_code": launch["exit_code"],
-        seal.FILES: seal.make(run_dir),
+        seal.FILES: files,
     }
     folder.write_json(run_dir / seal.NAME, seal.signed(record))
 
@@ -365,18 +379,41 @@ def _run(
         then = f"goes on from step {steps[0]}" if steps else "starts it again"
         return f"{name}; the same command {then}"
 
-    with (run_dir / folder.CONSOLE).open("a", encoding="utf-8") as log:
+    with disk.explained(run_dir / folder.CONSOLE):
+        log = (run_dir / folder.CONSOLE).open("a", encoding="utf-8")
+    diverged = False
+    trouble: list[UserError] = []
+    with log:
 
         def on_line(line: str) -> None:
+            nonlocal diverged
             # What a runner says that is being ended, after ours, is in the log alone.
             for target in (log,) if interrupt.interrupted() else (log, sys.stdout):
                 target.write(line)
                 target.flush()
-            if "Saved checkpoint to" in line:
-                folder.prune_checkpoints(run_dir)
+            news = None if diverged else _divergence(line)
+            if news:
+                diverged = True
+                print(f"{name}: {news}: AlgoPerf goes on to the end of the budget", flush=True)
+            if "Saved checkpoint to" in line and not trouble:
+                try:
+                    folder.keep_checkpoint(run_dir)
+                except UserError as error:
+                    trouble.append(error)
 
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **command.environment}
-        return processes.run(command.arguments, root, environment, lock, on_line, say)
+        ending = processes.run(command.arguments, root, environment, lock, on_line, say)
+    if trouble:
+        raise trouble[0]
+    return ending
+
+
+def _divergence(line: str) -> str | None:
+    """What a line of the runner about an evaluation says that is not finite, None if nothing."""
+    step, strange = _STEP.search(line), _STRANGE.search(line)
+    if not (step and strange):
+        return None
+    return f"diverged: {strange[1]} is {strange[2]} at step {step[1]}"
 
 
 def _points(plan: Plan, run: RunSpec) -> list[dict[str, Any]]:

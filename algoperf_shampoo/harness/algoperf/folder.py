@@ -8,8 +8,6 @@ settled here, before it starts; nothing is deleted, what is in the way is set as
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
@@ -19,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import run_lock
+from algoperf_shampoo.harness import disk, run_lock, seal
+from algoperf_shampoo.harness.algoperf import tables
 from algoperf_shampoo.harness.spec import RunSpec
 
 LAUNCHES = "launches.json"
 SEARCH_SPACE = "search_space.json"
 CONSOLE = "console.log"
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)$")
-_TABLES = ("measurements.csv", "eval_measurements.csv")
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,16 @@ def examine(run: RunSpec, facts: dict[str, dict[str, Any]], max_steps: int | Non
     if (run.run_dir / "run.json").exists():
         raise UserError(f"{run.run_dir}: holds a run of the embedded harness; set OUT=")
     _same_hparams(run)
+    if state.ended:
+        _check_intact(run.run_dir)
+    if state.checkpoint is None:
+        count, step, spent = tables.last_evaluation(run.run_dir)
+        if count > 1:
+            gone = f"its checkpoints are {'damaged' if broken else 'gone'}"
+            raise UserError(
+                f"{run.run_dir}: {gone}, and AlgoPerf would start over with its clock at 0, though "
+                f"{spent:.1f} s in {step} steps are spent; put a checkpoint back, or set OUT="
+            )
     if state.ended == "step limit reached" and (max_steps is None or max_steps > state.step):
         raise UserError(
             f"{run.run_dir}: ended at step {state.step} by its step limit, and AlgoPerf does no "
@@ -114,34 +122,39 @@ def prepare(run: RunSpec, state: State, points: list[dict[str, Any]]) -> list[st
 
     ``points`` are the search space up to this trial, written there as the runner's input.
     """
-    run.run_dir.mkdir(parents=True, exist_ok=True)
+    disk.make_folders(run.run_dir)
     notes = []
     for path in state.unreadable:
         notes.append(f"{path.name} cannot be read (a save was cut short?): set aside")
-        _set_aside(path)
+        disk.set_aside(path)
     hparams = run.run_dir / "hparams.json"
     if hparams.exists() and _read_json(hparams) is None:
         notes.append("hparams.json cannot be read: set aside")
-        _set_aside(hparams)
-    for name in _TABLES:
-        rows = _drop_rows_after(run.run_dir / name, state.step)
-        if rows:
-            notes.append(f"{name}: {rows} rows after step {state.step} set aside, they come again")
+        disk.set_aside(hparams)
+    notes += tables.bring_to(run.run_dir, state.checkpoint)
     write_json(run.run_dir / SEARCH_SPACE, points)
     return notes
 
 
-def prune_checkpoints(run_dir: Path, keep: int = 2) -> None:
-    """Remove all but the newest checkpoints; two, because a kill can spoil the newest."""
-    for path in checkpoints(run_dir)[keep:]:
-        path.unlink(missing_ok=True)
+def keep_checkpoint(run_dir: Path, keep: int = 2) -> None:
+    """Bring what the runner has just written to disk, then remove all but the newest checkpoints.
+
+    Two stay, because a kill can spoil the newest.
+
+    Raises:
+        DiskError: the disk fails, or the folder is gone.
+    """
+    found = checkpoints(run_dir)
+    for path in (*found[:1], *(run_dir / name for name in (tables.EVALS, tables.MEASUREMENTS))):
+        disk.sync_file(path)
+    disk.sync_folder(run_dir)
+    for path in found[keep:]:
+        disk.remove(path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write and rename, so that a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write and rename, so that a kill or a power cut leaves the old file or the new one."""
+    disk.write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_launches(run_dir: Path) -> list[dict[str, Any]]:
@@ -182,6 +195,21 @@ def close_launches(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return closed
 
 
+def _check_intact(run_dir: Path) -> None:
+    """See that a run that is over is what it was when its runner was seen to end."""
+    record = _read_json(run_dir / seal.NAME)
+    if record is None and not (run_dir / seal.NAME).exists():
+        return  # the launcher was killed before it could write one, or is an older version
+    problems = ["seal.json: cannot be read"]
+    if isinstance(record, dict):
+        problems = seal.problems(run_dir, record, ended=True)
+    if problems:
+        raise UserError(
+            f"{run_dir}: finished before, and damaged since: {'; '.join(problems)}; put back a "
+            "copy, or remove the folder to run it again"
+        )
+
+
 def _same_hparams(run: RunSpec) -> None:
     path = run.run_dir / "hparams.json"
     there = _read_json(path)
@@ -201,38 +229,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-
-
-def _set_aside(path: Path) -> None:
-    number = 1
-    while (target := path.with_name(f"set_aside_{number}_{path.name}")).exists():
-        number += 1
-    path.rename(target)
-
-
-def _drop_rows_after(path: Path, step: int) -> int:
-    """Move the rows of later steps to a file of their own; their number."""
-    if not path.is_file():
-        return 0
-    with path.open(newline="", encoding="utf-8") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    if "global_step" not in header:
-        return 0
-    column = header.index("global_step")
-    late = [row for row in rows if len(row) <= column or float(row[column] or "nan") > step]
-    if not late:
-        return 0
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([header, *late])
-    number = 1
-    while (target := path.with_name(f"set_aside_{number}_{path.name}")).exists():
-        number += 1
-    target.write_text(text.getvalue(), encoding="utf-8")
-    kept = io.StringIO(newline="")
-    csv.writer(kept, lineterminator="\n").writerows(
-        [header, *(row for row in rows if row not in late)]
-    )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(kept.getvalue(), encoding="utf-8")
-    temporary.replace(path)
-    return len(late)

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import platform
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ def checkpoint(path: str) -> dict[str, Any]:
         # mmap: the tensors, by far the most of the file, are not read.
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         state = content["train_state"]
+        # So the checksums of what torch has not read: a power cut can leave a file of zeros.
+        damaged = zipfile.ZipFile(path).testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged}: checksum differs")
         return {
             "path": path,
             "readable": True,
@@ -85,6 +90,10 @@ def checkpoint(path: str) -> dict[str, Any]:
                 state["validation_goal_reached"] and state["test_goal_reached"]
             ),
             "is_time_remaining": bool(state["is_time_remaining"]),
+            "eval_results": [
+                [int(step), {key: float(value) for key, value in result.items()}]
+                for step, result in content["eval_results"]
+            ],
         }
     except Exception as error:  # a truncated file fails in many ways; any means: do not resume it
         return {"path": path, "readable": False, "error": f"{type(error).__name__}: {error}"[:200]}
