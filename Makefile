@@ -51,8 +51,8 @@ quoted = '$(subst ','\'',$(1))'
 IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
-.PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-gpu test-kernels \
-  lint types table1 repeat FORCE
+.PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults \
+  test-gpu test-kernels lint types table1 repeat FORCE
 .DEFAULT_GOAL := help
 
 help: words ## list targets and variables
@@ -129,6 +129,9 @@ test: words ## the tests; under 5 minutes on 2 cores
 
 test-slow: words ## the tests that take minutes
 	$(IN_DEV) -m pytest -m slow
+
+test-faults: words ## kills, power cuts, full disks, damaged files by the thousand; under 15 minutes
+	@OMP_NUM_THREADS=1 sh scripts/in_venv.sh dev -m pytest -n auto -m faults
 
 test-gpu: words ## the tests that need a CUDA device
 	$(IN_DEV) -m pytest -m gpu
