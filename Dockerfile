@@ -8,6 +8,8 @@ FROM ${BASE}
 ARG TORCH=2.13.0
 ARG CUDA=
 ARG UID=1000
+# Another commit of AlgoPerf's code than the one in requirements-algoperf-no-deps.txt.
+ARG ALGOPERF_COMMIT=
 
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
@@ -32,6 +34,8 @@ WORKDIR /opt/algoperf-shampoo
 COPY requirements-algoperf.txt requirements-algoperf-no-deps.txt ./
 RUN echo "torch==${TORCH}" > /tmp/torch.txt \
  && pip install -c /tmp/torch.txt -r requirements-algoperf.txt \
+ && if [ -n "${ALGOPERF_COMMIT}" ]; then \
+      sed -i "s/@[0-9a-f]*$/@${ALGOPERF_COMMIT}/" requirements-algoperf-no-deps.txt; fi \
  && pip install --no-deps -r requirements-algoperf-no-deps.txt \
  && rm /tmp/torch.txt
 

@@ -7,9 +7,9 @@ words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE
 words.table1 := RUNS TABLE
 words.repeat := RUN OUT DATA_DIR
-words.algoperf-env := TORCH ALGOPERF_VENV
+words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
-words.docker-build := ENGINE IMAGE BASE TORCH CUDA DRY_RUN
+words.docker-build := ENGINE IMAGE BASE TORCH CUDA ALGOPERF_COMMIT DRY_RUN
 words.docker-submit := $(filter-out HARNESS PRICE ALGOPERF_PYTHON,$(words.submit)) ENGINE IMAGE TORCH
 # Families of targets, by the beginning of their names.
 families := submit export docker-submit
@@ -105,8 +105,9 @@ table1: words ## Table 1 from the runs so far, beside the paper's; written to re
 repeat: words ## train a run again from its folder, RUN=, and compare; into OUT=results/repeats/N
 	$(IN_RUN) scripts/repeat.py $(call flag,RUN,run) $(call flag,OUT,out) $(call flag,DATA_DIR,data_dir)
 
-algoperf-env: words ## AlgoPerf's harness, pinned, in .venv-algoperf with torch TORCH=2.13.0
-	@"$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" algoperf
+algoperf-env: words ## AlgoPerf's harness, pinned or at ALGOPERF_COMMIT=, in .venv-algoperf; torch TORCH=2.13.0
+	@"$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" \
+	  $(call flag,ALGOPERF_COMMIT,algoperf_commit) algoperf
 
 data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data/algoperf_mini
 	@sh scripts/in_venv.sh algoperf scripts/make_algoperf_mini_data.py $(call flag,OUT,out)

@@ -47,6 +47,8 @@ def main(arguments):
 def build(words, uid):
     """``docker build`` with the image's user numbered as the caller, so that OUT is writable."""
     arguments = [f"{name}={words.get(name, '')}" for name in ("BASE", "TORCH", "CUDA")]
+    if words.get("ALGOPERF_COMMIT"):
+        arguments.append(f"ALGOPERF_COMMIT={words['ALGOPERF_COMMIT']}")
     if uid:  # built by root, the image's user keeps its default number
         arguments.append(f"UID={uid}")
     pairs = [word for argument in arguments for word in ("--build-arg", argument)]

@@ -43,6 +43,7 @@ def main():
     parser.add_argument("--venv", default=".venv")
     parser.add_argument("--python", default=sys.executable, help="makes the environment")
     parser.add_argument("--torch", default="", help="version of torch, for algoperf")
+    parser.add_argument("--algoperf_commit", default="", help="another commit of AlgoPerf's code")
     options = parser.parse_args()
     # Links are followed: what is removed must be the environment, not the link to it.
     venv = Path(os.path.realpath(os.path.expanduser(options.venv)))
@@ -50,9 +51,10 @@ def main():
     try:
         if sys.version_info < OLDEST:
             raise Failed(f"{python} is too old: Python 3.11 or newer, as in PYTHON=python3.12")
-        digest = digest_of(options.extra, options.torch, venv)
+        commit = checked_commit(options.algoperf_commit)
+        digest = digest_of(options.extra, options.torch, venv, commit)
         if not is_whole(venv, options.extra, digest):
-            install(venv, python, options.extra, options.torch, digest)
+            install(venv, python, options.extra, options.torch, digest, commit)
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,10 +68,22 @@ def main():
     return 0
 
 
-def digest_of(extra, torch, venv):
+def checked_commit(text):
+    """A commit as git writes it, or nothing for the pinned one.
+
+    Raises:
+        Failed: it is none.
+    """
+    if text and not (7 <= len(text) <= 40 and set(text) <= set("0123456789abcdef")):
+        raise Failed(f"ALGOPERF_COMMIT={text}: 7 to 40 digits of 0-9a-f")
+    return text
+
+
+def digest_of(extra, torch, venv, commit=""):
     """sha256 of what decides an installation: the files it is made from, and where it lies."""
     names = _ALGOPERF_FILES if extra == ALGOPERF else ("pyproject.toml", "constraints.txt")
     total = hashlib.sha256(f"{extra} {torch} {venv}\0".encode(errors="surrogateescape"))
+    total.update(commit.encode())
     for name in names:
         total.update(hashlib.sha256((ROOT / name).read_bytes()).digest())
     return total.hexdigest()
@@ -85,7 +99,7 @@ def is_whole(venv, extra, digest):
         return False
 
 
-def install(venv, python, extra, torch, digest):
+def install(venv, python, extra, torch, digest, commit=""):
     """Install under the lock; nothing is done if another call has done it meanwhile."""
     venv.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(beside(venv, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
@@ -110,25 +124,29 @@ def install(venv, python, extra, torch, digest):
             else:
                 mark(venv)
             pip = [str(venv / "bin" / "python"), "-m", "pip", "install"]
-            for arguments in pip_arguments(extra, torch):
+            for arguments in pip_arguments(extra, torch, commit):
                 call(lock, pip + arguments, "did not install; its reason is above")
         except BaseException:
             settle(venv)
             raise
         stamps = json.loads((venv / MARKER).read_text(encoding="utf-8"))["stamps"]
         whole = [STAMP + name for name in (extra, *EXTRAS.get(extra, ()))]
-        stamps.update({name: digest_of(name[len(STAMP) :], torch, venv) for name in whole})
+        stamps.update({name: digest_of(name[len(STAMP) :], torch, venv, commit) for name in whole})
         release(venv, stamps)
     finally:
         os.close(lock)
 
 
-def pip_arguments(extra, torch):
-    """What follows ``pip install``, one list a call."""
+def pip_arguments(extra, torch, commit=""):
+    """What follows ``pip install``, one list a call. ``commit``: another than the pinned one."""
     common = ["--quiet", "--disable-pip-version-check"]
     if extra == ALGOPERF:
         first, second = (str(ROOT / name) for name in _ALGOPERF_FILES)
-        return [[*common, f"torch=={torch}", "-r", first], [*common, "--no-deps", "-r", second]]
+        code = ["-r", second]
+        if commit:
+            pinned = Path(second).read_text(encoding="utf-8").strip().splitlines()[-1]
+            code = [f"{pinned.rpartition('@')[0]}@{commit}"]
+        return [[*common, f"torch=={torch}", "-r", first], [*common, "--no-deps", *code]]
     return [[*common, "-c", str(ROOT / "constraints.txt"), "-e", f"{ROOT}[{extra}]"]]
 
 

@@ -195,6 +195,32 @@ def test_docker_targets_hand_words_over_as_data(tmp_path):
     assert "error: GPUS=3: CUDA_VISIBLE_DEVICES=1 leaves fewer" in few.stderr
     built = container("docker-build", "BASE=ubuntu:24.04", "IMAGE=it's")
     assert "BASE=ubuntu:24.04" in built and shlex.split(built)[-2] == "it's:2.13.0"
+    assert "ALGOPERF_COMMIT" not in built
+    assert "ALGOPERF_COMMIT=abcdef0" in container("docker-build", "ALGOPERF_COMMIT=abcdef0")
+
+
+def test_algoperf_is_installed_at_the_pinned_commit_or_the_one_asked_for(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import install
+
+    name = "requirements-algoperf-no-deps.txt"
+    assert install.pip_arguments("algoperf", "2.13.0")[1][-2:] == ["-r", str(ROOT / name)]
+    code = install.pip_arguments("algoperf", "2.13.0", "b21be29be0")[1][-1]
+    assert code.startswith("algoperf @ git+https://") and code.endswith(".git@b21be29be0")
+    digests = {install.digest_of("algoperf", "2", tmp_path, c) for c in ("", "b21be29be0")}
+    assert len(digests) == 2
+    for wrong in ("main", "abc", "x" * 40, "--help"):
+        done = make("algoperf-env", f"ALGOPERF_COMMIT={wrong}", f"ALGOPERF_VENV={tmp_path}/venv")
+        assert done.returncode == 2 and f"error: ALGOPERF_COMMIT={wrong}: 7 to 40" in done.stderr
+        assert not (tmp_path / "venv").exists()
+    # What the image does with it.
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("      sed")]
+    shutil.copy(ROOT / name, tmp_path)
+    command = line.strip().removesuffix("\\").strip().removesuffix("; fi")
+    given = {"ALGOPERF_COMMIT": "b21b"}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, env={**os.environ, **given}, check=True)
+    assert (tmp_path / name).read_text().strip().endswith(".git@b21b")
 
 
 @pytest.fixture
