@@ -3,8 +3,8 @@
 # Words of the command line, by target. A word that its targets do not take is refused.
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
-  PROCESSES WANDB KEEP_DIVERGED PRICE DRY_RUN ALGOPERF_PYTHON
-words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE
+  PROCESSES WANDB KEEP_DIVERGED RULESET PRICE DRY_RUN ALGOPERF_PYTHON
+words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.table1 := RUNS TABLE
 words.repeat := RUN OUT DATA_DIR
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
@@ -78,6 +78,7 @@ help: words ## list targets and variables
 	@echo '  PROCESSES=         with HARNESS=algoperf and no GPU: processes'
 	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
 	@echo '  PRICE=             of an hour of one GPU: shown with the time of full-size runs'
+	@echo '  RULESET=external   AlgoPerf'"'"'s; self: the point built into the submission'
 	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
 	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
 	@echo 'variables of table1: RUNS=results/runs, folders of runs, comma-separated;'
@@ -97,7 +98,7 @@ submit-%: words FORCE
 	  $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) $(call flag,TRIALS,trials) \
 	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
 	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) $(call flag,PRICE,price) \
-	  $(call flag,DRY_RUN,dry_run)
+	  $(call flag,RULESET,ruleset) $(call flag,DRY_RUN,dry_run)
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
 	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)
@@ -115,7 +116,8 @@ data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data
 export-%: words FORCE
 	$(IN_RUN) scripts/export.py --variant=$(call quoted,$*) $(call flag,OUT,out) \
 	  $(call flag,AUTHORS,authors) $(call flag,AFFILIATIONS,affiliations) $(call flag,F,f) \
-	  $(call flag,TAU,tau) $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space)
+	  $(call flag,TAU,tau) $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) \
+	  $(call flag,RULESET,ruleset)
 
 docker-build: words ## image IMAGE= with torch TORCH=, CUDA= (cu128), on BASE=; ENGINE=podman works too
 	@"$$PYTHON" scripts/container.py build

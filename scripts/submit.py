@@ -33,6 +33,7 @@ _KEEP_DIVERGED = flags.DEFINE_bool(
     "keep_diverged", False, "Embedded harness: a run whose loss is not finite goes on."
 )
 _PRICE = flags.DEFINE_string("price", None, "Of an hour of one GPU, for the preview of costs.")
+_RULESET = flags.DEFINE_string("ruleset", "external", "external, or self: the point built in.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print what would run.")
 
 
@@ -57,6 +58,7 @@ def main() -> int:
         steps=_STEPS.value,
         processes=_PROCESSES.value,
         wandb=_WANDB.value,
+        ruleset=_RULESET.value,
         dry_run=_DRY_RUN.value,
     )
     if wanted.dry_run and wanted.harness == "embedded":

@@ -51,6 +51,20 @@ def test_a_missing_hyperparameter_is_named():
         own.point(None)
 
 
+def test_a_point_built_in_is_the_only_one():
+    point = {"learning_rate": 0.1, "epsilon": 1e-8, "weight_decay": 0, "use_nadam": True}
+    point |= {"one_minus_beta1": 0.1, "one_minus_beta2": 0.1, "warmup_factor": 0.1}
+    point |= {"step_hint_factor": 1, "label_smoothing": 0, "dropout_rate": 0}
+    own = submission.Submission(lambda *_: None, ("common",), built_in=point)
+    assert own.point(None)._asdict() == point and own.point(None) is own.point(None)
+    with pytest.raises(ValueError, match="has its point built in and takes no other"):
+        own.point(collections.namedtuple("Hyperparameters", point)(**point))
+    own.built_in = {**point, "epsilon": 0}
+    own._last = (None, None)
+    with pytest.raises(ValueError, match="epsilon is 0"):
+        own.init_optimizer_state(None, torch.nn.Linear(1, 1), None, None, None)
+
+
 def test_an_unknown_workload_is_a_value_error():
     """AlgoPerf asks again with the base workload's name when it gets one."""
     assert submission.Submission.get_batch_size("ogbg") == 512

@@ -61,6 +61,20 @@ def read_points(
     return found[:count]
 
 
+def one_point(space: Path, fields: Sequence[str], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The point of a self-tuning submission: the only one of the search space, fields replaced.
+
+    Raises:
+        UserError: there is another number of points.
+    """
+    found = json_input.read(space, "search space file")
+    read_points(space, 1, fields)
+    if not isinstance(found, list) or len(found) != 1:
+        size = f"{len(found)} points" if isinstance(found, list) else "ranges"
+        raise UserError(f"{space}: {size}: RULESET=self builds in the one point of a list")
+    return override(found[0], changes, fields, where=str(space))
+
+
 def override(
     point: dict[str, Any], settings: Mapping[str, Any], names: Sequence[str], where: str
 ) -> dict[str, Any]:

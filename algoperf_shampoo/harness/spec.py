@@ -29,7 +29,8 @@ class RunSpec:
     """One training run: everything that, with the code and the data, determines its curve.
 
     ``label`` is the variant plus its overrides (``eshampoo_adaptive_F20_tau0.05``), ``trial``
-    counts the points of the search space from 1, as AlgoPerf's ``trial_N`` folders do.
+    counts the points of the search space from 1, as AlgoPerf's ``trial_N`` folders do. ``ruleset``
+    is AlgoPerf's: "external" hands the point over, in "self" the submission has it built in.
     """
 
     variant: str
@@ -39,6 +40,7 @@ class RunSpec:
     trial: int
     hparams: dict[str, Any] = field(hash=False)
     run_dir: Path
+    ruleset: str = "external"
 
     @property
     def name(self) -> str:

@@ -2,9 +2,10 @@
 
 ``<out>/external_tuning/<variant>/`` gets submission.py, tuning_search_space.json,
 submission_info.yml, LICENSE and ``algorithm/``: just those modules of this package that the
-submission imports, directly or through others, found by reading their import statements. The copies
-refer to each other by relative imports, so the folder runs wherever it can be imported from, under
-any name, with torch and AlgoPerf alone.
+submission imports, directly or through others, found by reading their import statements. In
+``<out>/self_tuning/<variant>/`` the point is built into submission.py in place of the search space.
+The copies refer to each other by relative imports, so the folder runs wherever it can be imported
+from, under any name, with torch and AlgoPerf alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from algoperf_shampoo.harness import hparams, submission_loader
 
 PACKAGE = "algoperf_shampoo"
 COPIES = "algorithm"
-RECORD = "export.json"
+RECORD, INFO = "export.json", "submission_info.yml"
+RULESETS = {"external": "external_tuning", "self": "self_tuning"}
+"""AlgoPerf's rulesets as its runner calls them, and the folders of submissions_algorithms."""
 _ABSOLUTE = re.compile(rf"^(\s*)from {PACKAGE}(\.[\w.]+)? import ", re.MULTILINE)
 
 
@@ -39,6 +42,7 @@ def export(
     tau: str | None = None,
     settings: str | None = None,
     search_space: Path | None = None,
+    ruleset: str = "external",
 ) -> Path:
     """Write the folder of one variant and return it; an earlier export there is replaced.
 
@@ -46,39 +50,57 @@ def export(
         f, tau, settings: what ``F=``, ``TAU=`` and ``SET=`` say: fields of the points to replace.
             The folder is then called after them as well.
         search_space: another file than the variant's own.
+        ruleset: "external", or "self": the variant's one point is built in.
 
     Raises:
-        UserError: unknown variant, bad search space or setting, or another folder in the way.
+        UserError: unknown variant or ruleset, bad search space or setting, text that AlgoPerf's
+            workflows would not take as it is, or another folder in the way.
     """
     variant = variant.replace("-", "_")
-    source = root / "submissions" / variant / "submission.py"
     fields = submission_loader.fields(root, variant)
+    if ruleset not in RULESETS:
+        raise UserError(f"RULESET={ruleset}: there is {', '.join(RULESETS)}")
     space = search_space or root / "search_spaces" / f"{variant}.json"
     changes = hparams.parse_settings(fields, f, tau, settings)
-    tuning = _tuning(space, fields, changes)
-    # A dot would keep the folder from being imported.
-    name = re.sub(r"\W", "_", variant + points.label(changes), flags=re.ASCII)
-    target = out / "external_tuning" / name
+    name = folder_name(variant, changes)
+    target = out / RULESETS[ruleset] / name
     if target.exists() and not (target / RECORD).is_file():
         raise UserError(f"{target}: exists and is not an export; set OUT= to another folder")
-    files = dict(_files(root, variant, source))
-    files["tuning_search_space.json"] = tuning
+    record: dict[str, Any] = {"package": PACKAGE, "version": __version__, "variant": variant}
+    record |= {"ruleset": ruleset, "settings": changes}
+    if ruleset == "self":
+        record["point"] = hparams.one_point(space, fields, changes)
+        files = entry(root, variant, record["point"])
+    else:
+        files = entry(root, variant)
+        files["tuning_search_space.json"] = _tuning(space, fields, changes)
     files["LICENSE"] = (root / "LICENSE").read_text(encoding="utf-8")
-    files["submission_info.yml"] = _info(source, name, authors, affiliations)
-    sums = {file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()}
-    record = {"package": PACKAGE, "version": __version__, "settings": changes, "sha256": sums}
+    files[INFO] = info_text(info(root, variant, changes, ruleset, authors, affiliations))
+    record["sha256"] = {
+        file: hashlib.sha256(text.encode()).hexdigest() for file, text in files.items()
+    }
     files[RECORD] = json.dumps(record, indent=1) + "\n"
 
     fresh = target.with_name(f".{name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    for inside, text in files.items():
-        path = fresh / inside
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    write(fresh, files)
     if target.exists():
         shutil.rmtree(target)
     fresh.rename(target)
     return target
+
+
+def entry(root: Path, variant: str, point: dict[str, Any] | None = None) -> dict[str, str]:
+    """Files of the submission itself, by name; with ``point``, which is then built in."""
+    return dict(_files(root, variant, root / "submissions" / variant / "submission.py", point))
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    """Write files into a folder that is made."""
+    for inside, text in files.items():
+        path = folder / inside
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def _tuning(space: Path, fields: Sequence[str], changes: dict[str, Any]) -> str:
@@ -118,8 +140,12 @@ def modules_needed(package: Path, names: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def _files(root: Path, variant: str, source: Path) -> Iterator[tuple[str, str]]:
+def _files(
+    root: Path, variant: str, source: Path, point: dict[str, Any] | None
+) -> Iterator[tuple[str, str]]:
     text = source.read_text(encoding="utf-8")
+    if point is not None:
+        text = _with_point(text, point, source)
     package = root / PACKAGE
     yield "__init__.py", ""
     yield "submission.py", _standalone(text)
@@ -146,6 +172,39 @@ def _standalone(text: str) -> str:
     alone = _ABSOLUTE.sub(rf"\1from {COPIES}\2 import ", block)
     indented = ["if __package__:", *_indent(inside), "else:", *_indent(alone)]
     return "\n".join([*lines[:first], *indented, *lines[last:]]) + "\n"
+
+
+def _with_point(text: str, point: dict[str, Any], source: Path) -> str:
+    """The submission with the point as a constant, handed to its ``Submission(...)``."""
+    calls = [
+        (statement, statement.value)
+        for statement in ast.parse(text).body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.value, ast.Call)
+        and getattr(statement.value.func, "id", None) == "Submission"
+    ]
+    if len(calls) != 1:
+        raise UserError(f"{source}: wants one `... = Submission(...)` for RULESET=self")
+    statement, call = calls[0]
+    assert call.end_lineno is not None and call.end_col_offset is not None  # it was just parsed
+    lines = text.splitlines()
+    last, column = call.end_lineno - 1, call.end_col_offset - 1
+    # The offset counts bytes.
+    line = lines[last].encode()
+    lines[last] = (line[:column] + b", built_in=POINT" + line[column:]).decode()
+    constant = [
+        "# The hyperparameters of this self-tuning submission.",
+        "POINT = {",
+        *(f"    {_literal(name)}: {_literal(value)}," for name, value in point.items()),
+        "}",
+        "",
+    ]
+    return "\n".join([*lines[: statement.lineno - 1], *constant, *lines[statement.lineno - 1 :]])
+
+
+def _literal(value: Any) -> str:
+    """A field's name or value as Python writes it, with double quotes."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _indent(block: str) -> list[str]:
@@ -208,17 +267,45 @@ def _path(package: Path, name: str) -> Path | None:
     return None
 
 
-def _info(source: Path, name: str, authors: str, affiliations: str) -> str:
-    """``submission_info.yml``; values are JSON strings, which YAML reads as they are."""
-    about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or name
+def folder_name(variant: str, changes: dict[str, Any]) -> str:
+    """Of an export: the variant and what was set, in small letters, importable."""
+    return re.sub(r"\W", "_", variant + points.label(changes), flags=re.ASCII).lower()
+
+
+def info(
+    root: Path,
+    variant: str,
+    changes: dict[str, Any],
+    ruleset: str,
+    authors: str,
+    affiliations: str,
+) -> dict[str, str]:
+    """The fields of ``submission_info.yml`` and of the YAML block of a pull request.
+
+    Raises:
+        UserError: a text with a character that submissions_algorithms' workflows cut off or expand.
+    """
+    source = root / "submissions" / variant / "submission.py"
+    about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or variant
     fields = {
-        "submission_name": name.replace("_", " "),
-        "submission_folder": name,
+        "submission_name": (variant + points.label(changes)).replace("_", " "),
+        "submission_folder": folder_name(variant, changes),
         "authors": authors,
         "affiliations": affiliations,
         "version": __version__,
-        "ruleset": "external",
+        "ruleset": {"external": "external", "self": "self-tuning"}[ruleset],
         "framework": "PyTorch",
-        "description": " ".join(about.split()),
+        "description": about,
     }
-    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in fields.items())
+    plain = {key: " ".join(value.split()) for key, value in fields.items()}
+    for key, value in plain.items():
+        # They cut a line at #, and write it by a shell that expands the others.
+        odd = next((c for c in value if c in "#$`\\" or not c.isprintable()), None)
+        if odd is not None:
+            raise UserError(f"{key.upper()}={value[:60]}: {odd!r} would not survive a workflow")
+    return plain
+
+
+def info_text(fields: dict[str, str]) -> str:
+    """The fields as YAML; values are JSON strings, which YAML reads as they are."""
+    return "".join(f"{k}: {json.dumps(v, ensure_ascii=False)}\n" for k, v in fields.items())

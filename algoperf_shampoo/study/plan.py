@@ -18,6 +18,7 @@ from algoperf_shampoo.harness.spec import MINI, MINIDATA, RunSpec
 WORKLOADS = ("fastmri", "imagenet_vit", "ogbg")
 SIZES = ("mini", "full")
 HARNESSES = ("embedded", "algoperf")
+RULESETS = ("external", "self")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def make_plan(
     steps: str | None = None,
     processes: str | None = None,
     wandb: bool = False,
+    ruleset: str = "external",
     dry_run: bool = False,
 ) -> Plan:
     """Check the words of a command line and lay out its runs.
@@ -83,6 +85,9 @@ def make_plan(
     harness = _one_of(
         "HARNESS", harness or ("embedded" if size == "mini" else "algoperf"), HARNESSES
     )
+    _one_of("RULESET", ruleset, RULESETS)
+    if ruleset == "self" and harness == "embedded":
+        raise UserError("RULESET=self: HARNESS=algoperf has rulesets, the embedded harness has not")
     if size == "full" and harness == "embedded":
         raise UserError("SIZE=full HARNESS=embedded: full size runs under HARNESS=algoperf alone")
     seed_list = parse_seeds(seeds)
@@ -92,6 +97,8 @@ def make_plan(
     if harness == "embedded" and gpu_count not in (None, 1):
         raise UserError(f"GPUS={gpus}: the embedded harness is one process; GPUS=1 or none")
     number_of_trials = _count("TRIALS", trials, at_most=1000)
+    if ruleset == "self" and number_of_trials > 1:
+        raise UserError(f"RULESET=self: one point is built in; TRIALS={trials} are more")
     step_limit = None if steps is None else _count("STEPS", steps)
     if processes is not None:
         _count("PROCESSES", processes)
@@ -120,17 +127,21 @@ def make_plan(
         small_models = size == "mini" and harness == "embedded"
         if small_models and step_limit is not None:
             label += f"_steps{step_limit}"
+        label += "_self" if ruleset == "self" else ""
         path = spaces[variant] = _search_space(root, variant, small_models, search_space)
         for base in workloads:
             name = base
             if size == "mini":
                 name += MINI if small_models else MINIDATA
-            own = [
-                hparams.override(point, changes, fields, where=f"{_shown(path, root)} ({name})")
-                for point in hparams.read_points(
-                    path, number_of_trials, fields, name.removesuffix(MINIDATA)
-                )
-            ]
+            if ruleset == "self":
+                own = [hparams.one_point(path, fields, changes)]
+            else:
+                own = [
+                    hparams.override(point, changes, fields, where=f"{_shown(path, root)} ({name})")
+                    for point in hparams.read_points(
+                        path, number_of_trials, fields, name.removesuffix(MINIDATA)
+                    )
+                ]
             runs += [
                 RunSpec(
                     variant=variant,
@@ -140,6 +151,7 @@ def make_plan(
                     trial=trial,
                     hparams=point,
                     run_dir=folder / label / f"study_{seed}" / f"{name}_pytorch" / f"trial_{trial}",
+                    ruleset=ruleset,
                 )
                 for seed in seed_list
                 for trial, point in enumerate(own, start=1)

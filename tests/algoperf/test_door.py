@@ -111,6 +111,32 @@ def test_each_seed_has_its_own_seed_and_study(
     assert {Path(f["experiment_dir"]).name for f in found} == {"eshampoo_adaptive_F20_tau0.05"}
 
 
+def test_self_tuning_runs_a_copy_with_the_point_built_in(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    made = plan(data, tmp_path, ruleset="self", settings="learning_rate=0.002", seeds="7,")
+    [line] = commands(made)
+    found = flags_of(line)
+    assert found["tuning_ruleset"] == "self" and "tuning_search_space" not in found
+    assert set(found) & {"num_tuning_trials", "hparam_start_index"} == set()
+    [run] = made.runs
+    assert run.label == "eshampoo_adaptive_lr0.002_self" and run.ruleset == "self"
+    assert not run.run_dir.exists()
+    folder.prepare(run, folder.State(run.run_dir, None, ()), [run.hparams])
+    door._write_entry(made, run)
+    assert not (run.run_dir / folder.SEARCH_SPACE).exists()
+    assert f"PYTHONPATH={run.run_dir / folder.ENTRY}:" in line
+    text = (run.run_dir / folder.ENTRY / found["submission_path"]).read_text()
+    assert '"learning_rate": 0.002' in text and "built_in=POINT" in text
+    assert json.loads((run.run_dir / "hparams.json").read_text()) == run.hparams
+    for words, named in (
+        ({"trials": "2"}, "RULESET=self: one point is built in; TRIALS=2"),
+        ({"ruleset": "both"}, "RULESET=both: there is external, self"),
+    ):
+        with pytest.raises(UserError, match=named):
+            plan(data, tmp_path, **{"ruleset": "self", **words})
+
+
 def test_the_prompt_and_the_removal_cannot_come_up(
     data: Path, tmp_path: Path, fake: dict[str, Any]
 ) -> None:

@@ -23,8 +23,9 @@ import collections, importlib, json, sys, types
 import torch
 s = importlib.import_module("{module}")
 point = json.load(open(sys.argv[1]))[0]
-if "precondition_frequency" in point: point["precondition_frequency"] = 2
-point = collections.namedtuple("Hyperparameters", point)(**point)
+if point is not None:
+    if "precondition_frequency" in point: point["precondition_frequency"] = 2
+    point = collections.namedtuple("Hyperparameters", point)(**point)
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
 x, y = torch.randn(32, 6), torch.randn(32, 4)
@@ -96,7 +97,7 @@ def test_the_same_steps_as_in_the_package(tmp_path: Path) -> None:
 def test_settings_are_in_the_points_and_the_name(tmp_path: Path) -> None:
     words = "learning_rate=1e-05 one_dim=adam"
     folder = export.export(ROOT, "eshampoo_adaptive", tmp_path, f="20", settings=words)
-    assert folder.name == "eshampoo_adaptive_F20_lr1e_05_1dadam" and folder.name.isidentifier()
+    assert folder.name == "eshampoo_adaptive_f20_lr1e_05_1dadam" and folder.name.isidentifier()
     [point] = json.loads((folder / "tuning_search_space.json").read_text())
     [own] = json.loads((ROOT / "search_spaces" / "eshampoo_adaptive.json").read_text())
     changes = {"precondition_frequency": 20, "learning_rate": 1e-5, "one_dim": "adam"}
@@ -106,6 +107,59 @@ def test_settings_are_in_the_points_and_the_name(tmp_path: Path) -> None:
         export.export(ROOT, "eshampoo_fixed", tmp_path, tau="0.1")
     with pytest.raises(UserError, match="no such search space file"):
         export.export(ROOT, "eshampoo_fixed", tmp_path, search_space=tmp_path / "none.json")
+
+
+def point_built_in(folder: Path) -> dict:
+    tree = ast.parse((folder / "submission.py").read_text())
+    [value] = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "POINT"
+    ]
+    return ast.literal_eval(value)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_self_tuning_export_has_its_point_built_in(variant: str, tmp_path: Path) -> None:
+    folder = export.export(ROOT, variant, tmp_path, ruleset="self", settings="weight_decay=0.01")
+    assert folder == tmp_path / "self_tuning" / f"{variant}_wd0_01"
+    assert not (folder / "tuning_search_space.json").exists()
+    assert 'ruleset: "self-tuning"' in (folder / export.INFO).read_text()
+    [own] = json.loads((ROOT / "search_spaces" / f"{variant}.json").read_text())
+    assert point_built_in(folder) == {**own, "weight_decay": 0.01}
+    record = json.loads((folder / export.RECORD).read_text())
+    assert record["point"] == point_built_in(folder) and record["ruleset"] == "self"
+
+
+def test_a_self_tuning_export_takes_the_same_steps_as_the_external_one(tmp_path: Path) -> None:
+    words = {"settings": "weight_decay=0.01 use_nadam=false", "f": "2"}
+    theirs = export.export(ROOT, "eshampoo_fixed", tmp_path, **words)
+    ours = export.export(ROOT, "eshampoo_fixed", tmp_path, ruleset="self", **words)
+    none = tmp_path / "none.json"
+    none.write_text("[null]")  # what AlgoPerf hands over: nothing
+    space = theirs / "tuning_search_space.json"
+    external = parameters("submission", theirs, space, package=False)
+    assert parameters("submission", ours, none, package=False) == external
+
+
+def test_one_point_is_built_in_and_the_text_survives_the_workflows(tmp_path: Path) -> None:
+    space = tmp_path / "space.json"
+    [own] = json.loads((ROOT / "search_spaces" / "nadamw.json").read_text())
+    for content, named in (
+        ([own, own], "2 points"),
+        ({k: {"feasible_points": [v]} for k, v in own.items()}, "ranges"),
+    ):
+        space.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"{named}: RULESET=self builds in the one point"):
+            export.export(ROOT, "nadamw", tmp_path, search_space=space, ruleset="self")
+    with pytest.raises(UserError, match="RULESET=both: there is external, self"):
+        export.export(ROOT, "nadamw", tmp_path, ruleset="both")
+    for text in ("A # B", "$HOME", "`x`", "a\x07"):
+        with pytest.raises(UserError, match="would not survive"):
+            export.export(ROOT, "nadamw", tmp_path, authors=text)
+    assert not (tmp_path / "external_tuning").exists()
+    folder = export.export(ROOT, "nadamw", tmp_path, authors='Zoë  "Z"\nMüller')
+    assert 'authors: "Zoë \\"Z\\" Müller"' in (folder / export.INFO).read_text()
 
 
 def test_a_bad_point_is_one_value_error_of_the_exported_submission(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk, run_lock, seal, submission_loader
 from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata, processes
 from algoperf_shampoo.harness.spec import RunSpec
+from algoperf_shampoo.study import export
 from algoperf_shampoo.study.plan import Plan
 
 _RUNNER = "submission_runner"
@@ -131,7 +132,8 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
         jobs.append(_Job(run, limit, state, seen[run.run_dir], command))
     if plan.dry_run:
         for job in jobs:
-            path = job.run.run_dir / folder.SEARCH_SPACE
+            place_of = "built in" if job.run.ruleset == "self" else folder.SEARCH_SPACE
+            path = job.run.run_dir / place_of
             echo(f"# {path}: {json.dumps(_points(plan, job.run))}")
             echo(job.command.shown(plan.root))
         return 0
@@ -230,12 +232,7 @@ def compose(
     arguments = {
         "workload": run.workload,
         "framework": "pytorch",
-        "submission_path": f"submissions/{run.variant}/submission.py",
-        "tuning_ruleset": "external",
-        "tuning_search_space": run.run_dir / folder.SEARCH_SPACE,
-        "num_tuning_trials": run.trial,
-        "hparam_start_index": run.trial - 1,
-        "hparam_end_index": run.trial,
+        **_ruleset_flags(run),
         "data_dir": data,
         "experiment_dir": study.parent,
         "experiment_name": study.name,
@@ -250,6 +247,8 @@ def compose(
     if place.visible is None:
         flags.append("--notorch_compile")
     settings = {"PYTHONPATH": env.python_path(plan.root)}
+    if run.ruleset == "self":
+        settings["PYTHONPATH"] = f"{run.run_dir / folder.ENTRY}:{settings['PYTHONPATH']}"
     if place.visible is not None:
         settings["CUDA_VISIBLE_DEVICES"] = place.visible
     if options.wandb:
@@ -257,6 +256,38 @@ def compose(
         settings |= _wandb_settings(run)
     runner = _OWN_RUNNER if own else _RUNNER
     return Command((*start, "-m", _WORKER, runner, *flags), settings)
+
+
+def _ruleset_flags(run: RunSpec) -> dict[str, Any]:
+    """Which submission the runner takes, and which point: a file's, or the one built in."""
+    if run.ruleset == "self":
+        return {
+            "submission_path": f"{_entry_name(run)}/submission.py",
+            "tuning_ruleset": "self",
+        }
+    return {
+        "submission_path": f"submissions/{run.variant}/submission.py",
+        "tuning_ruleset": "external",
+        "tuning_search_space": run.run_dir / folder.SEARCH_SPACE,
+        "num_tuning_trials": run.trial,
+        "hparam_start_index": run.trial - 1,
+        "hparam_end_index": run.trial,
+    }
+
+
+def _entry_name(run: RunSpec) -> str:
+    """Package of the submission with its point built in, found through PYTHONPATH."""
+    return f"{run.variant}_self_tuning"
+
+
+def _write_entry(plan: Plan, run: RunSpec) -> None:
+    """The submission of a run under the self-tuning ruleset, as an export of it would be."""
+    export.write(
+        run.run_dir / folder.ENTRY / _entry_name(run),
+        export.entry(plan.root, run.variant, run.hparams),
+    )
+    # The runner writes none where it hands no point over.
+    folder.write_json(run.run_dir / "hparams.json", run.hparams)
 
 
 def _wandb_settings(run: RunSpec) -> dict[str, str]:
@@ -305,6 +336,8 @@ def _train(
                 return True
         for note in folder.prepare(run, state, _points(plan, run)):
             echo(f"{run.name}: {note}")
+        if run.ruleset == "self":
+            _write_entry(plan, run)
         if state.step:
             echo(f"{run.name}: going on from step {state.step}; AlgoPerf's data starts over")
         record = {

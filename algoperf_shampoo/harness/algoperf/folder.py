@@ -24,6 +24,8 @@ from algoperf_shampoo.harness.spec import RunSpec
 LAUNCHES = "launches.json"
 SEARCH_SPACE = "search_space.json"
 CONSOLE = "console.log"
+ENTRY = "entry"
+"""Folder of a self-tuning run's submission: the copy that it runs, its point built in."""
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)$")
 
 
@@ -132,7 +134,8 @@ def prepare(run: RunSpec, state: State, points: list[dict[str, Any]]) -> list[st
         notes.append("hparams.json cannot be read: set aside")
         disk.set_aside(hparams)
     notes += tables.bring_to(run.run_dir, state.checkpoint)
-    write_json(run.run_dir / SEARCH_SPACE, points)
+    if run.ruleset == "external":
+        write_json(run.run_dir / SEARCH_SPACE, points)
     return notes
 
 

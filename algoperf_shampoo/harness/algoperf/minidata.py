@@ -9,12 +9,12 @@ taken for those of the full data, nor for the embedded harness's ``_mini``, whos
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from algoperf_shampoo import json_input
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.spec import MINIDATA
 
@@ -105,11 +105,10 @@ def _constant(value: int | float) -> property:
 
 def _parse(folder: Path, base: str) -> Entry:
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); make it again") from None
-    entries = manifest.get("workloads", {}) if isinstance(manifest, dict) else {}
+    manifest = json_input.read(path)
+    entries = manifest.get("workloads") if isinstance(manifest, dict) else None
+    if not isinstance(entries, dict):
+        entries = {}
     if base not in entries:
         raise UserError(f"{path}: no data for {base!r}: it has {', '.join(entries) or 'none'}")
     entry = entries[base]

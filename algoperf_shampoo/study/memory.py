@@ -1,0 +1,119 @@
+"""Memory of a run on one GPU by formula, on the parameter shapes of AlgoPerf's own models.
+
+docs/performance.md has the formula; it leaves out activations and the input, which depend on the
+batch. The shapes are in ``workloads/data/algoperf_shapes.json``, which
+``scripts/algoperf_shapes.py`` made from AlgoPerf's code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FLOAT32 = 4
+CARD_GIB = {"v0.5": 16, "v0.6": 16, "2026": 40}
+"""Memory of a GPU of the benchmark's hardware: V100, and A100 (40 GB)."""
+_SHAPES = Path(__file__).parents[1] / "workloads" / "data" / "algoperf_shapes.json"
+
+Shapes = Sequence[tuple[tuple[int, ...], int]]
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one GPU, activations left out.
+
+    Attributes:
+        model: parameters, gradients, and the copy of gradients that DDP reduces.
+        optimizer: the optimizer's state and buffers, and a refresh's workspace.
+        largest: the shape whose parameters have the largest state, how many they are, and the bytes
+            of that state.
+    """
+
+    model: int
+    optimizer: int
+    largest: tuple[tuple[int, ...], int, int]
+
+    @property
+    def total(self) -> int:
+        return self.model + self.optimizer
+
+
+def workloads() -> tuple[str, ...]:
+    """Names of the workloads whose shapes are known, AlgoPerf's nine."""
+    return tuple(_read())
+
+
+def shapes(workload: str) -> list[tuple[tuple[int, ...], int]]:
+    """Shapes of a workload's parameters, each with how many have it."""
+    return [(tuple(entry["shape"]), entry["count"]) for entry in _read()[workload]]
+
+
+def need(parameters: Shapes, point: Mapping[str, Any], processes: int = 4) -> Need:
+    """What a run needs besides activations.
+
+    Args:
+        parameters: shapes and counts, as :func:`shapes` gives them.
+        point: the hyperparameters; without ``max_preconditioner_dim`` there are no factors.
+        processes: GPUs of the run; each holds all of the state.
+    """
+    entries = sum(math.prod(shape) * count for shape, count in parameters)
+    states = {shape: _state(shape, point) * count for shape, count in parameters}
+    largest = max(states, key=lambda shape: states[shape])
+    workspace = int(point.get("eigen_workspace_mib", 8)) << 20 if _has_factors(point) else 0
+    return Need(
+        model=FLOAT32 * entries * (2 + (processes > 1)),
+        optimizer=FLOAT32 * sum(states.values()) + workspace,
+        largest=(largest, dict(parameters)[largest], FLOAT32 * states[largest]),
+    )
+
+
+def preview(point: Mapping[str, Any], version: str = "2026", processes: int = 4) -> list[str]:
+    """One line a workload: what it needs of a GPU of the version's hardware, and what does not fit.
+
+    Sizes are in GiB.
+    """
+    card = CARD_GIB[version]
+    lines = []
+    for workload in workloads():
+        found = need(shapes(workload), point, processes)
+        line = (
+            f"{workload}: {found.total / 2**30:.1f} of {card} GiB a GPU besides activations "
+            f"(optimizer {found.optimizer / 2**30:.1f})"
+        )
+        if found.total > card * 2**30:
+            shape, count, size = found.largest
+            line += (
+                f": does not fit: the state of {count} x [{', '.join(map(str, shape))}] alone "
+                f"is {size / 2**30:.1f}"
+            )
+        lines.append(line)
+    return lines
+
+
+def _has_factors(point: Mapping[str, Any]) -> bool:
+    return "max_preconditioner_dim" in point
+
+
+def _state(shape: tuple[int, ...], point: Mapping[str, Any]) -> int:
+    """Entries of one parameter's state and buffers in the optimizer."""
+    # Imported here: torch takes seconds.
+    from algoperf_shampoo.optim.blocking import cut
+
+    entries = math.prod(shape)
+    if not _has_factors(point):
+        return 3 * entries  # M, D and gradients in stack order
+    one_dim = point.get("one_dim", "full")
+    factors = 0
+    for block in cut(shape, point["max_preconditioner_dim"]):
+        plain = block.shape == (1,) or (len(block.shape) == 1 and one_dim == "adam")
+        factors += 0 if plain else 2 * sum(d * d for d in block.shape)
+    return 4 * entries + factors
+
+
+def _read() -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = json.loads(_SHAPES.read_text("utf-8"))["shapes"]
+    return found
