@@ -17,7 +17,7 @@ Eschenhagen et al., "Purifying Shampoo" (NeurIPS 2025).
 * tau as a schedule over steps (Fig. 5, left): ``tau_at``; a basis frozen after a step:
   ``freeze_after``. With tau = 0.99 for all of training, as the paper has it, the basis is not
   frozen on small models: below d of about 150 a factor of rank one passes Eq. 11 with Q = I.
-* Vectors (Fig. 5, right): ``one_dim`` = "full_matrix" (the paper's runs), "adam", or "only"
+* Vectors (Fig. 5, right): ``one_dim`` = "full" (the paper's runs), "adam", or "only"
   (vectors preconditioned, everything else by Adam).
 """
 
@@ -40,7 +40,7 @@ from .reference import (
     to_basis,
 )
 
-ONE_DIM = ("full_matrix", "adam", "only")
+ONE_DIM = ("full", "adam", "only")
 QR_ORDERS = ("descending", "ascending")
 
 
@@ -76,7 +76,7 @@ def preconditioned(order: int, one_dim: str) -> bool:
     """
     if one_dim not in ONE_DIM:
         raise ValueError(f"one_dim must be one of {', '.join(ONE_DIM)}, got {one_dim!r}")
-    return {"full_matrix": True, "adam": order > 1, "only": order == 1}[one_dim]
+    return {"full": True, "adam": order > 1, "only": order == 1}[one_dim]
 
 
 @dataclass
@@ -102,7 +102,7 @@ class EShampooAblation:
     basis_aware: bool = False
     tau_at: Callable[[int], float] | None = None
     freeze_after: int | None = None
-    one_dim: str = "full_matrix"
+    one_dim: str = "full"
     max_iterations: int | None = None
     qr_order: str = "descending"
     permute_D: bool = True
