@@ -66,12 +66,13 @@ def measure(switch: str, local_switch: bool, own_kernels: bool) -> dict[str, flo
             ]
             optimizer.step()
         (group,) = optimizer._groups
-        found = {s.n: s for s in group.sets}
+        sets = group.factor_sets
+        found = {s.n: s for s in sets}
         errors["factors"] = max(
             relative(found[len(factor)].factors[0], factor) for factor in factors
         )
         errors["criterion"] = 0.0
-        for factor_set in group.sets:
+        for factor_set in sets:
             a, q = factor_set.factors[0].double(), factor_set.operators[0].double()
             b = q.T @ a @ q
             true_score = (b - b.diag().diag()).norm() / b.norm()
