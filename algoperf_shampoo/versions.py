@@ -22,7 +22,8 @@ from algoperf_shampoo.errors import UserError
 NAMES = ("v0.5", "v0.6", "2026")
 DEFAULT = "v0.6"
 UNKNOWN = "unknown"
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "workloads_config"
+_INSTALLED = Path(__file__).resolve().parent / "workloads_config"  # of a package not editable
+CONFIG_DIR = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / _INSTALLED.name
 
 _SETTINGS: dict[str, type] = {
     "target_metric_name": str,

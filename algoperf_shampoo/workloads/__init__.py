@@ -31,7 +31,7 @@ def load(
 
     Args:
       name: one of ``names()``.
-      config_dir: folder with <workload>.json; None means workloads_config/ beside the package.
+      config_dir: folder with <workload>.json; None means the project's own.
       version: AlgoPerf version whose budget, step hint and targets a full workload takes.
 
     Raises:
