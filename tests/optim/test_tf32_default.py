@@ -26,7 +26,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 SWITCHES = ("set_float32_matmul_precision", "allow_tf32", "fp32_precision")
-FLOAT32, TF32 = 2e-6, 2e-5  # relative errors: at most, where right; at least, where TF32 was used
+FLOAT32, TF32 = 2e-6, 2e-5  # errors: at most, where right; at least, where TF32 was used
 
 
 def set_default(switch: str) -> None:
@@ -71,13 +71,13 @@ def measure(switch: str, local_switch: bool, own_kernels: bool) -> dict[str, flo
         errors["factors"] = max(
             relative(found[len(factor)].factors[0], factor) for factor in factors
         )
+        # With the eigenvectors themselves Eq. 11's left side is 0: what is read is the error.
         errors["criterion"] = 0.0
         for factor_set in sets:
-            a, q = factor_set.factors[0].double(), factor_set.operators[0].double()
-            b = q.T @ a @ q
-            true_score = (b - b.diag().diag()).norm() / b.norm()
-            score = eigenbasis.scores(factor_set, [0], 0.1)[0]
-            errors["criterion"] = max(errors["criterion"], float(abs(score / true_score - 1)))
+            vectors = torch.linalg.eigh(factor_set.factors[0].double())[1]
+            factor_set.operators[0].copy_(vectors)
+            score = float(eigenbasis.scores(factor_set, [0], 0.1)[0])
+            errors["criterion"] = max(errors["criterion"], score)
     return errors
 
 
@@ -104,7 +104,7 @@ def test_grams_and_criterion_are_float32_accurate_under_a_tf32_default(switch, o
         pytest.skip("this torch has the older switch alone")
     errors = measured(switch, True, own_kernels)
     assert errors["plain product"] > TF32, "TF32 is not the default here: the test shows nothing"
-    assert errors["factors"] < FLOAT32 and errors["criterion"] < FLOAT32 * 50, errors
+    assert errors["factors"] < FLOAT32 and errors["criterion"] < FLOAT32, errors
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -113,4 +113,4 @@ def test_without_the_local_switch_they_are_not(switch):
     if switch == "fp32_precision" and not hasattr(torch.backends.cuda.matmul, switch):
         pytest.skip("this torch has the older switch alone")
     errors = measured(switch, False, False)
-    assert errors["factors"] > TF32 and errors["criterion"] > 5 * FLOAT32 * 50, errors
+    assert errors["factors"] > TF32 and errors["criterion"] > TF32, errors
