@@ -6,6 +6,8 @@ words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE
   PROCESSES WANDB KEEP_DIVERGED RULESET PRICE DRY_RUN ALGOPERF_PYTHON
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.table1 := RUNS TABLE
+words.figures := RUNS OUT
+words.report := RUNS OUT TITLE
 words.repeat := RUN OUT DATA_DIR
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
@@ -52,7 +54,7 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults \
-  test-gpu test-kernels lint types table1 repeat FORCE
+  test-gpu test-kernels lint types table1 figures report repeat FORCE
 .DEFAULT_GOAL := help
 
 help: words ## list targets and variables
@@ -81,8 +83,8 @@ help: words ## list targets and variables
 	@echo '  RULESET=external   AlgoPerf'"'"'s; self: the point built into the submission'
 	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
 	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
-	@echo 'variables of table1: RUNS=results/runs, folders of runs, comma-separated;'
-	@echo '  TABLE=results/table1  where to write it (.md, .csv, .json); with RUNS= nowhere else'
+	@echo 'variables of table1, figures, report: RUNS=results/runs, folders of runs, comma-separated;'
+	@echo '  TABLE=results/table1  where table1 is written (.md, .csv, .json); with RUNS= nowhere else'
 
 # Refuses words, with the nearest that is taken, before anything else is done.
 words:
@@ -102,6 +104,13 @@ submit-%: words FORCE
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
 	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)
+
+figures: words ## curves and times of the runs as PNG and SVG, into OUT=results/figures
+	@sh scripts/in_venv.sh figures scripts/figures.py $(call flag,RUNS,runs) $(call flag,OUT,out)
+
+report: words ## one page with tables, figures and links to every log, OUT=results/report.html
+	@sh scripts/in_venv.sh figures scripts/figures.py --report $(call flag,RUNS,runs) \
+	  $(call flag,OUT,out) $(call flag,TITLE,title)
 
 repeat: words ## train a run again from its folder, RUN=, and compare; into OUT=results/repeats/N
 	$(IN_RUN) scripts/repeat.py $(call flag,RUN,run) $(call flag,OUT,out) $(call flag,DATA_DIR,data_dir)

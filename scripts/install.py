@@ -27,7 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MARKER, STAMP = ".installing", ".ready-"
 OLDEST = (3, 11)
 # An extra of pyproject.toml, and the extras that come with it.
-EXTRAS = {"run": (), "dev": ("run",), "dev-kernels": ("dev", "run")}
+EXTRAS = {
+    "run": (),
+    "figures": ("run",),
+    "dev": ("run", "figures"),
+    "dev-kernels": ("dev", "run", "figures"),
+}
 ALGOPERF = "algoperf"
 _ALGOPERF_FILES = ("requirements-algoperf.txt", "requirements-algoperf-no-deps.txt")
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import run_folders
 from absl import flags
 from command_line import ROOT, run
 
 from algoperf_shampoo import paths
-from algoperf_shampoo.study import logs, table_text, tables
+from algoperf_shampoo.study import table_text, tables
 
 _DEFAULT = "results/table1"
-_RUNS = flags.DEFINE_string("runs", "results/runs", "Folders of runs, comma-separated.")
 _OUT = flags.DEFINE_string(
     "out",
     None,
@@ -23,15 +22,8 @@ _OUT = flags.DEFINE_string(
 
 def main() -> int:
     """Print the tables and write them."""
-    own = flags.FLAGS["runs"].using_default_value
-    whole = paths.given("RUNS", _RUNS.value, ROOT)  # a folder's name may have a comma in it
-    names = [_RUNS.value] if whole.is_dir() else _RUNS.value.split(",")
-    folders = [paths.given("RUNS", name, ROOT) for name in names]
-    # Before the first run the default folder does not exist, and the table says "no runs yet".
-    found = logs.find_trials(
-        (f for f in folders if f.exists() or not own),
-        lambda note: print(f"note: {note}", file=sys.stderr),
-    )
+    own = run_folders.are_default()
+    found = run_folders.read()
     made = tables.table1(found, ROOT)
     width = table_text.terminal_width()
     print(*(table_text.render(table, width) for table in made), sep="\n\n")

@@ -258,7 +258,7 @@ def _row(
         steps=Estimate.of([t.steps_to_target for t in hits if t.steps_to_target is not None]),
         seconds=Estimate.of([t.time_to_target for t in hits if t.time_to_target is not None]),
         paper=paper,
-        runs=[_relative(t.path, root) for t in group],
+        runs=[run_name(t.path, root) for t in group],
         notes=notes,
         differs=differs,
         settings=settings,
@@ -356,6 +356,7 @@ def _pipe(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _relative(path: Path, root: Path) -> str:
+def run_name(path: Path, root: Path) -> str:
+    """A run's folder as rows list it: below ``root`` if it is there."""
     shown = path.relative_to(root) if path.is_relative_to(root) else path
     return files.printable(shown.as_posix(), 4096)

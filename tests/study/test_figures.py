@@ -1,0 +1,161 @@
+"""Figures and the report: what they show, that they are files of their kind, that links lead on."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shutil
+import sys
+import urllib.parse
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.study import figures, logs, report, tables
+from tests.study.test_logs import made_trial
+
+ROOT = Path(__file__).parents[2]
+SEEDS = ROOT / "results/measured/mini/seeds"
+
+
+def test_a_mean_goes_as_far_as_every_run_and_between_evaluations(tmp_path):
+    one = made_trial(tmp_path / "a", [(1, 1.0, 0.1), (10, 10.0, 0.2), (30, 30.0, 0.6)])
+    two = made_trial(tmp_path / "b", [(1, 1.0, 0.3), (20, 20.0, 0.4)])
+    trials = [logs.read_trial(path) for path in (one, two)]
+    steps, values = figures.mean_curve(trials)
+    assert steps == [1, 10, 20]
+    between = 0.3 + 0.1 * 9 / 19  # of the second, at step 10
+    assert values == pytest.approx([0.2, (0.2 + between) / 2, (0.4 + 0.4) / 2])
+    assert figures.mean_curve([]) == ([], [])
+    broken = made_trial(tmp_path / "c", [(1, 1.0, "nan")])
+    assert figures.mean_curve([trials[0], logs.read_trial(broken)]) == ([], [])
+
+
+class Page(HTMLParser):
+    """Collects links, images, anchors and text, and checks that tags are closed."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.images: list[str] = []
+        self.anchors: set[str] = set()
+        self.tags: set[str] = set()
+        self.text: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        values = dict(attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "a":
+            self.links.append(values["href"])
+        if tag == "img":
+            self.images.append(values["src"])
+        if "id" in values:
+            self.anchors.add(values["id"])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(runs: Path, page: Path, drawn=()) -> Page:
+    trials = logs.find_trials([runs])
+    made = tables.table1(trials, ROOT)
+    content = report.build(made, drawn, trials, ROOT, page, "A <title> & more")
+    page.write_text(content, encoding="utf-8")
+    return Page(content)
+
+
+def test_every_link_of_a_report_leads_to_what_is_there(tmp_path):
+    (tmp_path / "my runs%20").mkdir()
+    shutil.copytree(SEEDS / "eshampoo_adaptive", tmp_path / "my runs%20" / "eshampoo_adaptive")
+    (tmp_path / "pages").mkdir()
+    page = tmp_path / "pages" / "report.html"
+    read = page_of(tmp_path / "my runs%20", page)
+    inner = {link[1:] for link in read.links if link.startswith("#")}
+    outer = [link for link in read.links if not link.startswith("#")]
+    assert inner and inner <= read.anchors
+    assert len(outer) >= 9 * 7  # nine runs, a folder and at least six files each
+    for link in outer:
+        assert not urllib.parse.urlsplit(link).scheme
+        assert (page.parent / urllib.parse.unquote(link)).exists(), link
+    assert not read.tags & {"script", "link", "iframe"} and 'src="http' not in page.read_text()
+    assert "A <title> & more" in read.text
+    text = " ".join(read.text)
+    assert "9 runs: 9 reached their target" in text and "eshampoo_adaptive (F = 5" in text
+
+
+def test_names_and_holes_are_text_in_the_page(tmp_path):
+    path = made_trial(tmp_path, [(1, 1.0, 0.1)])
+    label = path.parents[2]
+    label.rename(label.with_name("<b>bold"))
+    read = page_of(tmp_path, tmp_path / "report.html")
+    assert "b" not in read.tags and any("<b>bold" in text for text in read.text)
+    assert any("breaks off at step 1" in text for text in read.text)
+    (tmp_path / "none").mkdir()
+    assert "No runs yet." in page_of(tmp_path / "none", tmp_path / "empty.html").text
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    pytest.importorskip("matplotlib", reason="the extra `figures` is not installed")
+    trials = logs.find_trials([SEEDS])
+    return figures.draw(tables.table1(trials, ROOT), trials, ROOT)
+
+
+def test_figures_are_whole_and_the_same_when_made_again(drawn, tmp_path):
+    names = [figure.name for figure in drawn]
+    assert names == [
+        "mini_fastmri_curves", "mini_imagenet_vit_curves", "mini_ogbg_curves",
+        "mini_time_to_target",
+    ]  # fmt: skip
+    written = figures.write(drawn, tmp_path / "figures")
+    assert len(written) == 8 and all(path.stat().st_size > 5000 for path in written)
+    trials = logs.find_trials([SEEDS / "eshampoo_fixed"])
+    twice = [
+        figures.draw(tables.table1(trials, ROOT), trials, ROOT)[0].files["svg"] for _ in range(2)
+    ]
+    assert twice[0] == twice[1]
+    curves = drawn[2].files
+    assert curves["png"].startswith(b"\x89PNG")
+    texts = [e.text for e in ET.fromstring(curves["svg"]).iter("{http://www.w3.org/2000/svg}text")]
+    trial = logs.read_trial(SEEDS / "eshampoo_fixed/study_1/ogbg_mini_pytorch/trial_1")
+    assert f"target {trial.target:g}" in texts
+    assert any("eshampoo_adaptive (F = 5, tau = 0.1), n = 3" in (text or "") for text in texts)
+    times = ET.fromstring(drawn[3].files["svg"])
+    shown = [e.text for e in times.iter("{http://www.w3.org/2000/svg}text")]
+    assert "2/3" in shown and shown.count("3/3") == 8
+
+
+def test_no_colour_carries_meaning(drawn):
+    """Every stroke and fill is a grey."""
+    for figure in drawn:
+        colours = set(re.findall(rb"#([0-9a-f]{6})", figure.files["svg"]))
+        assert all(c[:2] == c[2:4] == c[4:] for c in colours), (figure.name, colours)
+
+
+def test_a_report_holds_its_figures(drawn, tmp_path):
+    read = page_of(SEEDS, tmp_path / "report.html", drawn)
+    assert len(read.images) == 4
+    for source in read.images:
+        kind, _, data = source.partition(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert ET.fromstring(base64.b64decode(data)).tag.endswith("svg")
+    assert (tmp_path / "report.html").stat().st_size < 5e6
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"no matplotlib in this Python: pip install -e '\.\[fig"):
+        figures.draw([], [], ROOT)
