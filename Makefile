@@ -5,6 +5,7 @@ words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
   PROCESSES WANDB KEEP_DIVERGED RULESET PRICE DRY_RUN ALGOPERF_PYTHON
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
+words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
 words.table1 := RUNS TABLE
 words.figures := RUNS OUT
 words.report := RUNS OUT TITLE
@@ -54,7 +55,7 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults \
-  test-gpu test-kernels lint types table1 figures report repeat FORCE
+  test-gpu test-kernels lint types table1 figures report repeat submission-pr FORCE
 .DEFAULT_GOAL := help
 
 help: words ## list targets and variables
@@ -127,6 +128,10 @@ export-%: words FORCE
 	  $(call flag,AUTHORS,authors) $(call flag,AFFILIATIONS,affiliations) $(call flag,F,f) \
 	  $(call flag,TAU,tau) $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) \
 	  $(call flag,RULESET,ruleset)
+
+submission-pr: words ## text of a pull request for EXPORT=exports/...; evidence from RUNS=; AUTHORS=
+	$(IN_RUN) scripts/submission_pr.py $(call flag,EXPORT,export) $(call flag,RUNS,runs) \
+	  $(call flag,OUT,out) $(call flag,AUTHORS,authors) $(call flag,AFFILIATIONS,affiliations)
 
 docker-build: words ## image IMAGE= with torch TORCH=, CUDA= (cu128), on BASE=; ENGINE=podman works too
 	@"$$PYTHON" scripts/container.py build

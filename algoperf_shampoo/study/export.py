@@ -68,6 +68,7 @@ def export(
         raise UserError(f"{target}: exists and is not an export; set OUT= to another folder")
     record: dict[str, Any] = {"package": PACKAGE, "version": __version__, "variant": variant}
     record |= {"ruleset": ruleset, "settings": changes}
+    record |= {"authors": authors, "affiliations": affiliations}
     if ruleset == "self":
         record["point"] = hparams.one_point(space, fields, changes)
         files = entry(root, variant, record["point"])
