@@ -41,21 +41,26 @@ RUN echo "torch==${TORCH}" > /tmp/torch.txt \
 
 COPY . .
 
-# Not root; any other user works too (docker run --user), as cluster engines insist on.
-RUN useradd --uid "${UID}" --create-home runner \
+# Not root; any other user works too (docker run --user), as cluster engines insist on. Some bases
+# have a user of that number already (ubuntu:24.04 has 1000): that one is taken then.
+RUN { getent passwd "${UID}" >/dev/null || useradd --uid "${UID}" --create-home runner; } \
  && mkdir /data /results \
- && chown runner /data /results
+ && chown "${UID}" /data /results
 USER ${UID}
 VOLUME ["/data", "/results"]
 
-# Caches of torch.compile go where any user may write; OUT is make's own variable.
+# Caches of torch.compile go where any user may write; OUT and RUNS are make's own variables. Some
+# engines (enroot) give an image GPUs only if it asks for them by these names.
 ENV HOME=/tmp \
     USER=runner \
     TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
     ALGOPERF_PYTHON=/opt/venv/bin/python \
     VENV=none \
     PYTHON=/opt/venv/bin/python \
-    OUT=/results
+    OUT=/results \
+    RUNS=/results \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 ENTRYPOINT ["make", "--no-print-directory"]
 CMD ["help"]

@@ -13,7 +13,8 @@ words.repeat := RUN OUT DATA_DIR
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA ALGOPERF_COMMIT DRY_RUN
-words.docker-submit := $(filter-out HARNESS PRICE ALGOPERF_PYTHON,$(words.submit)) ENGINE IMAGE TORCH
+words.docker-submit := $(filter-out HARNESS KEEP_DIVERGED PRICE ALGOPERF_PYTHON,$(words.submit)) \
+  ENGINE IMAGE TORCH
 # Families of targets, by the beginning of their names.
 families := submit export docker-submit
 

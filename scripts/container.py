@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Words of submit-<variant> that the container's own make is given; the folders are mounted instead.
 HANDED_OVER = (
-    "WORKLOAD SIZE SEEDS GPUS F TAU SET SEARCH_SPACE TRIALS STEPS PROCESSES WANDB".split()
+    "WORKLOAD SIZE SEEDS GPUS F TAU SET SEARCH_SPACE TRIALS STEPS PROCESSES WANDB RULESET".split()
 )
 # Settings of the host that the container gets as they are.
 PASSED = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "OMP_NUM_THREADS")
@@ -52,7 +52,9 @@ def build(words, uid):
     if uid:  # built by root, the image's user keeps its default number
         arguments.append(f"UID={uid}")
     pairs = [word for argument in arguments for word in ("--build-arg", argument)]
-    return [*engine(words), "build", *pairs, "--tag", image(words), str(ROOT)]
+    # Podman's own format has no SHELL, which the Dockerfile sets so that a failing pipe is seen.
+    form = ["--format", "docker"] if is_podman(words) else []
+    return [*engine(words), "build", *form, *pairs, "--tag", image(words), str(ROOT)]
 
 
 def submit(words, variant, uid, gid):

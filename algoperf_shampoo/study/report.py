@@ -28,7 +28,7 @@ caption { text-align: left; padding-bottom: .5rem; max-width: 60rem; color: #444
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ccc;
   vertical-align: top; }
 th { border-bottom: 2px solid #111; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
+figure { margin: 1.5rem 0; } figure img { width: 46rem; max-width: 100%; height: auto; }
 figcaption { font-size: .85rem; color: #444; }
 .note { color: #8a3b00; } nav a { margin-right: 1rem; }
 @media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; }
@@ -99,7 +99,7 @@ def _table(table: Table) -> str:
     header, body = cells(table)
     lines = [f"<caption>{html.escape(table.caption)}</caption>", _line(header, "th")]
     for cell_texts, (number, row) in zip(body, numbered(table), strict=True):
-        texts = [html.escape(text) for text in cell_texts]
+        texts = [html.escape(text).replace(" ± ", "&nbsp;±&nbsp;") for text in cell_texts]
         if row.runs:
             place = texts.index(f"[{number}]")
             texts[place] = f'<a href="#{_anchor(table, number)}">[{number}]</a>'

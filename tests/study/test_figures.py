@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import shutil
+import subprocess
 import sys
 import urllib.parse
 import xml.etree.ElementTree as ET
@@ -153,6 +154,23 @@ def test_a_report_holds_its_figures(drawn, tmp_path):
         assert kind == "data:image/svg+xml;base64"
         assert ET.fromstring(base64.b64decode(data)).tag.endswith("svg")
     assert (tmp_path / "report.html").stat().st_size < 5e6
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_a_browser_shows_the_page_without_a_network(tmp_path):
+    page_of(SEEDS / "eshampoo_fixed", tmp_path / "report.html")
+    done = subprocess.run(
+        [
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+            f"--user-data-dir={tmp_path}/profile", "--proxy-server=127.0.0.1:9",
+            (tmp_path / "report.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "eshampoo_fixed (F = 10)" in done.stdout, done.stderr[-500:]
+    assert done.stdout.count("<tr") == 1 + 9 + 1 + 9  # the paper's rows, and a row a run
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):

@@ -223,6 +223,38 @@ def test_algoperf_is_installed_at_the_pinned_commit_or_the_one_asked_for(monkeyp
     assert (tmp_path / name).read_text().strip().endswith(".git@b21b")
 
 
+def test_every_word_of_a_container_run_reaches_it(tmp_path):
+    """A word that docker-submit takes and drops would train something else than was asked for."""
+    text = make("-pn", "help").stdout
+    (taken,) = [line for line in text.splitlines() if line.startswith("words.docker-submit :=")]
+    names = set(taken.split()[2:]) - {"DATA_DIR", "OUT", "ENGINE", "IMAGE", "TORCH", "DRY_RUN"}
+    (tmp_path / "7").touch()
+    given = [f"{name}=7" for name in names - {"SEARCH_SPACE"}]
+    given += [f"DATA_DIR={tmp_path}", "OUT=x", f"SEARCH_SPACE={tmp_path}/7"]
+    line = container("docker-submit-nadamw", *given)
+    assert set(given[:-3]) <= set(shlex.split(line))
+    assert "SEARCH_SPACE=/search_space.json" in line and len(names) > 10
+
+
+def test_podman_gets_its_own_words(tmp_path):
+    words = [f"DATA_DIR={tmp_path}", "OUT=x", "ENGINE=podman", "GPUS=2"]
+    line = container("docker-submit-nadamw", *words, CUDA_VISIBLE_DEVICES="4,6,7")
+    assert "--device nvidia.com/gpu=4 --device nvidia.com/gpu=6 --security-opt" in line
+    assert ("--userns keep-id" in line) == (os.getuid() != 0)
+    assert "--format docker" in container("docker-build", "ENGINE=podman")
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import container as module
+    finally:
+        sys.path.pop(0)
+    values = {"DATA_DIR": str(tmp_path), "OUT": "x", "ENGINE": "podman"}
+    command = module.submit(values, "nadamw", uid=1234, gid=99)
+    assert command[command.index("--userns") + 1] == "keep-id"
+    assert command[command.index("--user") + 1] == "1234:99"
+    built = module.build({"ENGINE": "docker"}, uid=1234)
+    assert "UID=1234" in built and "UID=0" not in module.build({}, uid=0)
+
+
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the Makefile and its helpers, with a quick Python in it."""
