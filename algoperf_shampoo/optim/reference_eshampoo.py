@@ -17,6 +17,7 @@ Eschenhagen et al., "Purifying Shampoo" (NeurIPS 2025).
 * tau as a schedule over steps (Fig. 5, left): ``tau_at``; a basis frozen after a step:
   ``freeze_after``. With tau = 0.99 for all of training, as the paper has it, the basis is not
   frozen on small models: below d of about 150 a factor of rank one passes Eq. 11 with Q = I.
+* Grafting (Eq. 7), which EShampoo makes needless: ``grafting_epsilon``.
 * Vectors (Fig. 5, right): ``one_dim`` = "full" (the paper's runs), "adam", or "only"
   (vectors preconditioned, everything else by Adam).
 """
@@ -24,12 +25,13 @@ Eschenhagen et al., "Purifying Shampoo" (NeurIPS 2025).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .reference import (
+    AdamW,
     Hyperparameters,
     eigvec,
     from_basis,
@@ -95,6 +97,7 @@ class EShampooAblation:
         permute_D: whether D moves along with permuted columns.
         ridge: added to a factor's diagonal before Eq. 11 and the solver. The authors' code adds
             epsilon, which freezes the basis once all eigenvalues are below it; we add nothing.
+        grafting_epsilon: graft the norm of Adam with this epsilon; None: no grafting.
     """
 
     h: Hyperparameters
@@ -107,6 +110,8 @@ class EShampooAblation:
     qr_order: str = "descending"
     permute_D: bool = True
     ridge: float = 0.0
+    grafting_epsilon: float | None = None
+    adam: AdamW | None = None
     t: int = 0
     M: Tensor | None = None
     D: Tensor | None = None
@@ -145,6 +150,10 @@ class EShampooAblation:
         M_hat = numerator(self.M, G, h, self.t)  # line 12
         D_hat = self.D / (1 - beta3**self.t)
         U = from_basis(to_basis(M_hat, self.bases) / (D_hat.sqrt() + h.epsilon), self.bases)
+        if self.grafting_epsilon is not None:
+            if self.adam is None:
+                self.adam = AdamW(replace(h, epsilon=self.grafting_epsilon))
+            U = U * (self.adam.direction(G).norm() / (U.norm() + 1e-16))
         return W - h.alpha * (U + h.weight_decay * W)  # line 13
 
     def refresh(self, i: int, D: Tensor) -> Tensor:

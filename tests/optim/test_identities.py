@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from algoperf_shampoo import optim
-from algoperf_shampoo.optim.reference import EShampoo, Hyperparameters, relative_off_diagonal
+from algoperf_shampoo.optim.reference import (
+    AdamW,
+    EShampoo,
+    Hyperparameters,
+    relative_off_diagonal,
+)
 from algoperf_shampoo.optim.reference_eshampoo import (
     EShampooAblation,
     preconditioned,
@@ -25,7 +30,7 @@ from algoperf_shampoo.optim.reference_ideal import (
     update,
 )
 from algoperf_shampoo.optim.reference_shampoo import Shampoo, shampoo2_trace
-from benchmarks import separated
+from benchmarks import qr_against_eigh, separated
 
 SHAPES = [(4, 3), (2, 5), (3, 2, 2)]
 SEEDS = range(5)
@@ -356,6 +361,19 @@ def test_a_frozen_basis_and_a_schedule_of_tau():
     assert refreshes(early) == [2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("build", [EShampooAblation, Shampoo])
+def test_grafting_gives_every_step_adams_length_and_keeps_the_direction(build):
+    """Equal statistics, as both see the same gradients: only the length may differ."""
+    shape, h = (5, 4), Hyperparameters(alpha=1.0, F=3)
+    rules = [build(h), build(h, grafting_epsilon=1e-8), AdamW(h)]
+    W = torch.zeros(shape, dtype=torch.float64)
+    for t, G in enumerate(separated.gradients(shape, 20, seed=13), start=1):
+        plain, grafted, adam = (-rule.step(W, G) for rule in rules)
+        assert grafted.norm().item() == pytest.approx(adam.norm().item())
+        expected = plain if t >= h.F else adam
+        assert relative(grafted / grafted.norm(), expected / expected.norm()) < 1e-10
+
+
 def test_which_tensors_leave_the_identity_basis():
     known = {"full": [1, 2, 3], "adam": [2, 3], "only": [1]}
     for one_dim, orders in known.items():
@@ -386,6 +404,15 @@ def test_algorithm_4_ends_where_equation_11_holds(tau):
     before, _, _ = warm_started_qr(L, Q, tau, max_iterations=iterations - 1)
     assert relative_off_diagonal(L, before) > tau
     assert warm_started_qr(L, ended, tau, max_iterations=9)[2] == 0
+
+
+def test_the_benchmarks_algorithm_4_is_the_references():
+    draw = random.Random(2)
+    L, Q = spd(6, draw), separated.orthogonal(6, draw)
+    for ours, theirs in zip(
+        qr_against_eigh.iterate(L, Q, 0.01, 50), warm_started_qr(L, Q, 0.01, 50), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_one_iteration_of_algorithm_4_is_soaps():
