@@ -5,8 +5,9 @@
         --kl CHECKOUT_OF_yorkerlin/KL-Methods
 
 writes tests/optim/authors/{meta,soap,kl}.json: for every case the settings given, the seed of
-:mod:`benchmarks.separated`, a sum that shows the gradients are the same again, and the parameter
-after some of the steps. `tests/optim/test_authors.py` holds our references against them.
+:mod:`benchmarks.separated`, a sum that shows the gradients are the same again, the parameter
+after some of the steps, and how far from it the same code ends in float32, in shares of the
+movement. `tests/optim/test_authors.py` holds our references and the fast optimizer against them.
 """
 
 from __future__ import annotations
@@ -117,7 +118,12 @@ def record(source: str, folder: str) -> dict[str, Any]:
     for seed, (name, shape, settings, sequence) in enumerate(cases(), start=1):
         gradients = list(separated.gradients(shape, STEPS, seed, **sequence))
         start = separated.start(shape, seed)
-        path = list(peers.walk(build(folder, **settings), start, gradients))
+        path = list(peers.walk(build(folder, **settings), start, gradients))[EVERY - 1 :: EVERY]
+        in_float32 = peers.walk(build(folder, **settings), start, gradients, lifted=False)
+        apart = [
+            ((a - b).norm() / (b - start).norm()).item()
+            for a, b in zip(list(in_float32)[EVERY - 1 :: EVERY], path, strict=True)
+        ]
         out["cases"].append(
             {
                 "name": name,
@@ -125,7 +131,8 @@ def record(source: str, folder: str) -> dict[str, Any]:
                 "settings": {k: v for k, v in settings.items() if k != "dtypes"},
                 "sequence": {"seed": seed, **sequence},
                 "sum_of_gradients": torch.stack(gradients).sum().item(),
-                "parameters": [w.flatten().tolist() for w in path[EVERY - 1 :: EVERY]],
+                "parameters": [w.flatten().tolist() for w in path],
+                "float32": max(apart),
             }
         )
     return out

@@ -62,15 +62,18 @@ def load(folder: str, module: str) -> Any:
         return importlib.import_module(module)
 
 
-def walk(build: Build, start: Tensor, gradients: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The parameter after every step."""
-    with float64():
-        parameter = torch.nn.Parameter(start.clone())
+def walk(
+    build: Build, start: Tensor, gradients: Iterable[Tensor], lifted: bool = True
+) -> Iterator[Tensor]:
+    """The parameter after every step, in float64; or as it comes in float32, not ``lifted``."""
+    with float64() if lifted else contextlib.nullcontext():
+        dtype = torch.float32  # float64 where that is lifted
+        parameter = torch.nn.Parameter(start.to(dtype, copy=True))
         optimizer = build([parameter])
         for g in gradients:
-            parameter.grad = g.clone()
+            parameter.grad = g.to(dtype, copy=True)
             optimizer.step()
-            yield parameter.detach().clone()
+            yield parameter.detach().to(start.dtype, copy=True)
 
 
 def meta(
@@ -91,7 +94,7 @@ def meta(
         F: precondition_frequency.
         solver: {"class": name of the solver's configuration, **its fields}.
         grafting: from Adam, with epsilon :data:`EPSILON`.
-        dtypes: names of further dtype fields of the configuration to lift.
+        dtypes: names of further dtype fields of the configuration.
         settings: further fields of the configuration.
     """
     module = load(folder, "distributed_shampoo")
@@ -100,21 +103,25 @@ def meta(
     if solver is not None:
         fields = {k: v for k, v in solver.items() if k != "class"}
         settings["amortized_computation_config"] = getattr(solvers, solver["class"])(**fields)
-    for name in ("factor_matrix_dtype", *dtypes):
-        settings[name] = torch.float64
-    adam = configs.AdamPreconditionerConfig(beta2=POINT["betas"][1], epsilon=EPSILON)
-    return lambda params: module.DistributedShampoo(
-        params,
-        **POINT,
-        epsilon=EPSILON,
-        precondition_frequency=F,
-        start_preconditioning_step=F,
-        grafting_config=adam if grafting else None,
-        preconditioner_config=getattr(configs, config)(**settings),
-        distributed_config=configs.SingleDeviceDistributedConfig(
-            target_parameter_dimensionality=math.inf
-        ),
-    )
+
+    def build(params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        # Here, and not before: within float64() the name torch.float32 means float64.
+        precision = {name: torch.float32 for name in ("factor_matrix_dtype", *dtypes)}
+        adam = configs.AdamPreconditionerConfig(beta2=POINT["betas"][1], epsilon=EPSILON)
+        return module.DistributedShampoo(
+            params,
+            **POINT,
+            epsilon=EPSILON,
+            precondition_frequency=F,
+            start_preconditioning_step=F,
+            grafting_config=adam if grafting else None,
+            preconditioner_config=getattr(configs, config)(**settings, **precision),
+            distributed_config=configs.SingleDeviceDistributedConfig(
+                target_parameter_dimensionality=math.inf
+            ),
+        )
+
+    return build
 
 
 def soap(folder: str, *, F: int, **settings: Any) -> Build:
@@ -136,7 +143,7 @@ def kl(folder: str, *, F: int, **settings: Any) -> Build:
                 **POINT,
                 eps=EPSILON,
                 precondition_frequency=F,
-                cast_dtype=torch.float64,
+                cast_dtype=torch.float32,
                 **settings,
             )
 
@@ -154,7 +161,7 @@ def kl_soap_file(folder: str, *, F: int, **settings: Any) -> Build:
                 **POINT,
                 eps=EPSILON,
                 precondition_frequency=F,
-                cast_dtype=torch.float64,
+                cast_dtype=torch.float32,
                 **settings,
             )
 
