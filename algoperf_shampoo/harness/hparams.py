@@ -208,9 +208,7 @@ def _check_entry(where: str, entry: Any, field: points.Field) -> None:
             raise UserError(f"{where}: takes feasible_points alone: it is {field.kind}")
     else:
         keys = ", ".join(map(points.shown, entry)) or "none"
-        raise UserError(
-            f"{where}: keys {keys}; right are feasible_points, or min, max and scaling"
-        )
+        raise UserError(f"{where}: keys {keys}; right are feasible_points, or min, max and scaling")
     for value in ends:
         try:
             points.check_value(field, value)

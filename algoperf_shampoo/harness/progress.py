@@ -43,9 +43,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def line(
-    workload: Any, row: dict[str, Any], step: int, left: float | None, reached: bool
-) -> str:
+def line(workload: Any, row: dict[str, Any], step: int, left: float | None, reached: bool) -> str:
     """One evaluation: step, metric against target, seconds spent, and seconds left at most.
 
     ``row`` is a row of the evaluations' CSV; ``reached``, whether the validation target is hit.

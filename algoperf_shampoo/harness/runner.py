@@ -22,6 +22,7 @@ from algoperf_shampoo import interrupt, paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import (
     checkpoint,
+    compiler,
     determinism,
     disk,
     divergence,
@@ -79,6 +80,7 @@ def execute(
             interrupt.saying(training.where),
             training.recording_losses(),
             determinism.repeatable_on_cpu(),
+            compiler.left_out(),
         ):
             training.start(ledger)
             session = {

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch  # noqa: F401  before the forks
+import torch._dynamo  # noqa: F401  before the forks: torch.optim imports it
 
 from tests.faults.disks import Failing, standing_in
 from tests.harness import fakes

@@ -8,7 +8,10 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from algoperf_shampoo.study import launch, logs, plan
 from tests.faults.disks import Failing, NoSync, standing_in
 from tests.harness import fakes
 from tests.harness.test_runner import curve, interrupted, rows
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -428,3 +433,18 @@ def test_a_record_of_a_run_that_diverged_is_json(tmp_path):
     json.loads(text, parse_constant=lambda word: pytest.fail(word))
     with open(run.run_dir / "step_losses.csv", newline="") as opened:
         assert next(csv.DictReader(opened))["loss"] == "nan"
+
+
+def test_an_optimizer_does_not_import_torchs_compiler():
+    code = (
+        "import sys, torch\n"
+        "from algoperf_shampoo.harness import compiler\n"
+        "with compiler.left_out(), torch.device('cpu'):\n"
+        "    optimizer = torch.optim.Optimizer([torch.ones(2)], {'lr': 1.0})\n"
+        "    optimizer.zero_grad(); optimizer.load_state_dict(optimizer.state_dict())\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "import torch._dynamo\n"
+        "optimizer.zero_grad()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
