@@ -1,7 +1,7 @@
 """Keeping torch's compiler out of a process that compiles nothing: its import takes seconds.
 
 ``torch.optim.Optimizer`` marks methods as not to be compiled, and imports ``torch._dynamo`` (with
-it ``torch._inductor`` and sympy) at the first call of one, to say so to a compiler that nobody uses.
+it ``torch._inductor`` and sympy) at the first call of one, to tell a compiler that nobody uses.
 """
 
 from __future__ import annotations

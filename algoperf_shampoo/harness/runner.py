@@ -92,8 +92,8 @@ def execute(
             training.loop()
             result = training.finish()
         status = "diverged" if training.watch.diverged_at_step is not None else "finished"
-        ledger.end(status, result, training.logger.sealed())
         checkpoint.prune(run.run_dir, keep=1)
+        ledger.end(status, result, training.logger.sealed())
     echo(f"{run.name}: {summary(result)}; {paths.shown(run.run_dir, root)}")
     return ledger.content
 
