@@ -136,19 +136,18 @@ class KLShampoo:
         b, k = self.h.beta2, G.ndim
         P = to_basis(G, self.bases)
         old = [self.inverse_sqrt(i) for i in range(k)]
-        # roots[j] of the modes j != i, as mode i sees them; modes are gone through from the last.
         one_by_one = self.sequential and k == 3
         for i in reversed(range(k)):
-            whole = {j: old[j] for j in range(k) if j != i}
+            others = {j: old[j] for j in range(k) if j != i}  # lambda_j^-1/2 as mode i sees them
             if one_by_one and i == 0:
-                whole[1] = self.inverse_sqrt(1)  # S_1 sees the new lambda_2, but the old lambda_3
-            X = from_basis_but_one(scale_modes(P, whole), self.bases, i)
-            X = matricize(X, i)
+                others[1] = self.inverse_sqrt(1)  # S_1 sees the new lambda_2, the old lambda_3
+            # Coordinates in the other modes do: in a Gram matrix of mode i their rotations cancel.
+            X = matricize(mode_product(scale_modes(P, others), self.bases[i], i), i)
             self.factors[i] = b * self.factors[i] + (1 - b) / X.shape[1] * X @ X.T
             if self.eigenvalues == "ema":
                 if one_by_one and i == 1:
-                    whole[2] = self.inverse_sqrt(2)  # lambda_2 sees the new lambda_3
-                mean = (matricize(scale_modes(P, whole), i) ** 2).mean(1)
+                    others[2] = self.inverse_sqrt(2)  # lambda_2 sees the new lambda_3
+                mean = (matricize(scale_modes(P, others), i) ** 2).mean(1)
                 new = b * self.lam[i] + (1 - b) * mean
                 root = inverse_sqrt(new, self.max_clamp)
                 self.lam[i] = torch.where(root > 0, root.clamp_min(1e-300) ** -2, 0.0)
@@ -159,12 +158,6 @@ class KLShampoo:
             self.bases[i] = descending_eigvec(S) if self.exact else torch.linalg.qr(S @ Q).Q
             if self.eigenvalues == "decomposition":
                 self.lam[i] = torch.diag(self.bases[i].T @ S @ self.bases[i])
-
-
-def from_basis_but_one(P: Tensor, Q: list[Tensor], mode: int) -> Tensor:
-    """Coordinates P with mode ``mode`` alone taken back: in a Gram matrix of that mode the others'
-    rotations cancel."""
-    return mode_product(P, Q[mode], mode)
 
 
 @dataclass
