@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 from command_line import ROOT, run
 
+from algoperf_shampoo import paths
 from algoperf_shampoo.study import export, memory
 
 _VARIANT = flags.DEFINE_string("variant", "", "Folder of submissions/.")
@@ -29,7 +30,8 @@ def _memory(folder: Path) -> list[str]:
 
 def main() -> int:
     """Export, and say where to; 0."""
-    out = Path(_OUT.value).expanduser() if _OUT.value else ROOT / "exports"
+    out = paths.given("OUT", _OUT.value or "exports", ROOT)
+    space = paths.given("SEARCH_SPACE", _SEARCH_SPACE.value, ROOT) if _SEARCH_SPACE.value else None
     folder = export.export(
         ROOT,
         _VARIANT.value,
@@ -39,7 +41,7 @@ def main() -> int:
         f=_F.value,
         tau=_TAU.value,
         settings=_SET.value,
-        search_space=Path(_SEARCH_SPACE.value).expanduser() if _SEARCH_SPACE.value else None,
+        search_space=space,
         ruleset=_RULESET.value,
     )
     print(folder)

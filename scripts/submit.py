@@ -66,7 +66,10 @@ def main() -> int:
     price = None if _PRICE.value is None else cost.parse_price(_PRICE.value)
     if wanted.size == "full" or price is not None:
         own = logs.find_trials([wanted.out]) if wanted.out.is_dir() else []
-        print(*cost.preview(wanted.runs, price, wanted.gpus, records=own), sep="\n", end="\n\n")
+        lines = cost.preview(
+            wanted.runs, price, wanted.gpus, ruleset=_RULESET.value, records=own
+        )
+        print(*lines, sep="\n", end="\n\n")
     own_flags = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module("__main__")}
     echo = functools.partial(print, flush=True)
     failed = launch.launch(wanted, own_flags, echo=echo)

@@ -7,7 +7,6 @@ those that our own runs needed to the target, else the paper's; at most, a run s
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import statistics
@@ -17,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA, RunSpec
-from algoperf_shampoo.study import differences
+from algoperf_shampoo.study import differences, memory
 from algoperf_shampoo.study.logs import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,8 @@ def preview(
     price: float | None = None,
     gpus: int | Mapping[str, int] | None = None,
     *,
-    version: str = "v0.6",
+    version: str = versions.DEFAULT,
+    ruleset: str = "external",
     records: Iterable[Trial] = (),
     root: Path = ROOT,
 ) -> list[str]:
@@ -90,11 +91,13 @@ def preview(
         runs: of a plan; those that differ in their seeds alone are one line.
         price: of an hour of one GPU; None leaves money out.
         gpus: of one run, or by workload; None takes those of the published seconds a step.
-        version: of the benchmark, whose budgets hold.
+        version: of the benchmark, whose budgets hold; ruleset: AlgoPerf's, which may lengthen them.
         records: runs of ours, read; those that ended are gone by.
     """
-    costs = estimate(runs, gpus, version=version, records=records, root=root)
-    card = _published(root)["gpu_gib"]
+    costs = estimate(
+        runs, gpus, version=version, ruleset=ruleset, records=records, root=root
+    )
+    card = memory.CARD_GIB[version]
     heading = ["of one run", "runs", "s/step", "ours, ms", "steps", "hours", "at most"]
     heading += ["money", "at most"] if price is not None else []
     table = {id(cost): _cells(cost, price) for cost in costs}
@@ -108,7 +111,7 @@ def preview(
     for cost in costs:
         if cost.gib is not None and cost.gib > card:
             need = f"{cost.workload} {cost.name} needs {cost.gib:.0f} GiB a GPU"
-            lines.append(f"warning: {need}; the benchmark's cards have {card}")
+            lines.append(f"warning: {need}; the cards of {version} have {card}")
     lines += [f"- {source}" for source in dict.fromkeys(s for c in costs for s in c.sources)]
     return [part for line in lines for part in _wrapped(line)]
 
@@ -117,7 +120,8 @@ def estimate(
     runs: Sequence[RunSpec],
     gpus: int | Mapping[str, int] | None = None,
     *,
-    version: str = "v0.6",
+    version: str = versions.DEFAULT,
+    ruleset: str = "external",
     records: Iterable[Trial] = (),
     root: Path = ROOT,
 ) -> list[Cost]:
@@ -127,32 +131,14 @@ def estimate(
         point = json.dumps(run.hparams, sort_keys=True, default=str)
         kinds.setdefault((run.workload, run.label, point), []).append(run)
     ended = [t for t in records if t.outcome in ("hit", "miss") and t.evaluations]
-    return [_cost(group, gpus, version, ended, root) for group in kinds.values()]
-
-
-def optimizer_bytes(shapes: Iterable[Sequence[int]], max_dim: int, factors: bool) -> int:
-    """Bytes of parameters, gradients and the optimizer's own, in float32.
-
-    With N the entries of a block (d_1, ..., d_k): N each for parameter, gradient, M and D; with
-    ``factors``, N each for the gradients in stack order and a scratch buffer, and
-    2 (d_1^2 + ... + d_k^2) for factors and bases. Workspaces of a refresh come on top (8 MiB).
-    """
-    from algoperf_shampoo.optim import blocking  # imports torch, which takes seconds
-
-    entries = 0
-    for shape in shapes:
-        entries += 4 * math.prod(shape)
-        if factors:
-            entries += 2 * math.prod(shape)
-            for block in blocking.cut(tuple(shape), max_dim):
-                entries += 2 * sum(d * d for d in block.shape)
-    return 4 * entries
+    return [_cost(group, gpus, version, ruleset, ended, root) for group in kinds.values()]
 
 
 def _cost(
     group: Sequence[RunSpec],
     gpus: int | Mapping[str, int] | None,
     version: str,
+    ruleset: str,
     ended: Sequence[Trial],
     root: Path,
 ) -> Cost:
@@ -174,7 +160,7 @@ def _cost(
         source = f"{first.workload}: no run of ours to go by"
         cost = replace(cost, sources=(source,))
     if full:
-        cost = _with_memory(_with_budget(cost, version, root), first, root)
+        cost = _with_memory(_with_budget(cost, version, ruleset, root), first, root)
     return cost
 
 
@@ -261,13 +247,11 @@ def _share(run: RunSpec, root: Path) -> tuple[float | None, str]:
     return (ordinary + (refresh - ordinary) / every) * H100_OVER_A100, words
 
 
-def _with_budget(cost: Cost, version: str, root: Path) -> Cost:
-    path = root / "workloads_config" / f"{cost.workload}.json"
-    try:
-        versions = json.loads(path.read_text(encoding="utf-8"))["full"]["versions"]
-        budget = float(versions[version]["max_allowed_runtime_sec"])
-    except (OSError, KeyError, ValueError):
+def _with_budget(cost: Cost, version: str, ruleset: str, root: Path) -> Cost:
+    settings = versions.read(version, root / "workloads_config")
+    if cost.workload not in settings.workloads:
         return cost
+    budget = settings.budget(cost.workload, ruleset)
     ratio = _published(root)["wall_over_submission_time"].get(cost.workload, 1.0)
     most, hours = budget * ratio / 3600, cost.hours
     sources = (*cost.sources, f"{cost.workload}: at most the budget of {version}, {budget:.0f} s")
@@ -278,38 +262,27 @@ def _with_budget(cost: Cost, version: str, root: Path) -> Cost:
 
 
 def _with_memory(cost: Cost, run: RunSpec, root: Path) -> Cost:
-    """Optimizer by its formula; the rest as measured at a batch per GPU, in proportion to ours."""
+    """Parameters and optimizer by formula; the rest as measured, in proportion to the batch."""
+    if run.workload not in memory.workloads():
+        return cost
+    shapes = memory.shapes(run.workload)
+    own = memory.need(shapes, run.hparams, cost.gpus).total
     path = root / "results" / "measured" / "h100" / "workload_step.json"
     try:
-        measured = {
-            entry["workload"]: entry
-            for entry in json.loads(path.read_text(encoding="utf-8"))["workloads"]
-        }[run.workload]
+        entries = json.loads(path.read_text(encoding="utf-8"))["workloads"]
+        (measured,) = [entry for entry in entries if entry["workload"] == run.workload]
         batch = submission_loader.load(root, run.variant).batch_size(run.workload)
-        shapes = _shapes(run.workload)
-    except (OSError, KeyError, ValueError, UserError):
-        return cost
-    dim = run.hparams.get("max_preconditioner_dim", 1024)
-    own = optimizer_bytes(shapes, dim, factors=run.variant != "nadamw")
-    theirs = optimizer_bytes(shapes, 1024, factors=True)  # that run was of EShampoo's
+    except (OSError, KeyError, ValueError):
+        source = f"{run.workload}: GiB without activations, which were not measured"
+        return replace(cost, gib=own / GIB, sources=(*cost.sources, source))
+    # The measured run was of EShampoo on one GPU.
+    theirs = memory.need(shapes, {"max_preconditioner_dim": 1024}, 1).total
     rest = (measured["peak_mib"] * 2**20 - theirs) * batch / cost.gpus / measured["batch"]
     source = (
         "GiB: parameters and optimizer by the formula of docs/performance.md, the rest as measured "
         "on an H100, in proportion to the examples a GPU"
     )
     return replace(cost, gib=(own + rest) / GIB, sources=(*cost.sources, source))
-
-
-@functools.cache
-def _shapes(workload: str) -> tuple[tuple[int, ...], ...]:
-    """Of the parameters of a full-size model, built without memory for them."""
-    import torch
-
-    from algoperf_shampoo import workloads
-
-    with torch.device("meta"):
-        model = workloads.load(workload)._new_model()
-    return tuple(tuple(parameter.shape) for parameter in model.parameters())
 
 
 def _paper_row(run: RunSpec, root: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from algoperf_shampoo import points
+from algoperf_shampoo import paths, points
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import hparams, submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA, RunSpec
@@ -109,11 +109,10 @@ def make_plan(
             raise UserError("WANDB=1: HARNESS=algoperf logs there; the embedded harness does not")
     directory = None
     if data_dir is not None:
-        directory = Path(data_dir).expanduser().resolve()
+        directory = paths.given("DATA_DIR", data_dir, root).resolve()
         if not directory.is_dir():
             raise UserError(f"DATA_DIR={data_dir}: no such folder")
-    folder = Path(out).expanduser() if out else root / "results" / "runs" / size
-    folder = folder if folder.is_absolute() else root / folder
+    folder = paths.given("OUT", out or f"results/runs/{size}", root)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"OUT={out}: is a file, not a folder")
 
@@ -207,8 +206,7 @@ def describe(plan: Plan) -> list[str]:
 
 def _search_space(root: Path, variant: str, mini: bool, given: str | None) -> Path:
     if given is not None:
-        path = Path(given).expanduser()
-        return path if path.is_absolute() else root / path
+        return paths.given("SEARCH_SPACE", given, root)
     path = root / "search_spaces" / f"{variant}.json"
     if not mini:
         return path

@@ -57,6 +57,8 @@ def assert_refused(done: subprocess.CompletedProcess, named: str) -> None:
         (["--variant=nadamw", "--gpus=2"], "GPUS=2: the embedded harness is one process"),
         (["--variant=nadamw", "--trials=0"], "TRIALS=0"),
         (["--variant=nadamw", "--data_dir=no/such"], "DATA_DIR=no/such: no such folder"),
+        (["--variant=nadamw", "--search_space=~nobody-here"], "SEARCH_SPACE=~nobody-here: no home"),
+        (["--variant=nadamw", "--data_dir=~nobody-here"], "DATA_DIR=~nobody-here: no home folder"),
         (["--variant=nadamw", "--search_space=none.json"], "no such search space file"),
         (["--variant=nadamw", "--set=lr=1"], 'SET: "lr" is no field'),
         (["--variant=nadamw", "--set=tau=0.1"], "SET: tau is a field that this variant does not"),

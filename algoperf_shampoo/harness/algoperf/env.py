@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.algoperf import probe
 
@@ -41,7 +42,7 @@ def executable(root: Path) -> str:
     """Python to run AlgoPerf with: ``ALGOPERF_PYTHON``, ``.venv-algoperf``, or this one."""
     named = os.environ.get(PYTHON_VARIABLE)
     if named:
-        path = Path(named).expanduser()
+        path = paths.given(PYTHON_VARIABLE, named, root)
         if not path.is_file() or not os.access(path, os.X_OK):
             raise UserError(f"{PYTHON_VARIABLE}={named}: no such program")
         return str(path.absolute())  # not resolved: a venv's python is a link
