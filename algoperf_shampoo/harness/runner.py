@@ -420,7 +420,13 @@ class _Training:
             return False
         self.params.load_state_dict(saved["model_params"])
         for name, entry in self.optimizer_state.items():
-            entry.load_state_dict(saved["optimizer_state"][name])
+            try:
+                entry.load_state_dict(saved["optimizer_state"][name])
+            except ValueError as error:
+                raise UserError(
+                    f"{self.run.run_dir}/checkpoint_{saved['global_step']}: {name}: {error}; "
+                    "remove the folder to start the run again"
+                ) from error
         self.model_state = saved["model_state"]
         self.train_state = saved["train_state"]
         self.eval_results = saved["eval_results"]

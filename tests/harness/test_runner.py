@@ -161,6 +161,17 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert curve(run.run_dir) == curve(unbroken.run_dir)
 
 
+def test_a_checkpoint_that_the_optimizer_refuses_is_named_in_a_line(tmp_path, monkeypatch):
+    run = interrupted(tmp_path, step=25)
+
+    def refuse(optimizer, state):
+        raise ValueError("saved by another optimizer")
+
+    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", refuse)
+    with pytest.raises(UserError, match="checkpoint_20: optimizer: saved by another optimizer; "):
+        fakes.execute(run)
+
+
 def test_only_damaged_checkpoints_is_said_and_nothing_touched(tmp_path):
     run = interrupted(tmp_path, step=15)
     for path in run.run_dir.glob("checkpoint_*[0-9]"):

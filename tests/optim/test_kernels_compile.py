@@ -61,10 +61,7 @@ CASES = [
     ("tops", {}, dict(SIZE=tiles.ENTRIES, ALIGN=4), {}, False),
     (
         "adam",
-        {
-            **{"c1_ptr": "*fp32", "c2_ptr": "*fp32"},
-            **dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32"),
-        },
+        dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32"),
         dict(NADAM=True, SIZE=tiles.ENTRIES, ALIGN=4),
         {},
         False,
