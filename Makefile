@@ -157,7 +157,7 @@ test-gpu: words ## the tests that need a CUDA device
 test-kernels: words ## the GPU kernels without a GPU: compiled, and interpreted (Linux)
 	@sh scripts/in_venv.sh dev-kernels -m pytest -n auto tests/optim/test_kernels_compile.py
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 sh scripts/in_venv.sh dev-kernels \
-	  -m pytest -n auto -m gpu tests/optim/test_grouped.py
+	  -m pytest -n auto -m gpu tests/optim/test_grouped.py tests/optim/test_operations.py
 
 lint: words ## ruff: rules and formatting of imports
 	$(IN_DEV) -m ruff check .
