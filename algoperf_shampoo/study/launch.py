@@ -43,6 +43,8 @@ def _launch_algoperf(plan: Plan, flags: dict[str, Any]) -> int:
         raise UserError(
             "HARNESS=algoperf: not yet in this version; HARNESS=embedded SIZE=mini runs"
         )
+    if flags.get("keep_diverged"):
+        raise UserError("KEEP_DIVERGED=1: AlgoPerf's harness ends no diverged run; leave it out")
     return int(importlib.import_module(name).launch(plan, flags) or 0)
 
 
