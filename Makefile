@@ -78,7 +78,7 @@ help: words ## list targets and variables
 	@echo '  OUT=               folder for the runs; default results/runs/SIZE'
 	@echo '  GPUS=              number of GPUs; default: what there is'
 	@echo '  DATA_DIR=          data folder; minis need none'
-	@echo '  WANDB=             with HARNESS=algoperf: 1: log to wandb too'
+	@echo '  WANDB=             1: one record a run for wandb too, offline without a key'
 	@echo '  PROCESSES=         with HARNESS=algoperf and no GPU: processes'
 	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
 	@echo '  PRICE=             of an hour of one GPU: shown with the time of full-size runs'

@@ -28,7 +28,7 @@ _SEARCH_SPACE = flags.DEFINE_string("search_space", None, "Another search-space 
 _CONFIG = flags.DEFINE_string("workloads_config", None, "Another folder of workload files.")
 _STEPS = flags.DEFINE_string("steps", None, "End after so many steps.")
 _PROCESSES = flags.DEFINE_string("processes", None, "HARNESS=algoperf without a GPU: processes.")
-_WANDB = flags.DEFINE_bool("wandb", False, "HARNESS=algoperf: log to Weights & Biases as well.")
+_WANDB = flags.DEFINE_bool("wandb", False, "Log to Weights & Biases as well.")
 _KEEP_DIVERGED = flags.DEFINE_bool(
     "keep_diverged", False, "Embedded harness: a run whose loss is not finite goes on."
 )

@@ -42,9 +42,13 @@ def write(run_dir: Path, started: float) -> Path:
         # The time of the evaluation that follows: a step's own is not kept.
         after = next((d for s, d in durations if s >= step), durations[-1][1] if durations else 0.0)
         events.append(_event(started + after, step, {"train/step_loss": row["loss"]}))
-    path = run_dir / f"events.out.tfevents.{int(started)}.curves"
-    disk.write_atomically(path, b"".join(map(_record, events)))
-    return path
+    disk.write_atomically(path(run_dir, started), b"".join(map(_record, events)))
+    return path(run_dir, started)
+
+
+def path(run_dir: Path, started: float) -> Path:
+    """Where :func:`write` writes to: one file a run, under a name that TensorBoard looks for."""
+    return run_dir / f"events.out.tfevents.{int(started)}.curves"
 
 
 def read(data: bytes) -> list[tuple[float, int, dict[str, float]]]:
@@ -90,9 +94,9 @@ def _table() -> list[int]:
     return table
 
 
-def _rows(path: Path) -> Iterable[dict[str, float]]:
-    with disk.explained(path):
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+def _rows(table: Path) -> Iterable[dict[str, float]]:
+    with disk.explained(table):
+        text = table.read_text(encoding="utf-8") if table.exists() else ""
     for row in csv.DictReader(io.StringIO(text, newline="")):
         values = {key: _number(text) for key, text in row.items() if key}
         if not math.isnan(values.get("global_step", math.nan)):

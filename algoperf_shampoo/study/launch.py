@@ -12,7 +12,8 @@ from typing import Any
 
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.study import busy
+from algoperf_shampoo.harness.spec import RunSpec
+from algoperf_shampoo.study import busy, events, tracking
 from algoperf_shampoo.study.plan import Plan
 
 Echo = Callable[[str], None]
@@ -82,7 +83,7 @@ def _launch_embedded(
     failed = 0
     for run in plan.runs:
         try:
-            runner.execute(
+            record = runner.execute(
                 run,
                 load(run.workload),
                 submissions[run.variant],
@@ -92,6 +93,7 @@ def _launch_embedded(
                 echo=echo,
                 keep_diverged=bool(flags.get("keep_diverged")),
             )
+            _track(run, record, bool(flags.get("wandb")), echo)
         except UserError as error:
             failed += 1
             echo(_complaint(run.name, str(error)))
@@ -118,6 +120,21 @@ def _shortened(load: Callable[[str], Any], steps: int | None) -> Callable[[str],
         return workload
 
     return cut
+
+
+def _track(run: RunSpec, record: dict[str, Any], wandb: bool, echo: Echo) -> None:
+    """Write the curves of a run that has ended for TensorBoard and, if asked for, for wandb."""
+    started = record["sessions"][0]["started_unix_time"]
+    try:
+        if not events.path(run.run_dir, started).exists() or record["status"] != "finished":
+            events.write(run.run_dir, started)
+    except UserError as error:  # an earlier run in a folder that can be read only, say
+        echo(f"{run.name}: note: no curves for TensorBoard: {error}")
+    if wandb:
+        try:
+            tracking.record(run.run_dir, run.name, run.label)
+        except Exception as error:  # whatever a service does wrong, the run is a run
+            echo(f"{run.name}: note: no wandb record: {error}")
 
 
 def _complaint(name: str, text: str) -> str:

@@ -6,6 +6,7 @@ mistake is answered at once.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,8 @@ def make_plan(
     if harness == "embedded":
         if processes is not None:
             raise UserError(f"PROCESSES={processes}: the embedded harness is one process")
-        if wandb:
-            raise UserError("WANDB=1: HARNESS=algoperf logs there; the embedded harness does not")
+        if wandb and importlib.util.find_spec("wandb") is None:
+            raise UserError("WANDB=1: no module wandb here: `pip install wandb` brings it")
     directory = None
     if data_dir is not None:
         directory = paths.given("DATA_DIR", data_dir, root).resolve()

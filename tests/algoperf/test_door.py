@@ -94,7 +94,10 @@ def flags_of(command: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def test_every_flag_is_the_runners_own(data: Path, tmp_path: Path, fake: dict[str, Any]) -> None:
+def test_every_flag_is_the_runners_own(
+    data: Path, tmp_path: Path, fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
     lines = commands(plan(data, tmp_path, workload="all"), {"steps": "7", "wandb": True})
     torchrun = {"standalone", "nnodes", "nproc_per_node"}
     for line in lines:
@@ -188,7 +191,12 @@ def test_points_of_the_search_space_are_run_one_by_one(
     assert [p["tau"] for p in door._points(asked, asked.runs[1])] == [0.1, 0.2]
 
 
-def test_wandb_resumes_the_same_record(data: Path, tmp_path: Path, fake: dict[str, Any]) -> None:
+def test_wandb_resumes_the_same_record(
+    data: Path, tmp_path: Path, fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")  # the record is written when the run has ended
+    assert "use_wandb" not in flags_of(commands(plan(data, tmp_path), {"wandb": True})[0])
+    monkeypatch.setenv("WANDB_MODE", "online")
     first, second = (commands(plan(data, tmp_path), {"wandb": True})[0] for _ in range(2))
     assert first == second
     assert "use_wandb" in flags_of(first) and "WANDB_RESUME=allow" in first

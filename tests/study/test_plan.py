@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,9 @@ def test_nothing_starts_when_one_folder_holds_another_run(tmp_path, fake_submiss
             fake_plan(tmp_path, [first, second]), load_workload=lambda name: fakes.FakeWorkload()
         )
     assert not first.run_dir.exists()
+
+
+def test_wandb_is_to_be_there_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="WANDB=1: no module wandb here"):
+        plan.make_plan(ROOT, ["nadamw"], out=str(tmp_path), wandb=True)

@@ -68,7 +68,6 @@ def assert_refused(done: subprocess.CompletedProcess, named: str) -> None:
         (["--variant=nadamw", "--steps=501"], "STEPS=501: the budget of fastmri_mini is 500"),
         (["--variant=nadamw", "--processes=2"], "PROCESSES=2: the embedded harness is one process"),
         (["--variant=nadamw", "--ruleset=self"], "RULESET=self: HARNESS=algoperf has rulesets"),
-        (["--variant=nadamw", "--wandb"], "WANDB=1: HARNESS=algoperf"),
         (["--variant=nadamw", f"--seeds={'9' * 5000}"], "SEEDS=999"),
         (["--variant=nadamw", "--search_space=/dev/zero"], "/dev/zero: a device"),
         (["--variant=nadamw", "--sedes=3"], "sedes"),

@@ -9,7 +9,6 @@ search space its own process, because AlgoPerf's OGBG leaks threads until it die
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk, run_lock, seal, submission_loader
 from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata, processes
 from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import export
+from algoperf_shampoo.study import export, tracking
 from algoperf_shampoo.study.plan import Plan
 
 _RUNNER = "submission_runner"
@@ -82,13 +81,17 @@ class Command:
 
 @dataclass(frozen=True)
 class _Job:
-    """A run to start: its step limit, what its folder held, and which checkpoints were seen."""
+    """A run to start: its step limit, what its folder held, and which checkpoints were seen.
+
+    ``track``: write its record for wandb when it has ended.
+    """
 
     run: RunSpec
     limit: int | None
     state: folder.State
     seen: tuple[tuple[str, int, int], ...]
     command: Command
+    track: bool = False
 
 
 def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = print) -> int:
@@ -129,7 +132,8 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
         state = folder.examine(run, environment.checkpoints, limit)
         _check_batch_sizes(plan, run, data[run.workload], place.processes)
         command = compose(plan, run, data[run.workload], place, environment, options)
-        jobs.append(_Job(run, limit, state, seen[run.run_dir], command))
+        track = options.wandb and tracking.is_offline()
+        jobs.append(_Job(run, limit, state, seen[run.run_dir], command, track))
     if plan.dry_run:
         for job in jobs:
             place_of = "built in" if job.run.ruleset == "self" else folder.SEARCH_SPACE
@@ -251,7 +255,7 @@ def compose(
         settings["PYTHONPATH"] = f"{run.run_dir / folder.ENTRY}:{settings['PYTHONPATH']}"
     if place.visible is not None:
         settings["CUDA_VISIBLE_DEVICES"] = place.visible
-    if options.wandb:
+    if options.wandb and not tracking.is_offline():
         flags.append("--use_wandb")
         settings |= _wandb_settings(run)
     runner = _OWN_RUNNER if own else _RUNNER
@@ -291,13 +295,31 @@ def _write_entry(plan: Plan, run: RunSpec) -> None:
 
 
 def _wandb_settings(run: RunSpec) -> dict[str, str]:
-    """A fixed id per run folder, so that a resumed run goes on in the same record."""
+    """A fixed id per run folder, so that a resumed run goes on in the same record.
+
+    Offline that has no effect: the record is then written when the run has ended (:func:`_track`).
+    """
     return {
-        "WANDB_RUN_ID": hashlib.sha256(str(run.run_dir).encode()).hexdigest()[:16],
+        "WANDB_RUN_ID": tracking.run_id(run.run_dir),
         "WANDB_RESUME": "allow",
         "WANDB_NAME": run.name.replace(" ", "-"),
         "WANDB_RUN_GROUP": run.label,
     }
+
+
+def _track(plan: Plan, run: RunSpec, python: str, echo: Callable[[str], None]) -> None:
+    """Write the run's record for wandb, in AlgoPerf's Python, which has it."""
+    done = subprocess.run(
+        [python, "-m", tracking.__name__, str(run.run_dir), run.name, run.label],
+        cwd=plan.root,
+        env={**os.environ, "PYTHONPATH": env.python_path(plan.root)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        words = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        echo(f"{run.name}: note: no wandb record: {words}")
 
 
 def _check_batch_sizes(plan: Plan, run: RunSpec, data: Path, processes: int) -> None:
@@ -370,6 +392,8 @@ def _train(
             record["ended"] = _now()
             folder.write_json(run.run_dir / folder.LAUNCHES, launches)
             _seal(run.run_dir, record)
+    if job.track and ending.exit_code == 0:
+        _track(plan, run, environment.executable, echo)
     if ending.left_behind:
         echo(f"{run.name}: left behind by the runner, and ended: {', '.join(ending.left_behind)}")
     if ending.exit_code:
