@@ -350,5 +350,7 @@ def _check_parameter(number: int, p: Tensor) -> None:
         raise ValueError(f"parameter {number} is sparse; {wanted}")
     if not p.is_floating_point():
         raise ValueError(f"parameter {number} is of {p.dtype}; {wanted}")
+    if hasattr(p, "placements"):
+        raise ValueError(f"parameter {number} is sharded (a DTensor); only whole ones work")
     if p.numel() == 0:
         raise ValueError(f"parameter {number} is empty, of shape {tuple(p.shape)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -506,6 +507,18 @@ def test_bad_parameters_are_refused_by_number(build, bad, match):
         build([good, bad])
     with pytest.raises(ValueError, match=match):
         build([{"params": [good]}, {"params": [bad]}])
+
+
+def test_sharded_parameters_are_refused_by_number():
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.ones(4, 3), init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="parameter 0 is sharded"):
+            EShampoo([torch.nn.Parameter(sharded)])
+    finally:
+        dist.destroy_process_group()
 
 
 @ours
