@@ -102,7 +102,8 @@ def preview(
     heading += ["money", "at most"] if price is not None else []
     table = {id(cost): _cells(cost, price) for cost in costs}
     widths = [max(map(len, column)) for column in zip(heading, *table.values(), strict=True)]
-    lines = [f"cost of {sum(cost.runs for cost in costs)} runs:", _aligned(heading, widths)]
+    count = sum(cost.runs for cost in costs)
+    lines = [f"cost of {count} run{'s' * (count != 1)}:", _aligned(heading, widths)]
     for workload in dict.fromkeys(cost.workload for cost in costs):
         own = [cost for cost in costs if cost.workload == workload]
         lines.append(_place(own))

@@ -120,6 +120,9 @@ def test_a_words_value_reaches_the_script_as_one_argument(recorder, value):
         ("export-nadamw", "AUTHORS", "authors"),
         ("table1", "RUNS", "runs"),
         ("table1", "TABLE", "out"),
+        ("figures", "RUNS", "runs"),
+        ("report", "TITLE", "title"),
+        ("repeat", "RUN", "run"),
     ):
         assert f"--{flag}={value}" in called(recorder, target, f"{word}={value}")
 
