@@ -4,6 +4,9 @@
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
   PROCESSES WANDB KEEP_DIVERGED RULESET PRICE DRY_RUN ALGOPERF_PYTHON
+words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
+  ALGOPERF_PYTHON PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
+words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT EVERY ONCE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
 words.table1 := RUNS TABLE
@@ -48,6 +51,7 @@ refused := $(filter-out $(taken) $(passing),$(given))
 all.words := $(sort $(foreach v,$(filter words.%,$(.VARIABLES)),$($(v))))
 $(foreach w,$(all.words) $(refused),$(eval override $(w) := $$(value $(w))))
 export $(all.words) $(refused)
+given.flag = $(if $(filter $(1),$(given)),$(flag))
 flag = $${$(1):+"--$(2)=$$$(1)"}
 quoted = '$(subst ','\'',$(1))'
 
@@ -56,7 +60,8 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults \
-  test-gpu test-kernels lint types table1 figures report repeat submission-pr FORCE
+  test-gpu test-kernels lint types table1 figures report repeat study status \
+  submission-pr FORCE
 .DEFAULT_GOAL := help
 
 help: words ## list targets and variables
@@ -123,6 +128,23 @@ algoperf-env: words ## AlgoPerf's harness, pinned or at ALGOPERF_COMMIT=, in .ve
 
 data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data/algoperf_mini
 	@sh scripts/in_venv.sh algoperf scripts/make_algoperf_mini_data.py $(call flag,OUT,out)
+
+# A study has seeds of its own, and no image unless one is given.
+study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SIZE=full LAUNCHER=slurm
+	$(IN_RUN) scripts/study.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \
+	  $(call flag,SIZE,size) $(call flag,HARNESS,harness) $(call given.flag,SEEDS,seeds) \
+	  $(call flag,GPUS,gpus) $(call flag,DATA_DIR,data_dir) $(call flag,STEPS,steps) \
+	  $(call flag,OUT,out) $(call flag,PROCESSES,processes) $(call flag,WANDB,wandb) \
+	  $(call flag,LAUNCHER,launcher) $(call flag,JOBS,jobs) $(call flag,PARTITION,partition) \
+	  $(call flag,ACCOUNT,account) $(call flag,QOS,qos) $(call flag,TIME,time) $(call flag,MEM,mem) \
+	  $(call flag,CPUS,cpus) $(call flag,LIMIT,limit) $(call flag,SBATCH,sbatch) \
+	  $(call flag,CONTAINER,container) $(call given.flag,IMAGE,image) $(call flag,PRICE,price) \
+	  $(call flag,DRY_RUN,dry_run)
+
+status: words ## how the runs of a study go, live on a terminal: STUDY=table3, or all in OUT=
+	$(IN_RUN) scripts/status.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \
+	  $(call flag,SIZE,size) $(call flag,HARNESS,harness) $(call given.flag,SEEDS,seeds) \
+	  $(call flag,STEPS,steps) $(call flag,OUT,out) $(call flag,EVERY,every) $(call flag,ONCE,once)
 
 export-%: words FORCE
 	$(IN_RUN) scripts/export.py --variant=$(call quoted,$*) $(call flag,OUT,out) \

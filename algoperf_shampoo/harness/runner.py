@@ -37,7 +37,7 @@ from algoperf_shampoo.harness import (
 )
 from algoperf_shampoo.harness.progress import summary
 from algoperf_shampoo.harness.run_record import identity
-from algoperf_shampoo.harness.spec import RunSpec, TrainingCompleteError
+from algoperf_shampoo.harness.spec import RunSpec, TrainingCompleteError, hit_line
 from algoperf_shampoo.harness.submission_loader import Submission
 
 __all__ = ["execute", "identity", "summary"]
@@ -320,6 +320,7 @@ class _Training:
             None,
             self.global_step,
         )
+        hit_before = state["validation_goal_reached"]
         for goal, reached in (
             ("validation_goal_reached", workload.has_reached_validation_target),
             ("test_goal_reached", workload.has_reached_test_target),
@@ -347,6 +348,9 @@ class _Training:
         reached = state["validation_goal_reached"]
         line = progress.line(workload, row, self.global_step, left, reached)
         self.echo(f"{self.run.name} | {line}")
+        if state["validation_goal_reached"] and not hit_before:
+            metric, target = workload.target_metric_name, workload.validation_target_value
+            self.echo(hit_line(self.run.name, metric, target, self.global_step, row["score"]))
 
     def _keywords(self, rng: np.ndarray) -> dict[str, Any]:
         return {

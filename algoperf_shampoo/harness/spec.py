@@ -47,3 +47,11 @@ class RunSpec:
         """Short name for progress lines and messages."""
         trial = f" trial {self.trial}" if self.trial != 1 else ""
         return f"{self.label} {self.workload} seed {self.seed}{trial}"
+
+
+def hit_line(name: str, metric: str, target: float, step: int, seconds: float) -> str:
+    """The line printed when a run reaches its target; ``seconds`` of submission time."""
+    return (
+        f"{name}: hit: {metric} {target:g} reached at step {step}, {seconds:.1f} s of submission "
+        "time"
+    )

@@ -7,13 +7,15 @@ import importlib
 import importlib.util
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import gpus
 from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import busy, events, tracking
+from algoperf_shampoo.study import busy, events, progress, tracking
 from algoperf_shampoo.study.plan import Plan
 
 Echo = Callable[[str], None]
@@ -55,6 +57,38 @@ def _launch_embedded(
     load_workload: Callable[[str], Any] | None,
     echo: Echo,
 ) -> int:
+    with _own_gpu(plan, echo):
+        return _train_embedded(plan, flags, load_workload, echo)
+
+
+@contextmanager
+def _own_gpu(plan: Plan, echo: Echo) -> Iterator[None]:
+    """Hold a GPU that no other run holds, and see it alone; torch has not looked yet."""
+    here = [] if plan.dry_run else gpus.here()
+    if not here:
+        yield
+        return
+    before = os.environ.get(gpus.VISIBLE)
+    with ExitStack() as claims:
+        try:
+            os.environ[gpus.VISIBLE] = claims.enter_context(gpus.claim(here, 1))[0].name
+        except UserError:
+            echo(f"note: all {len(here)} GPUs here are held by other runs: sharing the first")
+        try:
+            yield
+        finally:
+            if before is None:
+                os.environ.pop(gpus.VISIBLE, None)
+            else:
+                os.environ[gpus.VISIBLE] = before
+
+
+def _train_embedded(
+    plan: Plan,
+    flags: dict[str, Any],
+    load_workload: Callable[[str], Any] | None,
+    echo: Echo,
+) -> int:
     # Imported here: torch takes seconds, and a plan with a mistake never gets this far.
     import torch
 
@@ -83,16 +117,17 @@ def _launch_embedded(
     failed = 0
     for run in plan.runs:
         try:
-            record = runner.execute(
-                run,
-                load(run.workload),
-                submissions[run.variant],
-                plan.root,
-                data_dir=plan.data_dir,
-                flags=flags,
-                echo=echo,
-                keep_diverged=bool(flags.get("keep_diverged")),
-            )
+            with progress.noting_failure(run.run_dir):
+                record = runner.execute(
+                    run,
+                    load(run.workload),
+                    submissions[run.variant],
+                    plan.root,
+                    data_dir=plan.data_dir,
+                    flags=flags,
+                    echo=echo,
+                    keep_diverged=bool(flags.get("keep_diverged")),
+                )
             _track(run, record, bool(flags.get("wandb")), echo)
         except UserError as error:
             failed += 1

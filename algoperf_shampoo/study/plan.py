@@ -111,7 +111,7 @@ def make_plan(
     directory = None
     if data_dir is not None:
         directory = paths.given("DATA_DIR", data_dir, root).resolve()
-        if not directory.is_dir():
+        if not directory.is_dir() and not dry_run:  # it may be another machine's
             raise UserError(f"DATA_DIR={data_dir}: no such folder")
     folder = paths.given("OUT", out or f"results/runs/{size}", root)
     if folder.exists() and not folder.is_dir():

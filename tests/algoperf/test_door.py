@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness.algoperf import data_check, door, env, folder, minidata
+from algoperf_shampoo.harness import gpus
+from algoperf_shampoo.harness.algoperf import console, data_check, door, env, folder, minidata
 from algoperf_shampoo.study.plan import make_plan
 from tests.contract import record
 
@@ -58,10 +60,12 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """The door with an environment of our choosing and data that passes its check."""
     state: dict[str, Any] = {"environment": environment(gpus=2)}
     monkeypatch.setattr(env, "look", lambda root, checkpoints=(): state["environment"])
+    monkeypatch.setattr(gpus, "_driver", lambda: {})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     real = door.find_data
     monkeypatch.setattr(door, "find_data", lambda p, w, e, check: real(p, w, e, check=False))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -223,7 +227,7 @@ def test_refused_in_one_line(
 ) -> None:
     fake["environment"] = environment(gpus=present)
     with pytest.raises(UserError, match=words) as caught:
-        door.launch(plan(data, tmp_path, gpus=gpus), flags)
+        door.launch(plan(data, tmp_path, gpus=gpus, dry_run=False), flags)
     assert "\n" not in str(caught.value)
 
 
@@ -236,7 +240,7 @@ def test_missing_algoperf_and_missing_data(
     assert any("note: " in line for line in commands(plan(data, tmp_path)))
     fake["environment"] = environment(gpus=2)
     with pytest.raises(UserError, match="make data-algoperf-mini"):
-        door.launch(plan(None, tmp_path), {})
+        door.launch(plan(None, tmp_path, dry_run=False), {})
     with pytest.raises(UserError, match="no fastmri data"):
         data_check.locate("fastmri", tmp_path)
 
@@ -354,9 +358,9 @@ def test_a_complete_run_that_was_damaged_is_said_so(run: Any) -> None:
 
 def test_the_runners_line_on_an_evaluation_tells_of_divergence() -> None:
     line = "I1126 runner.py:400] Time since start: 9.87s, \tStep: 20, \t{'train/accuracy': 0.1, "
-    assert door._divergence(line + "'validation/loss': 2.5, 'test/num_examples': 8}") is None
+    assert console.divergence(line + "'validation/loss': 2.5, 'test/num_examples': 8}") is None
     for value in ("nan", "tensor(nan)", "np.float64(inf)"):
-        news = door._divergence(line + f"'validation/loss': {value}, 'test/num_examples': 8}}")
+        news = console.divergence(line + f"'validation/loss': {value}, 'test/num_examples': 8}}")
         assert news is not None and news.startswith("diverged: validation/loss is ")
         assert news.endswith(" at step 20")
 
@@ -396,4 +400,46 @@ def test_a_dry_run_without_data_notes_it_and_shows_the_command(
     (tmp_path / "empty").mkdir()
     note, *lines = commands(plan(tmp_path / "empty", tmp_path, seeds="1"))
     assert note.startswith("note: DATA_DIR=") and "no ogbg data" in note
-    assert flags_of(lines[-1])["data_dir"] == str(tmp_path / "empty")
+    assert flags_of(lines[-1])["data_dir"] == str(tmp_path / "empty" / "ogbg")  # where it would be
+
+
+def test_a_dry_run_is_of_another_machine_if_this_one_has_nothing(
+    tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    fake["environment"] = environment(gpus=0, torch=None, cuda=None, missing=("torch",))
+    asked = plan(None, tmp_path, workload="imagenet_vit", gpus="4", seeds="1")
+    lines = commands(asked)
+    notes = [line for line in lines if line.startswith("note: ")]
+    for words in ("shown for 4; GPUS=", "DATA_DIR= is needed", "no torch"):
+        assert words in str(notes)
+    assert "CUDA_VISIBLE_DEVICES=0,1,2,3 " in lines[-1] and "--nproc_per_node=4" in lines[-1]
+    assert "notorch_compile" not in flags_of(lines[-1])
+    assert flags_of(lines[-1])["imagenet_v2_data_dir"] == "DATA_DIR/imagenet/pytorch"
+
+
+def test_a_dry_run_without_a_number_of_gpus_shows_the_gpu_command(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    fake["environment"] = environment(gpus=0)
+    for words, own in (({}, False), ({"processes": "2"}, True)):
+        line = commands(plan(data, tmp_path, seeds="1"), words)[-1]
+        assert (f" {door._OWN_RUNNER} " in line) == own
+        assert ("CUDA_VISIBLE_DEVICES=0 " in line) != own
+
+
+def test_runs_of_one_machine_get_different_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpus, "_PATIENCE", 0.0)
+    monkeypatch.setattr(gpus, "_driver", lambda: {"0": "GPU-a", "1": "GPU-b", "2": "GPU-c"})
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    here = gpus.here()
+    with gpus.claim(here, 1) as first, gpus.claim(here, None) as second:
+        assert [[gpu.name for gpu in each] for each in (first, second)] == [["0"], ["1", "2"]]
+        monkeypatch.setenv(gpus.VISIBLE, "GPU-b")  # a scheduler's or container's name for it
+        (again,) = gpus.here()
+        assert again.uuid == "GPU-b" and gpus.free([again]) == []
+        with pytest.raises(UserError, match="GPUS=1: 0 of 3 GPUs"), gpus.claim(here, 1):
+            pass
+    assert gpus.free(here) == here

@@ -16,7 +16,7 @@ import pytest
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import run_lock
-from algoperf_shampoo.harness.algoperf import door, env, folder, processes
+from algoperf_shampoo.harness.algoperf import console, door, env, folder, processes
 from algoperf_shampoo.harness.spec import RunSpec
 from algoperf_shampoo.study.plan import Plan
 
@@ -40,7 +40,7 @@ sys.exit(1)
 WORKER = """
 import os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(f"worker {sys.argv[1]} {os.getpid()} {child.pid}", flush=True)
+os.write(1, f"worker {sys.argv[1]} {os.getpid()} {child.pid}\\n".encode())
 time.sleep(60)
 """
 LAUNCHER = """
@@ -51,9 +51,14 @@ print("exit", train(Path(sys.argv[1])), flush=True)
 """
 
 
+def run_in(here: Path) -> RunSpec:
+    run_dir = here / "nadamw" / "study_1" / "ogbg_pytorch" / "trial_1"
+    return RunSpec("nadamw", "nadamw", "ogbg", 1, 1, {}, run_dir)
+
+
 def train(here: Path) -> bool:
     """Run the stand-in through the door, as a launch does."""
-    run = RunSpec("nadamw", "nadamw", "ogbg", 1, 1, {}, here / "run")
+    run = run_in(here)
     plan = Plan(ROOT, "algoperf", "full", here, (run,), {})
     command = door.Command(
         (sys.executable, str(here / "torchrun.py")), {"PYTHONPATH": f"{ROOT}:{here}"}
@@ -71,7 +76,7 @@ class Started:
     def __init__(self, here: Path) -> None:
         (here / "torchrun.py").write_text(TORCHRUN)
         (here / "fake_worker.py").write_text(WORKER)
-        self.run_dir = here / "run"
+        self.run_dir = run_in(here).run_dir
         self.launcher = subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, str(here)],
             cwd=ROOT,
@@ -189,12 +194,13 @@ def test_a_launch_under_way_is_not_waited_for(started: Started) -> None:
 
 def test_exit_code_console_and_no_input(tmp_path: Path) -> None:
     code = "import sys; print('one'); print('two', file=sys.stderr); input()"
-    with run_lock.hold(tmp_path) as lock:
+    run = run_in(tmp_path)
+    with run_lock.hold(run.run_dir) as lock:
         command = door.Command((sys.executable, "-u", "-c", code), {})
-        ending = door._run(tmp_path, tmp_path, command, lock)
+        ending = console.run(tmp_path, run.run_dir, run.name, command, lock)
     assert (ending.exit_code, ending.how) == (1, "failed: exit code 1")  # asked, and got no answer
-    console = (tmp_path / folder.CONSOLE).read_text()
-    assert console.startswith("one\ntwo\n") and "EOFError" in console
+    printed = (run.run_dir / folder.CONSOLE).read_text()
+    assert printed.startswith("one\ntwo\n") and "EOFError" in printed
 
 
 def test_what_a_runner_leaves_behind_is_ended_and_named(

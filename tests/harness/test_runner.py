@@ -359,6 +359,9 @@ def test_progress_line_says_step_metric_target_time_and_what_is_left(tmp_path):
         root=ROOT,
         echo=lines.append,
     )
+    (hit,) = [line for line in lines if ": hit: " in line]
+    assert "accuracy 0.9 reached at step " in hit and lines[-1].startswith("fake fake_mini")
+    lines.remove(hit)
     assert len(lines) == 6
     assert lines[1].startswith("fake fake_mini seed 1 | step 10/40 | accuracy 0.")
     assert "(target 0.9000)" in lines[1] and re.search(r"s \| at most \d+ s left$", lines[1])

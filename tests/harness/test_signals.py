@@ -125,13 +125,13 @@ import sys
 from pathlib import Path
 from algoperf_shampoo import interrupt
 from algoperf_shampoo.harness import run_lock
-from algoperf_shampoo.harness.algoperf import door
+from algoperf_shampoo.harness.algoperf import console, door
 here = Path(sys.argv[1])
 command = door.Command((sys.executable, str(here / "runner.py")), {})
 with run_lock.hold(here / "run") as lock:
     (here / "run" / "checkpoint_7").write_text("")
     try:
-        door._run(here, here / "run", command, lock, "a run")
+        console.run(here, here / "run", "a run", command, lock)
     except interrupt.Interrupted as stop:
         print(stop.line, file=sys.stderr)
         raise

@@ -72,6 +72,12 @@ def locate(workload: str, data_dir: Path) -> Path:
     )
 
 
+def usual(workload: str, data_dir: Path) -> Path:
+    """Where AlgoPerf's set-up puts this workload's data, whether it is there or not."""
+    folders, _ = _FOLDERS[workload]
+    return data_dir / next((name for name in folders if name != "."), ".")
+
+
 def locate_imagenet_v2(folder: Path) -> Path:
     """The folder for ``--imagenet_v2_data_dir``: of the images, or one of the two above it."""
     tried = (folder, folder.parent, folder.parent.parent)

@@ -9,30 +9,35 @@ search space its own process, because AlgoPerf's OGBG leaks threads until it die
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
-import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import disk, run_lock, seal, submission_loader
-from algoperf_shampoo.harness.algoperf import data_check, env, folder, minidata, processes
+from algoperf_shampoo.harness import disk, gpus, run_lock, seal, submission_loader
+from algoperf_shampoo.harness.algoperf import (
+    console,
+    data_check,
+    env,
+    folder,
+    minidata,
+    processes,
+)
+from algoperf_shampoo.harness.algoperf.place import Place, choose_place, visible_gpus
 from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import export, tracking
+from algoperf_shampoo.study import export, progress, tracking
 from algoperf_shampoo.study.plan import Plan
 
 _RUNNER = "submission_runner"
 _OWN_RUNNER = "algoperf_shampoo.harness.algoperf.runner"
-# The runner's line on an evaluation: "Time since start: 9.87s, Step: 20, {'train/loss': nan, ...".
-_STEP = re.compile(r"\bStep: (\d+),")
-_STRANGE = re.compile(r"'(\w+/(?!num_examples)\w+)': [^,}]*?(-?\b(?:nan|inf)\b)")
 _WORKER = "algoperf_shampoo.harness.algoperf.worker"
 
 
@@ -59,14 +64,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where runs go: the number of processes, and the GPUs they are shown (None on a CPU)."""
-
-    processes: int
-    visible: str | None
-
-
-@dataclass(frozen=True)
 class Command:
     """A process to start: program and arguments, and what its environment has besides ours."""
 
@@ -79,6 +76,9 @@ class Command:
         return " ".join([f"cd {shlex.quote(str(cwd))} &&", *settings, shlex.join(self.arguments)])
 
 
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
 @dataclass(frozen=True)
 class _Job:
     """A run to start: its step limit, what its folder held, and which checkpoints were seen.
@@ -89,7 +89,7 @@ class _Job:
     run: RunSpec
     limit: int | None
     state: folder.State
-    seen: tuple[tuple[str, int, int], ...]
+    seen: Fingerprint
     command: Command
     track: bool = False
 
@@ -106,7 +106,23 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
     seen = {run.run_dir: folder.fingerprint(run.run_dir) for run in plan.runs}
     found = [run_dir / name for run_dir, files in seen.items() for name, *_ in files]
     environment = env.look(plan.root, found)
-    place = choose_place(plan.gpus, options.processes, environment)
+    with ExitStack() as claims:
+        return _launch(plan, options, seen, environment, claims, echo)
+
+
+def _launch(
+    plan: Plan,
+    options: Options,
+    seen: dict[Path, Fingerprint],
+    environment: env.Environment,
+    claims: ExitStack,
+    echo: Callable[[str], None],
+) -> int:
+    place = choose_place(plan, options.processes, environment, echo)
+    if place.visible is not None and not plan.dry_run:
+        candidates = gpus.named(visible_gpus(environment))
+        held = claims.enter_context(gpus.claim(candidates, plan.gpus))
+        place = Place(len(held), ",".join(gpu.name for gpu in held))
     missing = env.missing_message(environment)
     if missing is None and options.wandb and not environment.wandb:
         missing = f"WANDB=1: {environment.executable}: no wandb: install it there"
@@ -114,23 +130,23 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
     if missing:
         complain(missing)
     if plan.data_dir is None:
-        _fail("DATA_DIR= is needed: AlgoPerf's data; `make data-algoperf-mini` makes a small set")
+        complain("DATA_DIR= is needed: AlgoPerf's data; `make data-algoperf-mini` makes some")
     data: dict[str, Path] = {}
     for workload in dict.fromkeys(run.workload for run in plan.runs):
         try:
             data[workload] = find_data(plan, workload, environment, check=not missing)
         except UserError as error:
             complain(str(error))
-            # A dry run shows the command all the same.
-            if plan.data_dir is not None and not workload.endswith(minidata.SUFFIX):
-                data[workload] = plan.data_dir
+            # A dry run shows the command all the same: data may be mounted elsewhere only.
+            if not workload.endswith(minidata.SUFFIX):
+                data[workload] = data_check.usual(workload, plan.data_dir or Path("DATA_DIR"))
     jobs = []
     for run in plan.runs:
         if run.workload not in data:
             continue
         limit = step_limit(run, data[run.workload], options)
         state = folder.examine(run, environment.checkpoints, limit)
-        _check_batch_sizes(plan, run, data[run.workload], place.processes)
+        _check_batch_sizes(plan, run, data[run.workload], place.processes, complain)
         command = compose(plan, run, data[run.workload], place, environment, options)
         track = options.wandb and tracking.is_offline()
         jobs.append(_Job(run, limit, state, seen[run.run_dir], command, track))
@@ -157,33 +173,14 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
     return len(failed)
 
 
-def choose_place(gpus: int | None, processes: int | None, environment: env.Environment) -> Place:
-    """Processes and GPUs of a run.
-
-    Raises:
-        UserError: more GPUs asked for than there are, or processes where there are GPUs.
-    """
-    present = len(environment.gpus)
-    if gpus is not None and gpus > present:
-        remedy = "leave GPUS out" + (", PROCESSES= sets the processes on a CPU" * (not present))
-        raise UserError(f"GPUS={gpus}: torch {environment.torch} finds {present} here; {remedy}")
-    if not present:
-        return Place(processes or 1, None)
-    if processes is not None:
-        raise UserError(f"PROCESSES={processes}: for machines without a GPU; use GPUS=")
-    count = gpus or present
-    # The runner counts every GPU it can see, whatever torchrun starts: show it just these.
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(present)))
-    return Place(count, ",".join(shown.split(",")[:count]))
-
-
 def find_data(plan: Plan, workload: str, environment: env.Environment, check: bool) -> Path:
     """The folder of a workload's data, checked in AlgoPerf's own Python.
 
     Raises:
         UserError: it is not there, or not as it should be.
     """
-    assert plan.data_dir is not None
+    if plan.data_dir is None:
+        raise UserError("no DATA_DIR")
     base = minidata.base_name(workload)
     place = data_check.locate(base, plan.data_dir)
     arguments = [base, str(place)]
@@ -243,7 +240,7 @@ def compose(
         "rng_seed": run.seed,
     }
     if minidata.base_name(run.workload) == "imagenet_vit":
-        arguments["imagenet_v2_data_dir"] = data_check.locate_imagenet_v2(data)
+        arguments["imagenet_v2_data_dir"] = _imagenet_v2(plan, data)
     limit = step_limit(run, data, options)
     if limit is not None:
         arguments["max_global_steps"] = limit
@@ -260,6 +257,15 @@ def compose(
         settings |= _wandb_settings(run)
     runner = _OWN_RUNNER if own else _RUNNER
     return Command((*start, "-m", _WORKER, runner, *flags), settings)
+
+
+def _imagenet_v2(plan: Plan, data: Path) -> Path:
+    try:
+        return data_check.locate_imagenet_v2(data)
+    except UserError:
+        if plan.dry_run:  # it has been noted, and may be there on the machine that is meant
+            return data
+        raise
 
 
 def _ruleset_flags(run: RunSpec) -> dict[str, Any]:
@@ -322,11 +328,15 @@ def _track(plan: Plan, run: RunSpec, python: str, echo: Callable[[str], None]) -
         echo(f"{run.name}: note: no wandb record: {words}")
 
 
-def _check_batch_sizes(plan: Plan, run: RunSpec, data: Path, processes: int) -> None:
+def _check_batch_sizes(
+    plan: Plan, run: RunSpec, data: Path, processes: int, complain: Callable[[str], None]
+) -> None:
     if run.workload.endswith(minidata.SUFFIX):
         entry = minidata.read(data, run.workload)
         sizes = entry.global_batch_size, int(entry.properties["eval_batch_size"])
     else:
+        if importlib.util.find_spec("torch") is None:
+            return complain(f"no torch here: batch sizes of {run.workload} are not checked")
         # Imported here: torch takes seconds.
         from algoperf_shampoo import workloads
 
@@ -347,15 +357,17 @@ def _train(
     echo: Callable[[str], None],
 ) -> bool:
     run, state, command = job.run, job.state, job.command
-    if _complete(run, state, echo):
-        return True
+    if state.ended and progress.of(run.run_dir).state == progress.DONE:
+        return _complete(run, state, echo)
     with run_lock.hold(run.run_dir, echo=echo) as lock:
         if folder.fingerprint(run.run_dir) != job.seen:
             # Somebody wrote here until now: a launch that has ended, or what one left behind.
             facts = env.look(plan.root, folder.checkpoints(run.run_dir)).checkpoints
             state = folder.examine(run, facts, job.limit)
-            if _complete(run, state, echo):
-                return True
+        if state.ended:
+            launches = folder.close_launches(folder.read_launches(run.run_dir), finished=True)
+            folder.write_json(run.run_dir / folder.LAUNCHES, launches)
+            return _complete(run, state, echo)
         for note in folder.prepare(run, state, _points(plan, run)):
             echo(f"{run.name}: {note}")
         if run.ruleset == "self":
@@ -383,7 +395,7 @@ def _train(
         folder.write_json(run.run_dir / folder.LAUNCHES, launches)
         disk.remove(run.run_dir / seal.NAME)  # what it sealed is about to change
         try:
-            ending = _run(plan.root, run.run_dir, command, lock, run.name)
+            ending = console.run(plan.root, run.run_dir, run.name, command, lock, echo)
             record |= asdict(ending)
         except BaseException as error:
             record["how"] = _how(error)
@@ -402,9 +414,8 @@ def _train(
 
 
 def _complete(run: RunSpec, state: folder.State, echo: Callable[[str], None]) -> bool:
-    if state.ended:
-        echo(f"{run.name}: complete already ({state.ended}, step {state.step})")
-    return state.ended is not None
+    echo(f"{run.name}: complete already ({state.ended}, step {state.step})")
+    return True
 
 
 def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
@@ -424,53 +435,6 @@ def _how(error: BaseException) -> str:
     if isinstance(error, interrupt.Interrupted):
         return f"stopped by {processes.signal_name(error.signal_number)}"
     return f"launcher failed: {type(error).__name__}: {error}"
-
-
-def _run(
-    root: Path, run_dir: Path, command: Command, lock: int, name: str = "the runner"
-) -> processes.Ending:
-    """Start it, show and keep what it prints, and wait for its end and its children's."""
-
-    def say() -> str:
-        steps = folder.steps(run_dir)
-        then = f"goes on from step {steps[0]}" if steps else "starts it again"
-        return f"{name}; the same command {then}"
-
-    with disk.explained(run_dir / folder.CONSOLE):
-        log = (run_dir / folder.CONSOLE).open("a", encoding="utf-8")
-    diverged = False
-    trouble: list[UserError] = []
-    with log:
-
-        def on_line(line: str) -> None:
-            nonlocal diverged
-            # What a runner says that is being ended, after ours, is in the log alone.
-            for target in (log,) if interrupt.interrupted() else (log, sys.stdout):
-                target.write(line)
-                target.flush()
-            news = None if diverged else _divergence(line)
-            if news:
-                diverged = True
-                print(f"{name}: {news}: AlgoPerf goes on to the end of the budget", flush=True)
-            if "Saved checkpoint to" in line and not trouble:
-                try:
-                    folder.keep_checkpoint(run_dir)
-                except UserError as error:
-                    trouble.append(error)
-
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **command.environment}
-        ending = processes.run(command.arguments, root, environment, lock, on_line, say)
-    if trouble:
-        raise trouble[0]
-    return ending
-
-
-def _divergence(line: str) -> str | None:
-    """What a line of the runner about an evaluation says that is not finite, None if nothing."""
-    step, strange = _STEP.search(line), _STRANGE.search(line)
-    if not (step and strange):
-        return None
-    return f"diverged: {strange[1]} is {strange[2]} at step {step[1]}"
 
 
 def _points(plan: Plan, run: RunSpec) -> list[dict[str, Any]]:

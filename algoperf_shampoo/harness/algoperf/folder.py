@@ -176,8 +176,12 @@ def launcher() -> dict[str, Any]:
     }
 
 
-def close_launches(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def close_launches(
+    launches: list[dict[str, Any]], finished: bool = False
+) -> list[dict[str, Any]]:
     """Say of each launch how it ended; to be asked by who holds the run's lock.
+
+    ``finished``: the last checkpoint is of a run that is over, whatever became of its launcher.
 
     One that could not write its end was killed (``kill -9``, the OOM killer, a power cut): what is
     certain is that it is over, because the lock was free.
@@ -195,6 +199,8 @@ def close_launches(launches: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 how = "the machine stopped"
             launch = {**launch, "how": how}
         closed.append(launch)
+    if finished and closed and not closed[-1]["how"].startswith("finished"):
+        closed[-1] = {**closed[-1], "how": f"finished ({closed[-1]['how']})"}
     return closed
 
 
