@@ -23,7 +23,8 @@ class _Place:
     unwinds: bool
 
 
-_places = [_Place(lambda: "no run was under way; the same command goes on from there", False)]
+_OUTSIDE = "no run was under way; the same command does what this one would have"
+_places = [_Place(lambda: _OUTSIDE, unwinds=False)]
 _interrupted = False
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
