@@ -59,7 +59,7 @@ quoted = '$(subst ','\'',$(1))'
 IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
-.PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults \
+.PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm \
   test-gpu test-kernels lint types table1 figures report repeat study status \
   submission-pr FORCE
 .DEFAULT_GOAL := help
@@ -175,6 +175,9 @@ test-faults: words ## kills, power cuts, full disks, damaged files by the thousa
 
 test-gpu: words ## the tests that need a CUDA device
 	$(IN_DEV) -m pytest -m gpu
+
+test-slurm: words ## a study on a real Slurm of two nodes on this machine (root; slurmctld slurmd munge)
+	@sh scripts/in_venv.sh dev -m pytest -m slurm tests/slurm
 
 test-kernels: words ## the GPU kernels without a GPU: compiled, and interpreted (Linux)
 	@sh scripts/in_venv.sh dev-kernels -m pytest -n auto tests/optim/test_kernels_compile.py

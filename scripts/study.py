@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 
 from absl import flags
 from command_line import ROOT, run
@@ -50,8 +51,8 @@ def main() -> int:
     settled = (progress.DONE, progress.RUNNING, status.QUEUED)
     missing = [job for job in wanted.jobs if states[job.run.run_dir] not in settled]
     print(f"\n{len(missing)} of {len(wanted.jobs)} runs to launch", flush=True)
-    if missing:
-        print(*_costs(wanted, missing), sep="\n", end="\n\n", flush=True)
+    if lines := _costs(wanted, missing):
+        print("", *lines, sep="\n", flush=True)
     if _DRY_RUN.value or _LAUNCHER.value == "print":
         print(*(job.command for job in missing), sep="\n")
         if _LAUNCHER.value != "print":
@@ -64,7 +65,7 @@ def main() -> int:
         return 0
     if _LAUNCHER.value == "slurm":
         slurm.submit(wanted, missing, slurm_options(), echo)
-        print(f"make status STUDY={wanted.name} SIZE={wanted.size} shows how they go")
+        print(f"{_status_command()} shows how they go")
         return 0
     with interrupt.unwinding(lambda: "the runs under way are ended; make study again goes on"):
         failed = local.run(wanted, missing, _count("JOBS", _JOBS.value), echo)
@@ -75,6 +76,8 @@ def main() -> int:
 
 def _costs(wanted: study.Study, missing: list[study.Job]) -> list[str]:
     """What is still to be spent: of full runs, or at a price."""
+    if not missing:
+        return []
     price = None if _PRICE.value is None else cost.parse_price(_PRICE.value)
     if wanted.size != "full" and price is None:
         return []
@@ -113,6 +116,14 @@ def slurm_options() -> slurm.Options:
         container=_CONTAINER.value,
         image=_IMAGE.value,
     )
+
+
+def _status_command() -> str:
+    words = {"STUDY": _STUDY.value, "SIZE": _SIZE.value, "HARNESS": _HARNESS.value}
+    words |= {"WORKLOAD": None if _WORKLOAD.value == "all" else _WORKLOAD.value}
+    words |= {"SEEDS": _SEEDS.value, "STEPS": _STEPS.value, "OUT": _OUT.value}
+    given = [f"{name}={shlex.quote(value)}" for name, value in words.items() if value]
+    return " ".join(["make status", *given])
 
 
 def _count(word: str, value: str | None) -> int | None:
