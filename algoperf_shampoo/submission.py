@@ -59,6 +59,8 @@ def common_settings(point: Any) -> dict[str, Any]:
         "eps": point.epsilon,
         "weight_decay": point.weight_decay,
         "nadam": point.use_nadam,
+        "nonfinite_gradients": point.nonfinite_gradients,
+        "nonfinite_limit": point.nonfinite_limit,
     }
 
 
@@ -73,6 +75,15 @@ def kronecker_settings(point: Any) -> dict[str, Any]:
         "small_matrices": point.small_matrices,
         "eigensolver": point.eigensolver,
         "eigen_workspace_mib": point.eigen_workspace_mib,
+    }
+
+
+def eshampoo_settings(point: Any) -> dict[str, Any]:
+    """:func:`kronecker_settings` and what EShampoo takes besides."""
+    return {
+        **kronecker_settings(point),
+        "noise_directions": point.noise_directions,
+        "noise_level": point.noise_level,
     }
 
 
@@ -254,7 +265,11 @@ class Submission:
         global_step: int,
         rng: Any,
     ) -> tuple[dict[str, Any], torch.nn.Module, Any]:
-        """Write what the monitor and the optimizer gathered since the last evaluation."""
+        """Write what the monitor and the optimizer gathered since the last evaluation.
+
+        Raises:
+            NonFiniteGradientError: gradients that are not finite, too many in a row.
+        """
         optimizer = optimizer_state["optimizer"]
         metrics = optimizer_state["monitor"].flush()
         metrics["learning_rate"] = float(optimizer.param_groups[0]["lr"])
@@ -262,9 +277,14 @@ class Submission:
         if sets:
             for name in ("checks", "refreshes", "failures"):
                 metrics[f"eigenbasis_{name}"] = sum(sum(getattr(s, name)) for s in sets)
+        skipped = optimizer.skipped_gradients()
+        metrics["gradients_skipped"] = sum(count.total for count in skipped.values())
+        in_a_row = [count.in_a_row for count in skipped.values()]
+        metrics["gradients_skipped_in_a_row"] = max(in_a_row, default=0)
         if getattr(workload, "metrics_logger", None) is not None:  # None off rank 0
             workload.metrics_logger.append_scalar_metrics(metrics, global_step)
             log.info("step %d: %s", global_step, metrics)
+        optimizer.check_gradients()
         return optimizer_state, current_param_container, model_state
 
     @staticmethod

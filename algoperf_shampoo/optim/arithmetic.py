@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import linalg
+from . import linalg, noise
 from .buckets import Stack
 from .eigen.jobs import put, take
+from .journal import Once, directly
+from .nonfinite import Guard
 from .precision import matmul_precision
 
 
@@ -30,6 +32,8 @@ class Hyper(NamedTuple):
     # id(stack) -> 1 - beta1^t and 1 - beta2^t of its rows as tensors [B, 1, ..., 1] on the device,
     # always the same ones; None: the stack's own numbers.
     corrections: Mapping[int, tuple[Tensor, Tensor]] | None = None
+    skip: bool = False  # whether gradients that are not finite are left out
+    noise_level: float = 0.0  # see :mod:`.noise`; 0: nothing is left out
 
 
 def bias_corrections(stack: Stack, h: Hyper) -> tuple[float | Tensor, float | Tensor]:
@@ -47,32 +51,98 @@ class Arithmetic:
 
     Stacks that have a ``scratch`` buffer are turned to and fro between it and ``g``, through views
     that are made once: for small models making them takes as long as the products.
+
+    Rows that ``stack.bad`` marks on the device keep what they have (:mod:`.nonfinite`).
+
+    Args:
+        once: calls every operation that changes what it reads (:mod:`.journal`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, once: Once = directly) -> None:
+        self.once = once
         self._turns: dict[tuple[int, int, bool], Turn] = {}
         self._matrices: dict[tuple[int, int], Tensor] = {}
+        self._watches: dict[tuple[int, ...], noise.Watch] = {}
+        self._watched: tuple[int, ...] = ()
 
     def gradients_came(self, stacks: Sequence[Stack]) -> None:
         """``stack.g`` of all stacks holds the gradients of this step."""
+
+    def judge(self, guard: Guard, present: Sequence[bool]) -> None:
+        """Mark the rows of bad gradients, where the host does not know them."""
+        guard.mark(present, self.once)
+
+    def spare(self, stacks: Sequence[Stack]) -> None:
+        """``stack.g`` has just been gathered: rows that are marked as bad become zero."""
+        for stack in stacks:
+            if stack.bad is not None:
+                stack.g.masked_fill_(stack.kept(), 0.0)
 
     def gram_ema(self, stacks: Sequence[Stack], beta: float, weight: float) -> None:
         """factor_i <- beta factor_i + weight X_i X_i', X_i the mode-i matricization of ``g``
         (Eq. 15)."""
         for stack in stacks:
+            decay = beta if stack.bad is None else _unless_bad(stack, beta, 1.0)[..., None, None]
             for mode, factor in enumerate(stack.factors):
-                linalg.gram_ema_(factor, self._matricized(stack, mode), beta, weight)
+                rows = self._matricized(stack, mode)
+                linalg.gram_ema_(factor, rows, decay, weight, self.once)
+
+    def average(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
+        """exp_avg <- beta1 exp_avg + (1 - beta1) x. Rows of xs that are bad become zero."""
+        for stack, x in zip(stacks, xs, strict=True):
+            weight: float | Tensor = 1 - h.beta1
+            if stack.bad is not None:
+                x.masked_fill_(stack.kept(), 0.0)
+                weight = stack.per_row(_unless_bad(stack, 1 - h.beta1, 0.0))
+            self.once(stack.state["exp_avg"].lerp_, x, weight)
 
     def adam(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
         """Update exp_avg and exp_avg_sq with xs, and replace these by Adam's direction."""
-        work: dict[bool, list[tuple[Any, ...]]] = {}
+        work: dict[tuple[bool, bool], list[tuple[Any, ...]]] = {}
         for s, x in zip(stacks, xs, strict=True):
             c1, c2 = bias_corrections(s, h)
-            row = x, s.state["exp_avg"], s.state["exp_avg_sq"], c1, c2
-            work.setdefault(isinstance(c1, Tensor), []).append(row)
-        for rows in work.values():  # corrections are all tensors, or all numbers
-            some, ms, vs, c1s, c2s = map(list, zip(*rows, strict=True))
-            adam_(some, ms, vs, c1s, c2s, h.beta1, h.beta2, h.eps, h.nadam)
+            row = s, x, s.state["exp_avg"], s.state["exp_avg_sq"], c1, c2
+            work.setdefault((isinstance(c1, Tensor), s.bad is None), []).append(row)
+        for (_, plain), rows in work.items():  # corrections are all tensors, or all numbers
+            some, ys, ms, vs, c1s, c2s = map(list, zip(*rows, strict=True))
+            if plain:
+                moments_(ys, ms, vs, h.beta1, h.beta2, self.once)
+            else:
+                for s, x in zip(some, ys, strict=True):
+                    beta2 = s.per_row(_unless_bad(s, h.beta2, 1.0))
+                    self.average([s], [x], h)
+                    self.once(s.state["exp_avg_sq"].mul_, beta2)
+                    self.once(s.state["exp_avg_sq"].addcmul_, x, x, value=1 - h.beta2)
+            direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
+            for s, x in zip(some, ys, strict=True):
+                if s.bad is not None:
+                    x.masked_fill_(s.kept(), 0.0)
+
+    def adam_in_basis(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
+        """:meth:`adam` for what :meth:`rotate` returned; coordinates that are noise
+        (:mod:`.noise`) get the direction 0."""
+        self.adam(stacks, xs, h)
+        plain = all(s.scratch is not None and s.device.type == "cpu" for s in stacks)
+        key = tuple([id(s) for s in stacks]) if plain and h.noise_level > 0 else ()
+        if key != self._watched:  # others' moments changed meanwhile
+            self.state_replaced()
+            self._watched = key
+        if h.noise_level == 0:
+            return
+        if plain:
+            if key not in self._watches:
+                self._watches[key] = noise.Watch(stacks)
+            noisy = self._watches[key].noisy(h)
+        else:
+            noisy = [(i, noise.diagonal(s).sum(1)) for i, s in enumerate(stacks)]
+        for i, traces in noisy:
+            c1, c2 = bias_corrections(stacks[i], h)
+            xs[i].masked_fill_(noise.of(stacks[i], traces, c1, c2, h), 0.0)
+
+    def state_replaced(self) -> None:
+        """Moments and factors are others than the last step left."""
+        for watch in self._watches.values():
+            watch.forget()
 
     def copy_of_gradients(self, stacks: Sequence[Stack]) -> list[Tensor]:
         """Copies of ``g``."""
@@ -148,26 +218,40 @@ class Turn:
         return self._result
 
 
-def adam_(
+def _unless_bad(stack: Stack, value: float, otherwise: float) -> Tensor:
+    """Per row of the stack [B]: value, but ``otherwise`` for rows whose gradient is bad."""
+    assert stack.bad is not None
+    values = torch.full_like(stack.bad, value, dtype=stack.dtype)
+    return values.masked_fill_(stack.bad != 0, otherwise)
+
+
+def moments_(
+    xs: list[Tensor], ms: list[Tensor], vs: list[Tensor], beta1: float, beta2: float, once: Once
+) -> None:
+    """Update both moments by x. xs, ms, vs: contiguous, of one shape [B, ...] and dtype each.
+
+    The order of operations, here and in :func:`direction_`, is torch.optim.AdamW's, so that the
+    two agree to rounding.
+    """
+    once(torch._foreach_mul_, vs, beta2)
+    once(torch._foreach_addcmul_, vs, xs, xs, value=1 - beta2)
+    once(torch._foreach_lerp_, ms, xs, 1 - beta1)
+
+
+def direction_(
     xs: list[Tensor],
     ms: list[Tensor],
     vs: list[Tensor],
     c1: list[Any],
     c2: list[Any],
     beta1: float,
-    beta2: float,
     eps: float,
     nadam: bool,
 ) -> None:
-    """Update both moments and replace x by Adam's direction (NAdam's numerator with ``nadam``).
+    """Replace x by Adam's direction (NAdam's numerator with ``nadam``).
 
-    xs, ms, vs: contiguous, of one shape [B, ...] and dtype each. c1, c2 = 1 - beta1^t, 1 -
-    beta2^t: all numbers, or all tensors [B, 1, ..., 1] on x's device. The order of operations is
-    torch.optim.AdamW's, so that the two agree to rounding.
+    c1, c2 = 1 - beta1^t, 1 - beta2^t: all numbers, or all tensors [B, 1, ..., 1] on x's device.
     """
-    torch._foreach_mul_(vs, beta2)
-    torch._foreach_addcmul_(vs, xs, xs, value=1 - beta2)
-    torch._foreach_lerp_(ms, xs, 1 - beta1)
     if nadam:
         torch._foreach_lerp_(xs, ms, beta1)
     else:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .blocking import Block
 from .gpu.transfer import Transfer
+from .journal import Once, directly
 
 GRADIENT, SCRATCH = "gradient", "scratch"
 ALIGNMENT = 64  # entries; what cuBLAS's and our kernels load at a time starts at a multiple
@@ -55,6 +57,8 @@ class Stack:
         g: [B, *shape], gradients and then update directions of the current step.
         scratch: like g, for what is computed from it; None where nothing needs it.
         ready: per row, whether any of its operators was computed; until then they are the identity.
+        bad: per row [B] int32 on a GPU, not zero where the gradient of its parameter is not to be
+            learnt from (:mod:`.nonfinite`); None where the host has seen to that, or nobody asks.
     """
 
     shape: tuple[int, ...]
@@ -68,6 +72,7 @@ class Stack:
     ready: list[bool] = field(default_factory=list)
     g: Tensor = field(default_factory=lambda: torch.empty(0))
     scratch: Tensor | None = None
+    bad: Tensor | None = None
     _ready_rows: tuple[list[bool], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +114,15 @@ class Stack:
             return [] if self.steps[0] % frequency else rows
         return [r for r in rows if self.steps[r] % frequency == 0]
 
+    def per_row(self, values: Tensor) -> Tensor:
+        """[B] -> [B, 1, ..., 1]."""
+        return values.view(-1, *[1] * len(self.shape))
+
+    def kept(self) -> Tensor:
+        """Rows that ``bad`` marks, bool [B, 1, ..., 1]."""
+        assert self.bad is not None
+        return self.per_row(self.bad != 0)
+
     def bias_correction(self, beta: float) -> float | Tensor:
         """1 - beta^t: a number while all rows have the same t, else a tensor [B, 1, ..., 1]."""
         if self.uniform:
@@ -139,6 +153,7 @@ class Stack:
             operators=[x.index_select(0, index) for x in self.operators],
             ready=[self.ready[r] for r in rows],
             g=self.g.index_select(0, index),
+            bad=None if self.bad is None else self.bad.index_select(0, index),
         )
 
     def put(self, rows: Sequence[int], part: Stack) -> None:
@@ -217,14 +232,24 @@ class Layout:
         self.lent: list[Lent] = []
         self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
         self._transfer: Transfer | None = None
+        # As `Stack.bad`, but per parameter: of those on a GPU.
+        self.bad: dict[torch.device, Tensor] = {}
+        # Where a gather by our kernel leaves the largest entry of every row of the gradients.
+        self.tops: Tensor | None = None
+        self.measured = False
 
     def gather(self) -> list[bool]:
-        """Copy the gradients into ``stack.g`` of all stacks; which parameters have one."""
+        """Copy the gradients into ``stack.g`` of all stacks; which parameters have one.
+
+        ``measured`` says afterwards whether their largest entries stand in ``tops``.
+        """
         if not self._pieces:
             self._prepare()
         gradients = [p.grad for p in self.params]
         present = [g is not None for g in gradients]
-        if self._transfer is not None and self._transfer.gather(gradients):
+        self.measured = False
+        if self._transfer is not None and self._transfer.gather(gradients, self.tops):
+            self.measured = self.tops is not None
             return present
         to, source = [], []
         for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
@@ -247,49 +272,71 @@ class Layout:
             torch._foreach_copy_(to, source)
         return present
 
-    def apply(self, present: Sequence[bool], lr: float | Tensor, weight_decay: float) -> None:
-        """W <- W (1 - lr * weight_decay) - lr * U, U its rows of the buffer, for those present.
+    def apply(
+        self,
+        present: Sequence[bool],
+        lr: float | Tensor,
+        weight_decay: float,
+        once: Once = directly,
+    ) -> None:
+        """W <- W (1 - lr * weight_decay) - lr * U, U its rows of the buffer, for those present but
+        not ``bad``.
 
-        lr: a number, or a tensor [] on the device if all are present.
+        Args:
+            lr: a number, or a tensor [] on the device if all are present.
+            once: see :mod:`.journal`.
         """
         transfer = self._transfer
         if (
             isinstance(lr, Tensor)
             and transfer is not None
-            and transfer.scatter(self.params, lr, weight_decay)
+            and once(transfer.scatter, self.params, lr, weight_decay, *self.bad.values())
         ):
             return
-        if weight_decay != 0:
-            decayed = [p for p, here in zip(self.params, present, strict=True) if here]
-            torch._foreach_mul_(decayed, 1 - lr * weight_decay)
+        for stack in self.stacks:
+            if stack.bad is not None:
+                stack.g.masked_fill_(stack.kept(), 0.0)
+        here = [i for i, there in enumerate(present) if there]
+        if weight_decay != 0 and here:
+            decay: Any = 1 - lr * weight_decay
+            if self.bad:
+                marked = {
+                    device: (1 - (bad == 0).double() * (lr * weight_decay)).unbind()
+                    for device, bad in self.bad.items()
+                }
+                others = [torch.as_tensor(decay, dtype=torch.float64)] * len(self.params)
+                decay = [marked.get(self.params[i].device, others)[i] for i in here]
+            once(torch._foreach_mul_, [self.params[i] for i in here], decay)
         if isinstance(lr, Tensor):
             for flat in self.flat(GRADIENT):
                 flat.mul_(lr)
-        self._scatter(present, -1.0 if isinstance(lr, Tensor) else -lr)
+        self._scatter(present, -1.0 if isinstance(lr, Tensor) else -lr, once)
 
-    def _scatter(self, present: Sequence[bool], alpha: float) -> None:
+    def _scatter(self, present: Sequence[bool], alpha: float, once: Once) -> None:
         """parameter <- parameter + alpha * (its rows of the buffer), for those present."""
         to, source = [], []
         for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
             if not here:
                 continue
-            if len(rows) == 1:
+            if len(rows) == 1 and p.dtype == rows[0].dtype:
                 to.append(p)
                 source.append(rows[0])
+            elif len(rows) == 1:  # converted, so that they take memory one by one
+                once(p.add_, rows[0], alpha=alpha)
             elif p.is_contiguous():
                 for row, piece in zip(rows, cuts.of(p.view(cuts.merged)), strict=True):
-                    if piece.is_contiguous():
+                    if piece.is_contiguous() and p.dtype == row.dtype:
                         to.append(piece)
                         source.append(row)
                     else:
-                        piece.add_(row, alpha=alpha)
+                        once(piece.add_, row, alpha=alpha)
             else:  # a view in the merged shape does not exist
                 whole = torch.empty(cuts.merged, dtype=rows[0].dtype, device=p.device)
                 for row, piece in zip(rows, cuts.of(whole), strict=True):
                     piece.copy_(row)
-                p.add_(whole.view(p.shape), alpha=alpha)
+                once(p.add_, whole.view(p.shape), alpha=alpha)
         if to:
-            torch._foreach_add_(to, source, alpha=alpha)
+            once(torch._foreach_add_, to, source, alpha=alpha)
 
     def flat(self, name: str) -> list[Tensor]:
         """The memory of a state tensor of all stacks: one flat tensor per dtype and device."""
@@ -328,12 +375,12 @@ class Layout:
 
     def _prepare(self) -> None:
         """The views of the gradient buffer that are ever needed."""
-        self._pieces = [[torch.empty(0)] * len(blocks) for blocks in self.blocks]
+        pieces = [[torch.empty(0)] * len(blocks) for blocks in self.blocks]
         for stack in self.stacks:
             for row, member in enumerate(stack.members):
                 whole = len(self.blocks[member.param]) == 1
                 shape = self.params[member.param].shape if whole else stack.shape
-                self._pieces[member.param][member.index] = stack.g[row].view(shape)
+                pieces[member.param][member.index] = stack.g[row].view(shape)
         if Transfer.fits(self.params):
             (buffer,) = self.flat(GRADIENT)
             blocks = [
@@ -342,6 +389,7 @@ class Layout:
                 for row, m in enumerate(stack.members)
             ]
             self._transfer = Transfer(blocks, buffer)
+        self._pieces = pieces  # only now, so that a failure leaves nothing half made
 
 
 def _check_parameter(number: int, p: Tensor) -> None:

@@ -7,6 +7,7 @@ and one host read, and a refresh gathers just those that fail.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,16 +18,17 @@ from torch import Tensor
 
 from .arithmetic import Arithmetic
 from .buckets import Lent, Stack
-from .eigen.jobs import Job, Result, put, take
+from .eigen.jobs import CHUNK_ENTRIES, Job, Result, chunks, put, take
+from .eigen.parking import aside
 from .eigen.solvers import Solver
+from .eigen.verify import sound
 from .gpu.graphs import Run, direct
+from .journal import Once
 from .linalg import largest_entry, relative_off_diagonal
 from .precision import matmul_precision
 from .preconditioners.base import Rule
 
-# Criterion and bookkeeping work on pieces of at most this many matrix entries (32 MiB in float32),
-# so that a refresh takes bounded memory whatever the model.
-CHUNK_ENTRIES = 2**23
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,6 @@ def build_factor_sets(stacks: Sequence[Stack]) -> list[FactorSet]:
     return sets
 
 
-def chunks(indices: Sequence[int], n: int) -> Iterable[list[int]]:
-    """Pieces of ``indices`` whose n x n matrices together stay within CHUNK_ENTRIES."""
-    size = max(1, CHUNK_ENTRIES // (n * n))
-    for start in range(0, len(indices), size):
-        yield list(indices[start : start + size])
-
-
 @torch.no_grad()
 def scores(factor_set: FactorSet, indices: Sequence[int], tau: float) -> Tensor:
     """Per factor, a number that exceeds tau when it needs a new operator: [len(indices)], float64.
@@ -131,23 +126,72 @@ def refresh(
     lent: Sequence[Lent] = (),
     group: dist.ProcessGroup | None = None,
     run: Run = direct,
+    mend: bool = True,
 ) -> bool:
     """Check the factors of the rows that are due, and give those that fail a new operator.
 
+    A factor whose decomposition fails, or is none (:mod:`.eigen.verify`), keeps its operator; one
+    that is not finite does so too, and starts anew at zero where ``mend`` is set.
+
     Args:
         rows: id(stack) -> rows due now (t mod F = 0).
-        arithmetic: with which the rule takes what it keeps from one basis to the other.
+        arithmetic: with which the rule takes what it keeps from one basis to the other; its
+            ``once`` lets a refresh that failed half-way go on (:mod:`.journal`).
         group: with replicas in a process group, rank 0's decision is broadcast, so that replicas
             cannot part over rounding near the threshold.
         lent: memory to work in; its free part is overwritten if the result is True.
         run: may record the check of all factors as a graph, see :mod:`.graphs`.
+        mend: whether factors that are not finite start anew.
 
     Returns:
-        Whether any operator is new.
+        Whether memory that is lent was worked in.
     """
+    once = arithmetic.once
     due = [(s, indices) for s in factor_sets if (indices := s.due(rows))]
     if not due:
         return False
+    read = iter(once(_read_scores, factor_sets, due, tau, group, run))
+    jobs: list[tuple[FactorSet, Job]] = []
+    for factor_set, indices in due:
+        score = {i: next(read) for i in indices}
+        spoiled = [i for i, s in score.items() if math.isnan(s)]
+        once(_count_checks, factor_set, indices, spoiled)
+        if spoiled and mend:
+            once(factor_set.factors.index_fill_, 0, _index(factor_set, spoiled), 0.0)
+        if tau == 0 and rule.roots and (zero := [i for i, s in score.items() if s == 0]):
+            once(_roots_of_zero, factor_set, zero, rule, beta2)
+        if failing := [i for i, s in score.items() if s > tau]:
+            jobs.append((factor_set, Job(factor_set.factors, factor_set.operators, failing)))
+    if not jobs:
+        return False
+    for factor_set, job in jobs:
+        _move(factor_set, job.indices, rule.leave, arithmetic)
+    results: list[Result] = []
+    for piece in _pieces([job for _, job in jobs]):
+        found = once(_decompose, piece, solver, tau, lent)
+        # Two pieces may be of one job.
+        results += found
+    position = 0
+    for factor_set, job in jobs:
+        done = 0
+        while done < len(job.indices):
+            result = results[position]
+            position += 1
+            part = job.indices[done : done + len(result.converged)]
+            done += len(part)
+            _finish(factor_set, part, result, rule, beta2, once)
+        _move(factor_set, job.indices, rule.enter, arithmetic)
+    return True
+
+
+def _read_scores(
+    factor_sets: Sequence[FactorSet],
+    due: Sequence[tuple[FactorSet, list[int]]],
+    tau: float,
+    group: dist.ProcessGroup | None,
+    run: Run,
+) -> list[float]:
+    """:func:`scores` of all that is due, by the one host read; rank 0's in a group."""
     device = max((s.factors.device for s, _ in due), key=str)
     everything = sum(len(i) for _, i in due) == sum(len(s.factors) for s in factor_sets)
     values = (run if everything else direct)(
@@ -156,30 +200,76 @@ def refresh(
     )
     if group is not None:
         dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
-    read = values.tolist()  # the one host read
-    position = 0
-    jobs: list[tuple[FactorSet, Job]] = []
-    for factor_set, indices in due:
-        score = read[position : position + len(indices)]
-        position += len(indices)
-        failing = []
-        for i, s in zip(indices, score, strict=True):
-            factor_set.checks[i] += 1
-            if s > tau:
-                failing.append(i)
-            elif math.isnan(s):
-                factor_set.failures[i] += 1
-        if failing:
-            jobs.append((factor_set, Job(factor_set.factors, factor_set.operators, failing)))
-    if not jobs:
-        return False
-    for factor_set, job in jobs:
-        _move(factor_set, job.indices, rule.leave, arithmetic)
-    results = solver.solve([job for _, job in jobs], tau, lent)
-    for (factor_set, job), result in zip(jobs, results, strict=True):
-        _finish(factor_set, job.indices, result, rule, beta2)
-        _move(factor_set, job.indices, rule.enter, arithmetic)
-    return True
+    return values.tolist()
+
+
+def _count_checks(factor_set: FactorSet, indices: Sequence[int], spoiled: Sequence[int]) -> None:
+    for i in indices:
+        factor_set.checks[i] += 1
+    for i in spoiled:
+        factor_set.failures[i] += 1
+
+
+def _index(factor_set: FactorSet, indices: Sequence[int]) -> Tensor:
+    return torch.tensor(indices, device=factor_set.factors.device)
+
+
+def _pieces(jobs: Sequence[Job]) -> Iterable[list[Job]]:
+    """What is solved at a time: on a GPU everything, planned as a whole; else so much that copies
+    of the old operators take bounded memory."""
+    together: list[Job] = [job for job in jobs if job.factors.is_cuda]
+    if together:
+        yield together
+    together, entries = [], 0
+    for job in jobs:
+        if job.factors.is_cuda:
+            continue
+        for chunk in chunks(job.indices, job.n):
+            size = len(chunk) * job.n**2
+            if together and entries + size > CHUNK_ENTRIES:
+                yield together
+                together, entries = [], 0
+            together.append(Job(job.factors, job.operators, chunk))
+            entries += size
+    if together:
+        yield together
+
+
+def _decompose(
+    jobs: Sequence[Job], solver: Solver, tau: float, lent: Sequence[Lent]
+) -> list[Result]:
+    """Solve the jobs. Operators whose decomposition fails, or is none, are as they were; all are,
+    if it raises an error."""
+    kept = [aside(job.operators, job.indices) for job in jobs]
+    try:
+        results = solver.solve(jobs, tau, lent)
+        promised = solver.promised(tau)
+        checked = [
+            sound(job.factors, job.operators, job.indices, result.values, promised)
+            for job, result in zip(jobs, results, strict=True)
+        ]
+        read = iter(torch.cat([x.to(checked[0].device) for x in checked]).tolist())
+    except BaseException:
+        for job, old in zip(jobs, kept, strict=True):
+            _restore(job, range(len(job.indices)), old)
+        raise
+    for job, result, old in zip(jobs, results, kept, strict=True):
+        for p, converged in enumerate(result.converged):
+            fine = next(read)
+            if converged and not fine:
+                log.warning(
+                    "a factor of size %d: the solver's result is no eigendecomposition", job.n
+                )
+            result.converged[p] = converged and fine
+        _restore(job, [p for p, ok in enumerate(result.converged) if not ok], old)
+    return results
+
+
+def _restore(job: Job, positions: Sequence[int], old: Tensor) -> None:
+    if positions:
+        part = old if len(positions) == len(old) else old[list(positions)]
+        indices = [job.indices[p] for p in positions]
+        put(job.operators, indices, part.to(job.operators.device))
 
 
 def _move(
@@ -190,30 +280,79 @@ def _move(
 ) -> None:
     """Call a rule's leave or enter hook for all blocks whose factors are among ``indices``."""
     for span, rows, _ in factor_set.spans_of(indices):
-        hook(span.stack, span.mode, rows, arithmetic)
+        arithmetic.once(hook, span.stack, span.mode, rows, arithmetic)
 
 
 def _finish(
-    factor_set: FactorSet, indices: Sequence[int], result: Result, rule: Rule, beta2: float
+    factor_set: FactorSet,
+    indices: Sequence[int],
+    result: Result,
+    rule: Rule,
+    beta2: float,
+    once: Once,
 ) -> None:
     """Count, mark rows as ready, and turn eigenvectors into the rule's operators."""
+    once(_count_results, factor_set, indices, result)
+    good = [p for p, ok in enumerate(result.converged) if ok]
+    indices = [indices[p] for p in good]
+    order, correction = _orders(factor_set, indices, beta2)
+    position = 0
+    for chunk in chunks(indices, factor_set.n):
+        part = slice(position, position + len(chunk))
+        position += len(chunk)
+        values = take(result.values, good[part])
+        once(_put_operators, factor_set, chunk, values, order[part], correction[part], rule)
+
+
+def _count_results(factor_set: FactorSet, indices: Sequence[int], result: Result) -> None:
     for i, ok in zip(indices, result.converged, strict=True):
         factor_set.refreshes[i] += ok
         factor_set.failures[i] += not ok
+    _make_ready(factor_set, [i for i, ok in zip(indices, result.converged, strict=True) if ok])
+
+
+def _make_ready(factor_set: FactorSet, indices: Sequence[int]) -> None:
+    for span, rows, _ in factor_set.spans_of(indices):
+        for r in rows:
+            span.stack.ready[r] = True
+
+
+def _orders(
+    factor_set: FactorSet, indices: Sequence[int], beta2: float
+) -> tuple[list[int], list[float]]:
+    """Of the blocks that the factors belong to: how many modes, and 1 - beta2^t."""
     order, correction = [0] * len(indices), [0.0] * len(indices)
     for span, rows, positions in factor_set.spans_of(indices):
         for r, p in zip(rows, positions, strict=True):
             order[p] = len(span.stack.shape)
             correction[p] = 1 - beta2 ** span.stack.steps[r]
-            span.stack.ready[r] = True
-    position = 0
+    return order, correction
+
+
+def _put_operators(
+    factor_set: FactorSet,
+    indices: Sequence[int],
+    values: Tensor,
+    order: Sequence[int],
+    correction: Sequence[float],
+    rule: Rule,
+) -> None:
+    """Replace eigenvectors by what the rule makes of them."""
+    vectors = take(factor_set.operators, indices)
+    new = rule.operator(values, vectors, values.new_tensor(order), values.new_tensor(correction))
+    if new is not vectors:
+        put(factor_set.operators, indices, new)
+
+
+def _roots_of_zero(factor_set: FactorSet, indices: Sequence[int], rule: Rule, beta2: float) -> None:
+    """All-zero factors have the identity's eigenvectors."""
+    eye = torch.eye(factor_set.n, dtype=factor_set.factors.dtype, device=factor_set.factors.device)
     for chunk in chunks(indices, factor_set.n):
-        part = slice(position, position + len(chunk))
-        position += len(chunk)
-        values = result.values[part]
-        vectors = take(factor_set.operators, chunk)
-        new = rule.operator(
-            values, vectors, values.new_tensor(order[part]), values.new_tensor(correction[part])
-        )
-        if new is not vectors:
-            put(factor_set.operators, chunk, new)
+        order, correction = _orders(factor_set, chunk, beta2)
+        values = eye.new_zeros(len(chunk), factor_set.n)
+        vectors = eye.expand(len(chunk), -1, -1)
+        new = rule.operator(values, vectors, eye.new_tensor(order), eye.new_tensor(correction))
+        put(factor_set.operators, chunk, new)
+    for i in indices:
+        factor_set.refreshes[i] += 1
+    _make_ready(factor_set, indices)

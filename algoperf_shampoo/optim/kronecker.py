@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import logging
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,13 @@ from .eigen.solvers import Solver
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .gpu.graphs import Recorder, Run, direct
 from .gpu.grouped import Grouped
+from .journal import Journal
+from .nonfinite import Guard, NonFiniteGradientError, Skipped
 from .precision import matmul_precision
 from .preconditioners import Adam, Rule
 from .replicas import Replicas
+
+log = logging.getLogger(__name__)
 
 MAX_DIM = 1024  # a dimension above is cut, unless max_preconditioner_dim says otherwise
 
@@ -35,6 +40,7 @@ class Group:
     state: as it stands in ``optimizer.state``.
     recorder: on one GPU, runs steps in which all parameters take part; grouped: computes them,
     where our kernels work, and ``by_torch`` all others.
+    guard: knows which gradients are not to be learnt from.
     options: those in use, but for the learning rate: whether they changed.
     """
 
@@ -45,6 +51,7 @@ class Group:
     recorder: Recorder | None
     grouped: Grouped | None
     by_torch: Arithmetic
+    guard: Guard
     options: dict[str, Any]
 
 
@@ -92,6 +99,8 @@ class Kronecker(torch.optim.Optimizer):
         self._fixed = ("rule", *fixed)
         self._adam = Adam()
         self._groups: list[Group] = []
+        self._journal = Journal()
+        self._loss: Any = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -131,14 +140,16 @@ class Kronecker(torch.optim.Optimizer):
         layout.allocate(lambda s: moments[id(s)], scratch=self.rule.has_factors)
         kinds = {(s.device, s.dtype) for s in layout.stacks}
         recorder = grouped = None
+        once = self._journal.once
         if len(kinds) == 1:
             ((device, dtype),) = kinds
             if device.type == "cuda":
-                recorder = Recorder(device, self.cuda_graph)
-                grouped = Grouped(layout.stacks) if gpu.multiplies(dtype, device) else None
+                recorder = Recorder(device, self.cuda_graph, self._journal)
+                grouped = Grouped(layout.stacks, once) if gpu.multiplies(dtype, device) else None
         group_state = state.GroupState(layout, sets)
-        seen = _changeable(options)
-        return Group(layout, rules, sets, group_state, recorder, grouped, Arithmetic(), seen)
+        by_torch, guard, seen = Arithmetic(once), Guard(layout), _changeable(options)
+        layout.tops = grouped.tops_of_gradients if grouped is not None else None
+        return Group(layout, rules, sets, group_state, recorder, grouped, by_torch, guard, seen)
 
     def _rule_for(self, shape: tuple[int, ...], one_dim: str) -> Rule:
         # A 1x1 factor has one direction: every rule of the family is Adam there.
@@ -151,14 +162,30 @@ class Kronecker(torch.optim.Optimizer):
 
         No host synchronisation unless a check is due (t mod F = 0): then one read for all factors,
         and more only where factors are refreshed.
+
+        If it fails half-way (a solver's error, no memory), state_dict() refuses until it has been
+        called again: with the same gradients it goes on where it stopped, without the closure, and
+        ends with the same parameters, to the bit, as a step that did not fail.
+
+        Raises:
+            NonFiniteGradientError: see :meth:`check_gradients`; at checks, the step is complete.
+            RuntimeError: the step before failed in a way that leaves the state unknown, or it
+                failed half-way and these are not its gradients.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._check_before_step()
-        for options, group in zip(self.param_groups, self._groups, strict=True):
-            self._step_group(options, group)
+        with self._journal.step():
+            if closure is not None and not self._journal:
+                with torch.enable_grad():
+                    self._loss = closure()
+            self._check_before_step()
+            worst = [
+                self._step_group(number, options, group)
+                for number, (options, group) in enumerate(
+                    zip(self.param_groups, self._groups, strict=True)
+                )
+            ]
+        if any(worst):
+            self.check_gradients()
+        loss, self._loss = self._loss, None
         return loss
 
     def _check_before_step(self) -> None:
@@ -178,54 +205,75 @@ class Kronecker(torch.optim.Optimizer):
                 settings.check_same(where, now, group.options, names)
                 group.options = now
 
-    def _step_group(self, options: dict[str, Any], group: Group) -> None:
-        layout = group.layout
+    def _step_group(self, number: int, options: dict[str, Any], group: Group) -> bool:
+        """Whether too many gradients in a row were bad, which is looked at at checks."""
+        layout, guard = group.layout, group.guard
+        section = functools.partial(self._section, number)
         present = layout.gather()  # first, so that the device has work during the bookkeeping
         if not any(present):
-            return
-        everyone = all(present)
-        rows = {id(s): s.rows(None if everyone else present) for s in layout.stacks}
-        for stack in layout.stacks:
-            stack.count(rows[id(stack)])
+            return False
+        policy = options.get("nonfinite_gradients", "skip")
+        guard.arm(policy)
+        bad = guard.look(present) if policy == "skip" else []
+        if section("gradients", lambda: (present, bad)) != (present, bad):
+            raise RuntimeError(
+                "the last step failed half-way, and now other gradients are missing or not "
+                "finite; only a step with the same gradients finishes it"
+            )
+        fit = [here and i not in bad for i, here in enumerate(present)] if bad else present
+        rows = {id(s): s.rows(None if all(fit) else fit) for s in layout.stacks}
+        counted = {id(s): s.rows(present) for s in layout.stacks} if bad else rows
+        section("count", functools.partial(self._count, group, counted, present, bad))
         with_factors = [s for rule, stacks in group.rules if rule.has_factors for s in stacks]
         frequency = options.get("precondition_frequency", 1)
-        due = {id(s): s.due(rows[id(s)], frequency) for s in with_factors}
+        due = {id(s): s.due(counted[id(s)], frequency) for s in with_factors}
         h = self._hyper(options)
         run: Run = direct
         arithmetic = group.by_torch
-        if group.recorder is not None and everyone:
+        if group.recorder is not None and all(present):
             h, run = group.recorder.begin(layout, h)
             arithmetic = group.grouped or arithmetic
-        statistics = functools.partial(self._statistics, group, rows, h, arithmetic)
-        update = functools.partial(self._update, group, rows, present, h, arithmetic)
-        check = functools.partial(
-            self._refresh, group, due, h, options.get("tau", 0.0), arithmetic, run
-        )
+        if not layout.measured:
+            arithmetic.gradients_came(layout.stacks)
+        learn = functools.partial(self._statistics, group, rows, present, h, arithmetic)
+        change = functools.partial(self._update, group, rows, present, fit, h, arithmetic)
+        statistics = functools.partial(section, "statistics", lambda: run("statistics", learn))
+        update = functools.partial(section, "update", lambda: run("update", change))
+        tau = options.get("tau", 0.0)
+        check = functools.partial(self._refresh, group, due, h, tau, arithmetic, run)
+        worst = 0
         if not with_factors:
-            run("update", update)
+            update()
         elif self.rule.statistics_first:
-            run("statistics", statistics)
-            check()
-            run("update", update)
+            statistics()
+            if any(due.values()):
+                overwritten, worst = section("refresh", check)
+                if overwritten:
+                    layout.gather()
+            update()
         else:
-            run("update", update)
+            update()
             layout.gather()
-            run("statistics", statistics)
-            check()
+            if not layout.measured:
+                arithmetic.gradients_came(layout.stacks)
+            statistics()
+            if any(due.values()):
+                _, worst = section("refresh", check)
         group.state.publish_steps()
+        return worst >= options.get("nonfinite_limit", math.inf)
+
+    def _section(self, number: int, name: str, body: Callable[[], Any]) -> Any:
+        """A section of a group's step, once."""
+        return self._journal.section((number, name), body)
+
+    def _count(
+        self, group: Group, rows: dict[int, list[int]], present: list[bool], bad: list[int]
+    ) -> None:
+        for stack in group.layout.stacks:
+            stack.count(rows[id(stack)])
+        group.guard.count(present, bad)
 
     def _statistics(
-        self, group: Group, rows: dict[int, list[int]], h: Hyper, arithmetic: Arithmetic
-    ) -> None:
-        """The factors learn the gradients."""
-        arithmetic.gradients_came(group.layout.stacks)
-        with matmul_precision("highest"):
-            for rule, stacks in _taking_part(group, rows):
-                if rule.has_factors:
-                    with _parts(stacks, rows) as parts:
-                        rule.accumulate(parts, h, arithmetic)
-
-    def _update(
         self,
         group: Group,
         rows: dict[int, list[int]],
@@ -233,14 +281,32 @@ class Kronecker(torch.optim.Optimizer):
         h: Hyper,
         arithmetic: Arithmetic,
     ) -> None:
+        """The factors learn the gradients."""
+        if self.rule.statistics_first:
+            arithmetic.judge(group.guard, present)
+        arithmetic.spare(group.layout.stacks)
+        with matmul_precision("highest"):
+            for rule, stacks in group.rules:
+                if rule.has_factors:
+                    _act(rule.accumulate, stacks, rows, h, arithmetic)
+
+    def _update(
+        self,
+        group: Group,
+        rows: dict[int, list[int]],
+        present: list[bool],
+        fit: list[bool],
+        h: Hyper,
+        arithmetic: Arithmetic,
+    ) -> None:
         """Update directions from gathered gradients, and the parameters from those."""
-        if not self.rule.statistics_first:
-            arithmetic.gradients_came(group.layout.stacks)
+        if not (self.rule.statistics_first and group.factor_sets):
+            arithmetic.judge(group.guard, present)
+        arithmetic.spare(group.layout.stacks)
         with matmul_precision(h.matmul_precision):
-            for rule, stacks in _taking_part(group, rows):
-                with _parts(stacks, rows) as parts:
-                    rule.update(parts, h, arithmetic)
-        group.layout.apply(present, h.lr, h.weight_decay)
+            for rule, stacks in group.rules:
+                _act(rule.update, stacks, rows, h, arithmetic)
+        group.layout.apply(fit, h.lr, h.weight_decay, arithmetic.once)
 
     def _refresh(
         self,
@@ -250,10 +316,9 @@ class Kronecker(torch.optim.Optimizer):
         tau: float,
         arithmetic: Arithmetic,
         run: Run,
-    ) -> None:
-        """Check the factors that are due, and bring back the gradients if the update needs them."""
-        if not any(due.values()):
-            return
+    ) -> tuple[bool, int]:
+        """Check the factors that are due. Whether the gradients' memory was worked in, and the most
+        bad gradients in a row."""
         overwritten = refresh(
             group.factor_sets,
             due,
@@ -265,10 +330,10 @@ class Kronecker(torch.optim.Optimizer):
             group.layout.lent,
             self.process_group,
             run,
+            h.skip,
         )
         group.state.publish()
-        if overwritten and self.rule.statistics_first:
-            group.layout.gather()
+        return overwritten, arithmetic.once(group.guard.worst)
 
     def _hyper(self, options: dict[str, Any]) -> Hyper:
         beta1, beta2 = options["betas"]
@@ -280,6 +345,10 @@ class Kronecker(torch.optim.Optimizer):
             options["weight_decay"],
             options["nadam"],
             options.get("matmul_precision", "highest"),
+            skip=options.get("nonfinite_gradients", "skip") == "skip",
+            noise_level=options.get("noise_level", 0.0)
+            if options.get("noise_directions") == "drop"
+            else 0.0,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -289,6 +358,7 @@ class Kronecker(torch.optim.Optimizer):
         "param_groups": [...]}. The same whatever the stacks, the device or the back end. Takes as
         much memory as the state itself.
         """
+        self._journal.check_complete()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         entries: list[dict[str, Any]] = []
@@ -308,6 +378,10 @@ class Kronecker(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, to the bit, the options of groups included.
 
+        A parameter whose state is not finite (an overflow, before such gradients were left out)
+        starts anew, as on its first step, unless nonfinite_gradients is "propagate"; a warning
+        names it.
+
         Raises:
             ValueError: saved by another rule, for other parameters or blocks, with options on which
                 the state's meaning depends (rule, one_dim, max_preconditioner_dim, ...) other than
@@ -325,13 +399,23 @@ class Kronecker(torch.optim.Optimizer):
         )
         for load in loads:
             load()
+        self._journal.replace()
         for options, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             options.update({k: state.copy_of(v) for k, v in saved.items() if k != "params"})
+        first = 0
+        for options, group in zip(self.param_groups, self._groups, strict=True):
+            group.guard.forget_rows()
+            group.by_torch.state_replaced()
+            if options.get("nonfinite_gradients", "skip") == "skip":
+                for param in group.state.mend():
+                    log.warning("parameter %d: state not finite, it starts anew", first + param)
+            first += len(group.layout.params)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which have the state but no hooks, as torch's."""
+        self._journal.check_complete()
         entries = [entry for group in self._groups for entry in group.state.copies()]
         params = [p for group in self._groups for p in group.layout.params]
         return {
@@ -347,6 +431,7 @@ class Kronecker(torch.optim.Optimizer):
         self.process_group = state_["process_group"].group
         self._adam = Adam()
         self._groups = []
+        self._journal, self._loss = Journal(), None
         saved, self.state = self.state, defaultdict(dict)
         for options in self.param_groups:
             group = self._lay_out(options)
@@ -354,27 +439,59 @@ class Kronecker(torch.optim.Optimizer):
             self._groups.append(group)
             self.state.update(zip(options["params"], group.state.entries, strict=True))
 
+    def skipped_gradients(self) -> dict[int, Skipped]:
+        """Parameters whose gradients were not finite, or not below :data:`.nonfinite.BOUND`, and
+        how often, since the optimizer was made in this process. Waits for the device."""
+        counts = [c for group in self._groups for c in group.guard.counts()]
+        return {number: c for number, c in enumerate(counts) if c.total}
+
+    def check_gradients(self) -> None:
+        """
+        Raises:
+            NonFiniteGradientError: parameters have had ``nonfinite_limit`` bad gradients in a row
+                (or more). The state is that of a complete step, and may be stepped on or saved.
+        """
+        first, found = 0, []
+        for options, group in zip(self.param_groups, self._groups, strict=True):
+            limit = options.get("nonfinite_limit", math.inf)
+            for number, c in enumerate(group.guard.counts(), first):
+                if c.in_a_row >= limit:
+                    found.append(f"parameter {number} {c.in_a_row} (of {c.total} in all)")
+            first += len(group.layout.params)
+        if found:
+            more = f" and {len(found) - 5} parameters more" if len(found) > 5 else ""
+            raise NonFiniteGradientError(
+                "gradients not finite, or too large, in so many steps in a row: "
+                f"{', '.join(found[:5])}{more}; weights of those stay as they are"
+            )
+
     def factor_sets(self) -> Iterable[FactorSet]:
         """All factor sets, for telemetry and tests."""
         for group in self._groups:
             yield from group.factor_sets
 
 
-def _taking_part(group: Group, rows: dict[int, list[int]]) -> Iterator[tuple[Rule, list[Stack]]]:
-    """Each rule with those of its stacks that have rows taking part."""
-    for rule, stacks in group.rules:
-        if here := [s for s in stacks if rows[id(s)]]:
-            yield rule, here
+def _act(
+    action: Callable[[Sequence[Stack], Hyper, Arithmetic], None],
+    stacks: Sequence[Stack],
+    rows: dict[int, list[int]],
+    h: Hyper,
+    arithmetic: Arithmetic,
+) -> None:
+    """Let a rule act on the rows that take part: on stacks as they are, and where only some of a
+    stack's rows do, on copies of those, which are written back."""
+    if whole := [s for s in stacks if len(rows[id(s)]) == len(s)]:
+        action(whole, h, arithmetic)
+    if some := [s for s in stacks if 0 < len(rows[id(s)]) < len(s)]:
 
+        def on_copies() -> list[Stack]:
+            parts = [s.select(rows[id(s)]) for s in some]
+            action(parts, h, Arithmetic())
+            return parts
 
-@contextlib.contextmanager
-def _parts(stacks: list[Stack], rows: dict[int, list[int]]) -> Iterator[list[Stack]]:
-    """The stacks reduced to the rows that take part; what was copied is written back."""
-    parts = [s if len(rows[id(s)]) == len(s) else s.select(rows[id(s)]) for s in stacks]
-    yield parts
-    for stack, part in zip(stacks, parts, strict=True):
-        if part is not stack:
+        for stack, part in zip(some, arithmetic.once(on_copies), strict=True):
             stack.put(rows[id(stack)], part)
+        arithmetic.state_replaced()
 
 
 def _changeable(options: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ is the paper's L, mode 1 its R; a vector (k = 1) has one factor, that of full-ma
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .gpu import kernels
+from .journal import directly
 
 
 def rotate(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
@@ -72,19 +74,29 @@ def matricized(x: Tensor, mode: int) -> Tensor:
     return x.movedim(mode + 1, 1).reshape(B, d, -1).mT
 
 
-def gram_ema_(factor: Tensor, rows: Tensor, beta: float, weight: float) -> None:
+def gram_ema_(
+    factor: Tensor,
+    rows: Tensor,
+    beta: float | Tensor,
+    weight: float,
+    once: Callable[..., Any] = directly,
+) -> None:
     """factor <- beta * factor + weight * X X', X' = rows (Eq. 15).
 
-    factor: [B, d, d], updated in place; rows: [B, rest, d], see :func:`matricized`.
+    factor: [B, d, d], updated in place by operations called through ``once``
+    (:mod:`.journal`); rows: [B, rest, d], see :func:`matricized`; beta: a number or [B, 1, 1].
     """
     B, d = factor.shape[:2]
     pieces = math.gcd(rows.shape[1], GRAM_PIECES) if d <= SMALL_GRAM else 1
     if pieces > 1 and rows.shape[1] >= 16 * pieces:
         rows = rows.reshape(B * pieces, -1, d)
         partial = (rows.mT @ rows).view(B, pieces, d, d).sum(1)
-        factor.mul_(beta).add_(partial, alpha=weight)
+        once(factor.copy_, (factor * beta).add_(partial, alpha=weight))
+    elif isinstance(beta, Tensor):
+        once(factor.mul_, beta)
+        once(factor.baddbmm_, rows.mT, rows, alpha=weight)
     else:
-        factor.baddbmm_(rows.mT, rows, beta=beta, alpha=weight)
+        once(factor.baddbmm_, rows.mT, rows, beta=beta, alpha=weight)
 
 
 def largest_entry(a: Tensor) -> Tensor:
@@ -137,6 +149,13 @@ def inverse_root(
 
     eigenvalues [N, n] ascending, eigenvectors [N, n, n], exponent [N]. As the AlgoPerf submission
     regularises: negative eigenvalues are rounding, so the spectrum is shifted up by the lowest.
+    With epsilon = 0 what is rounding, n eps_machine of the largest, has the root 0 (as in a
+    pseudo-inverse), and a matrix of zeros the root I.
     """
     lam = eigenvalues - eigenvalues[:, :1].clamp(max=0.0) + epsilon
-    return (eigenvectors * lam.pow(-exponent[:, None])[:, None, :]) @ eigenvectors.mT
+    roots = lam.pow(-exponent[:, None])
+    if epsilon == 0:
+        largest = lam.amax(-1, keepdim=True)
+        rounding = lam <= lam.shape[-1] * torch.finfo(lam.dtype).eps * largest
+        roots = torch.where(rounding, (largest == 0).to(lam.dtype), roots)
+    return (eigenvectors * roots[:, None, :]) @ eigenvectors.mT

@@ -23,6 +23,8 @@ Eigensolver = Literal["eigh", "warm"] | Solver
 OneDim = Literal["full", "adam"]
 SmallMatrices = Literal["vector", "matrix"]
 MatmulPrecision = Literal["highest", "high"]
+NonFinite = Literal["skip", "propagate"]
+Noise = Literal["drop", "keep"]
 
 
 class EShampoo(Kronecker):
@@ -48,6 +50,17 @@ class EShampoo(Kronecker):
             float32.
         eigensolver: "eigh" (exact), "warm" (iterated from the old basis), or a :class:`Solver`.
         eigen_workspace_mib: bound on the memory a refresh takes anew, 8 unless given.
+        noise_directions: "drop": coordinates in the eigenbasis whose moment and D are the rounding
+            of a step's own rotation take no step, see :mod:`.noise`; "keep": they do.
+        noise_level: what counts as rounding, in units of eps_machine times the norm of the
+            block's gradients. The default is twice what was seen; 4096 leaves out, besides,
+            what weak directions of the gradients leak into the others.
+        nonfinite_gradients: "skip": a parameter with an entry that is NaN, infinite or at least
+            2^48 (2^496 in float64) keeps weight, moments and factors in this step, t goes on; see
+            :mod:`.nonfinite`. "propagate": it is learnt from like any other.
+        nonfinite_limit: so many such steps in a row raise a
+            :class:`~.nonfinite.NonFiniteGradientError` at the next check of the bases, after a
+            complete step; :meth:`~.kronecker.Kronecker.check_gradients` looks at any time.
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs.
         process_group: set when its processes hold replicas that see equal gradients; then they
             decide alike which bases to compute anew.
@@ -74,6 +87,10 @@ class EShampoo(Kronecker):
         matmul_precision: MatmulPrecision = "highest",
         eigensolver: Eigensolver = "eigh",
         eigen_workspace_mib: int | None = None,
+        noise_directions: Noise = "drop",
+        noise_level: float = 32.0,
+        nonfinite_gradients: NonFinite = "skip",
+        nonfinite_limit: int = 100,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -89,6 +106,10 @@ class EShampoo(Kronecker):
             small_matrices=small_matrices,
             max_preconditioner_dim=max_preconditioner_dim,
             matmul_precision=matmul_precision,
+            noise_directions=noise_directions,
+            noise_level=noise_level,
+            nonfinite_gradients=nonfinite_gradients,
+            nonfinite_limit=nonfinite_limit,
         )
         super().__init__(
             params,
@@ -104,13 +125,16 @@ class Shampoo(Kronecker):
     """Shampoo, its step size grafted from Adam (Algorithm 3) or its own.
 
     With grafting it is AdamW (NAdamW) before the first inverse roots, at step F; without, the
-    roots are the identity until then, so give a small F.
+    roots are the identity until then, so give a small F. The root of a factor that is all zero at a
+    check is eps^(-1/2k) I, as in the paper's authors' code: with grafting, its blocks move along M
+    by Adam's norm until the next check.
 
     Args:
         params: parameters, named parameters or groups, as torch's optimizers take them.
         lr: learning rate.
         betas: of the gradient's average, and of all second moments: D and the factors L and R.
-        eps: added to the factors' eigenvalues before the root.
+        eps: added to the factors' eigenvalues before the root. With 0, directions whose eigenvalue
+            is rounding (n eps_machine of the largest) take no step, and the root of zero is I.
         weight_decay: decoupled, W <- W - lr (U + weight_decay W).
         precondition_frequency: steps between roots.
         grafting: "adam": every block's update gets the norm of Adam's. None: it stays
@@ -144,6 +168,8 @@ class Shampoo(Kronecker):
         matmul_precision: MatmulPrecision = "highest",
         eigensolver: Eigensolver = "eigh",
         eigen_workspace_mib: int | None = None,
+        nonfinite_gradients: NonFinite = "skip",
+        nonfinite_limit: int = 100,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -161,6 +187,8 @@ class Shampoo(Kronecker):
             small_matrices=small_matrices,
             max_preconditioner_dim=max_preconditioner_dim,
             matmul_precision=matmul_precision,
+            nonfinite_gradients=nonfinite_gradients,
+            nonfinite_limit=nonfinite_limit,
         )
         rule = (
             UngraftedShampoo(eps, grafting_eps, exponent_multiplier)
@@ -185,6 +213,7 @@ class AdamW(Kronecker):
         params: parameters, named parameters or groups, as torch's optimizers take them.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
         nadam: numerator beta1 M + (1 - beta1) G instead of M.
+        nonfinite_gradients, nonfinite_limit: as :class:`EShampoo`'s.
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs.
 
     Raises:
@@ -200,9 +229,19 @@ class AdamW(Kronecker):
         weight_decay: float = 1e-2,  # lambda
         *,
         nadam: bool = False,
+        nonfinite_gradients: NonFinite = "skip",
+        nonfinite_limit: int = 100,
         cuda_graph: bool = True,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, nadam=nadam)
+        defaults = dict(
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            nadam=nadam,
+            nonfinite_gradients=nonfinite_gradients,
+            nonfinite_limit=nonfinite_limit,
+        )
         super().__init__(params, Adam(), defaults, cuda_graph=cuda_graph)
 
 

@@ -83,10 +83,18 @@ def eigvec(L: Tensor) -> Tensor:
 
 
 def inverse_root(L: Tensor, exponent: float, epsilon: float) -> Tensor:
-    """L^-exponent from eigh, with lambda shifted by -min(lambda_min, 0) + epsilon."""
+    """L^-exponent from eigh, with lambda shifted by -min(lambda_min, 0) + epsilon.
+
+    With epsilon = 0 a pseudo-inverse's root: 0 where lambda is rounding; I for a matrix of zeros.
+    """
     lam, Q = torch.linalg.eigh(L)
     lam = lam - min(lam.min().item(), 0.0) + epsilon
-    return Q @ torch.diag(lam**-exponent) @ Q.T
+    if epsilon == 0 and lam.max() == 0:
+        return torch.eye(len(lam), dtype=L.dtype)
+    root = lam**-exponent
+    if epsilon == 0:
+        root[lam <= len(lam) * torch.finfo(L.dtype).eps * lam.max()] = 0
+    return Q @ torch.diag(root) @ Q.T
 
 
 @dataclass
@@ -101,6 +109,7 @@ class Hyperparameters:
     nadam: bool = False
     F: int = 1  # precondition_frequency: steps between checks
     tau: float = 0.0  # threshold of Eq. 11; 0: a new basis every F steps
+    kappa: float = 0.0  # EShampoo: coordinates at rounding, kappa sqrt(E||G||^2), take no step
 
 
 def numerator(M: Tensor, G: Tensor, h: Hyperparameters, t: int) -> Tensor:
@@ -179,7 +188,12 @@ class EShampoo:
         self.D = h.beta2 * self.D + (1 - h.beta2) * G_tilde**2  # line 11
         M_hat = numerator(self.M, G, h, self.t)  # line 12
         D_hat = self.D / (1 - h.beta2**self.t)
-        U = from_basis(to_basis(M_hat, self.bases) / (D_hat.sqrt() + h.epsilon), self.bases)
+        U_tilde = to_basis(M_hat, self.bases) / (D_hat.sqrt() + h.epsilon)
+        level = h.kappa * (torch.trace(self.factors[0]) / (1 - h.beta2**self.t)).sqrt()
+        moment = to_basis(self.M, self.bases).abs() / (1 - h.beta1**self.t)
+        if any(not torch.equal(Q, torch.eye(len(Q), dtype=Q.dtype)) for Q in self.bases):
+            U_tilde[(D_hat.sqrt() < level) & (moment < level)] = 0
+        U = from_basis(U_tilde, self.bases)
         return W - h.alpha * (U + h.weight_decay * W)  # line 13
 
 

@@ -50,9 +50,17 @@ def eigenvalues_in(L: Tensor, Q: Tensor) -> Tensor:
 
 
 def root_from(Q: Tensor, lam: Tensor, exponent: float, epsilon: float) -> Tensor:
-    """Q diag(lambda)^-exponent Q', with lambda shifted by -min(lambda_min, 0) + epsilon."""
+    """Q diag(lambda)^-exponent Q', with lambda shifted by -min(lambda_min, 0) + epsilon.
+
+    With epsilon = 0 as :func:`.reference.inverse_root`.
+    """
     lam = lam - min(lam.min().item(), 0.0) + epsilon
-    return Q @ torch.diag(lam**-exponent) @ Q.T
+    if epsilon == 0 and lam.max() == 0:
+        return torch.eye(len(lam), dtype=Q.dtype)
+    root = lam**-exponent
+    if epsilon == 0:
+        root[lam <= len(lam) * torch.finfo(Q.dtype).eps * lam.max()] = 0
+    return Q @ torch.diag(root) @ Q.T
 
 
 @dataclass

@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from . import noise
 from .blocking import SMALL_MATRICES
+from .nonfinite import POLICIES
 from .precision import MATMUL_PRECISIONS
 
 ONE_DIM = ("full", "adam")
@@ -64,6 +66,10 @@ STEP = {
     "precondition_frequency": COUNT,
     "tau": BETA,
     "matmul_precision": _one_of(MATMUL_PRECISIONS),
+    "nonfinite_gradients": _one_of(POLICIES),
+    "nonfinite_limit": COUNT,
+    "noise_directions": _one_of(noise.POLICIES),
+    "noise_level": NUMBER,
 }
 # May differ between groups, but not change: blocks and state depend on them.
 LAYOUT = {

@@ -129,6 +129,20 @@ class GroupState:
 
         return load
 
+    def mend(self) -> list[int]:
+        """Parameters whose state is not finite start anew, as on their first step; which those are.
+
+        Reads all of the state once.
+        """
+        rows = [row for stack in self._layout.stacks for row in _finite_rows(stack)]
+        members = [m.param for stack in self._layout.stacks for m in stack.members]
+        spoiled = sorted({p for p, fine in zip(members, rows, strict=True) if not fine})
+        for param in spoiled:
+            self._start_anew(param)
+        if spoiled:
+            self.publish()
+        return spoiled
+
     def _start_anew(self, param: int) -> None:
         for stack, row in self._rows[param]:
             stack.steps[row], stack.ready[row] = 0, False
@@ -224,6 +238,17 @@ def _tensors(stack: Stack, row: int) -> Iterator[tuple[str, Tensor]]:
         yield f"factor_{mode}", x[row]
     for mode, x in enumerate(stack.operators):
         yield f"operator_{mode}", x[row]
+
+
+def _finite_rows(stack: Stack) -> list[bool]:
+    """Per row, whether all that is kept of it is finite."""
+    tensors = [*stack.state.values(), *stack.factors, *stack.operators]
+    fine = torch.ones(len(stack), dtype=torch.bool, device=stack.device)
+    for x in tensors:
+        # Not a sum: finite numbers may have one that is not.
+        low, high = x.flatten(1).aminmax(dim=1)
+        fine &= low.isfinite() & high.isfinite()
+    return fine.tolist()
 
 
 def _check_keys(where: str, live: Entry, found: Any) -> None:

@@ -4,9 +4,9 @@ The paper's C^EShampoo (tau = 0.1, F = 50): Algorithm 2 of "Purifying Shampoo".
 """
 
 from algoperf_shampoo.optim import EShampoo
-from algoperf_shampoo.submission import Submission, kronecker_settings
+from algoperf_shampoo.submission import Submission, eshampoo_settings
 
-FIELDS = "factors", "tau"
+FIELDS = "factors", "tau", "noise_directions", "noise_level"
 
 
 def make_optimizer(params, point, process_group):
@@ -14,7 +14,7 @@ def make_optimizer(params, point, process_group):
         params,
         tau=point.tau,
         process_group=process_group,
-        **kronecker_settings(point),
+        **eshampoo_settings(point),
     )
 
 

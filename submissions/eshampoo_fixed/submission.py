@@ -4,13 +4,13 @@ The paper's C^EShampoo (F = 100): Algorithm 2 of "Purifying Shampoo" without Eq.
 """
 
 from algoperf_shampoo.optim import EShampoo
-from algoperf_shampoo.submission import Submission, kronecker_settings
+from algoperf_shampoo.submission import Submission, eshampoo_settings
 
-FIELDS = ("factors",)
+FIELDS = "factors", "noise_directions", "noise_level"
 
 
 def make_optimizer(params, point, process_group):
-    return EShampoo(params, process_group=process_group, **kronecker_settings(point))
+    return EShampoo(params, process_group=process_group, **eshampoo_settings(point))
 
 
 _submission = Submission(make_optimizer, FIELDS)

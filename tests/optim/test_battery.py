@@ -166,10 +166,11 @@ def test_groups_have_their_own_hyperparameters(variant):
 
 
 def test_zero_gradients_and_a_nan_spare_the_rest(variant):
-    """All-zero factors survive; one parameter's nan leaves its neighbours in the stack alone."""
+    """All-zero factors survive; one parameter's nan, learnt from, leaves its neighbours alone."""
     params = parameters(shapes=[(6, 4), (6, 4), (6, 4)])
     small = limits(variant, max_preconditioner_dim=8)
-    optimizer = make(variant, params, weight_decay=0.0, **small)
+    learn = {"nonfinite_gradients": "propagate"}
+    optimizer = make(variant, params, weight_decay=0.0, **learn, **small)
     start = params[0].detach().clone()
     for t in range(12):
         for i, p in enumerate(params):
@@ -182,7 +183,8 @@ def test_zero_gradients_and_a_nan_spare_the_rest(variant):
     if variant != "adamw":
         zero, nan, good = (blocks_of(optimizer, i)[0] for i in range(3))
         assert nan["failures_0"] == nan["failures_1"] == 2
-        assert zero["refreshes_0"] == zero["refreshes_1"] == 0
+        roots = 2 if variant.startswith("shampoo") else 0  # of zeros there is one, no basis
+        assert zero["refreshes_0"] == zero["refreshes_1"] == roots
         assert good["refreshes_0"] >= 1
 
 

@@ -59,6 +59,7 @@ CASES = [
     ("outer", AVERAGE, dict(ALIGN_D=4), tiles.OUTER, False),
     ("matvec", {}, dict(B_ROWS=True, ALIGN_K=4), tiles.VECTOR, False),
     ("tops", {}, dict(SIZE=tiles.ENTRIES, ALIGN=4), {}, False),
+    ("limits", dict.fromkeys(("first", "second"), "fp32"), dict(SIZE=128), {}, False),
     (
         "adam",
         dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32"),
@@ -69,7 +70,7 @@ CASES = [
 ]
 
 
-def compiled(name, arguments, settings, tile, capability):
+def compiled(name, arguments, settings, tile, capability, tables=TABLES):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -78,7 +79,7 @@ def compiled(name, arguments, settings, tile, capability):
     tile = dict(tile)
     options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
     constants = {**settings, **tile}
-    signature = {**TABLES, **arguments}
+    signature = {**tables, **arguments}
     kernel = getattr(triton_kernels, name)
     if "constants" in inspect.signature(ASTSource.__init__).parameters:  # up to Triton 3.1
         source = ASTSource(fn=kernel, signature=signature, constants=constants)
@@ -98,6 +99,28 @@ def stack_bytes(kernel, folder):
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (found,) = re.findall(r"STACK:(\d+)", printed)
     return int(found)
+
+
+ADDRESSES = {"addresses": "*i64", "pieces": "*i64", "tiles": "*i64", "buffer": "*fp32"}
+COUNTS = dict.fromkeys(("first", "row_of", "tops", "bad_rows", "bad_params", "counts"), "*i32")
+WITHOUT_TABLES = {
+    "gather": ({**ADDRESSES, "tops": "*i32"}, dict(SIZE=4096, MEASURE=True)),
+    "scatter": (
+        {**ADDRESSES, "lr_ptr": "*fp32", "weight_decay": "fp32", "bad": "*i32"},
+        dict(SIZE=4096),
+    ),
+    "judge": ({**COUNTS, "count": "i32", "bound": "i32"}, {}),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", WITHOUT_TABLES)
+def test_machine_code_without_tables(name, capability, tmp_path):
+    arguments, settings = WITHOUT_TABLES[name]
+    kernel = compiled(name, arguments, settings, {}, capability, tables={})
+    assert "mma" not in kernel.asm["ptx"]
+    if capability == 90:
+        assert stack_bytes(kernel, tmp_path) == 0
 
 
 @pytest.mark.parametrize("capability", [80, 90])

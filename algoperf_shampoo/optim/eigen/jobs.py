@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +32,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """values: [len(indices), n] ascending; converged: per index. Where it is False the vectors are
-    I."""
+    """values: [len(indices), n] ascending; converged: per index. Where it is False the operator may
+    be anything."""
 
     values: Tensor
     converged: list[bool]
@@ -49,6 +49,18 @@ class Result:
         put(self.values, positions, part.values)
         for p, ok in zip(positions, part.converged, strict=True):
             self.converged[p] = ok
+
+
+# Criterion, checks and bookkeeping work on pieces of at most this many matrix entries (32 MiB in
+# float32), so that a refresh takes bounded memory whatever the model.
+CHUNK_ENTRIES = 2**23
+
+
+def chunks(indices: Sequence[int], n: int) -> Iterable[list[int]]:
+    """Pieces of ``indices`` whose n x n matrices together stay within CHUNK_ENTRIES."""
+    size = max(1, CHUNK_ENTRIES // (n * n))
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
 
 
 def consecutive(indices: Sequence[int]) -> bool:

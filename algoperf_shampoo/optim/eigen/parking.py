@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..buckets import Lent
+from .jobs import chunks, take
 
 # At most so much of a piece of lent memory is parked: the host memory for it is kept.
 PARKED_BYTES = 2**29
@@ -51,6 +52,18 @@ def parked(parts: Sequence[Tensor]) -> Iterator[None]:
         for device in by_device:
             if device.type == "cuda":
                 _RESTORED[device] = torch.cuda.current_stream(device).record_event()
+
+
+def aside(operators: Tensor, indices: Sequence[int]) -> Tensor:
+    """A copy of operators[indices] [N, n, n] on the host, ordered by the current stream."""
+    size = len(indices), *operators.shape[1:]
+    host = torch.empty(size, dtype=operators.dtype, pin_memory=operators.is_cuda)
+    start = 0
+    for chunk in chunks(indices, operators.shape[-1]):
+        part = host[start : start + len(chunk)]
+        part.copy_(take(operators, chunk), non_blocking=True)
+        start += len(chunk)
+    return host
 
 
 # Per device one buffer, as large as the most that was parked at a time: at most PARKED_BYTES for

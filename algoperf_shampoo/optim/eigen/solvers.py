@@ -96,6 +96,10 @@ class Solver:
             results[k].put(positions, result)
         return results
 
+    def promised(self, tau: float) -> float:
+        """The left side of Eq. 11 that :meth:`solve` stops at; 0 where it decomposes exactly."""
+        return 0.0 if self.method == "eigh" else tau or self.tolerance
+
     def _exact(self, jobs: Sequence[Job], lent: Sequence[Lent]) -> list[Result]:
         """By cuSOLVER in batches where it is available, else by torch.linalg.eigh."""
         limit = self.workspace_mib * 2**20

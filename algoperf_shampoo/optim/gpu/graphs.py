@@ -18,6 +18,7 @@ import torch
 
 from ..arithmetic import Hyper
 from ..buckets import Layout, Stack
+from ..journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,14 @@ class Recorder:
 
     Args:
         enabled: False to run all sections directly.
+        journal: replays are entered there.
     """
 
-    def __init__(self, device: torch.device, enabled: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, enabled: bool = True, journal: Journal | None = None
+    ) -> None:
         self._device = device
+        self._journal = journal or Journal()
         self._enabled = enabled
         self._stream: torch.cuda.Stream | None = None
         self._key: Hashable = None
@@ -107,11 +112,14 @@ class Recorder:
         if name in self._graphs:
             graph, result = self._graphs[name]
             with torch.cuda.device(self._device):
-                graph.replay()
+                self._journal.once(graph.replay)
             return result
         if not self._enabled or name not in self._seen:
-            self._seen.add(name)  # it runs once before, so that kernels are compiled and loaded
-            return section()
+            # It runs once before, so that kernels are compiled and loaded. If that fails on its
+            # way, it has to run so again, along the same operations.
+            result = section()
+            self._seen.add(name)
+            return result
         with torch.cuda.device(self._device):
             return self._record(name, section)
 
@@ -124,7 +132,10 @@ class Recorder:
         # someone else while the graph still writes to it (AlgoPerf frees them at every evaluation).
         torch._C._cuda_clearCublasWorkspaces()
         try:
-            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
+            with (
+                self._journal.closed(),
+                torch.cuda.graph(graph, self._pool, self._stream, "thread_local"),
+            ):
                 result = section()
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a failed recording does not put it back
@@ -134,7 +145,7 @@ class Recorder:
         finally:
             torch._C._cuda_clearCublasWorkspaces()
         self._graphs[name] = graph, result
-        graph.replay()
+        self._journal.once(graph.replay)
         return result
 
 

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import noise
 from ..arithmetic import Arithmetic, Hyper
 from ..buckets import Stack
 from ..eigen.jobs import runs
+from ..journal import Once, directly
+from ..nonfinite import Guard, bound_bits
 from . import kernels, tiles
 from .tiles import Tile
 
@@ -30,17 +33,19 @@ class Grouped(Arithmetic):
 
     Args:
         stacks: all stacks there will be; ``scratch`` of each like its ``g``.
+        once: see :mod:`..journal`.
 
     Products are accurate to float32 (relative error 3e-7 of the result's norm), those of rotations
     under ``matmul_precision`` "high" to 11 bits of their inputs, as in TF32 (3e-4).
     """
 
-    def __init__(self, stacks: Sequence[Stack]) -> None:
-        super().__init__()
+    def __init__(self, stacks: Sequence[Stack], once: Once = directly) -> None:
+        super().__init__(once)
         module = kernels()
         assert module is not None
         self._kernels = module
         self._device = stacks[0].device
+        self._first = stacks[0]
         self._small = sum(s.numel for s in stacks) < tiles.SMALL_MODEL
         self._wide = {
             split: tiles.SMALL if self._small or not _much_shared_memory(self._device) else large
@@ -52,13 +57,44 @@ class Grouped(Arithmetic):
         # whatever leaves gradients, directions or what is between there, of other tensors measured
         # when they are needed; and a place for those that nobody will ask for.
         self._tops = torch.zeros(4, count, dtype=torch.int32, device=self._device)
+        # Limits of noise, see :mod:`..noise`, and those that nothing is below.
+        self._limits, self._no_limits = torch.zeros(2, count, device=self._device).unbind()
+        self._no_marks = torch.zeros(count, dtype=torch.int32, device=self._device)
         self._rows = {id(s): slice(i, i + len(s)) for s, i in zip(stacks, starts, strict=True)}
         self._ones = torch.ones(count, device=self._device)  # tops of orthogonal operators
         self._operator_tops: dict[tuple[int, int], Tensor] = {}
         self._launches: dict[Hashable, Launches] = {}
 
+    @property
+    def tops_of_gradients(self) -> Tensor:
+        """Tops of all stacks' ``g``, which a gather may leave there (:mod:`.transfer`)."""
+        return self._tops[0]
+
     def gradients_came(self, stacks: Sequence[Stack]) -> None:
         self._measure(stacks, [s.g for s in stacks])
+
+    def judge(self, guard: Guard, present: Sequence[bool]) -> None:
+        if not self._marked:
+            return
+        marks = guard.marks
+        with torch.cuda.device_of(marks.rows):
+            self.once(
+                self._kernels.judge[(len(marks.params),)],
+                marks.first,
+                marks.row_of,
+                self.tops_of_gradients,
+                marks.rows,
+                marks.params,
+                marks.counts,
+                len(marks.params),
+                bound_bits(),
+            )
+
+    def spare(self, stacks: Sequence[Stack]) -> None:
+        """Bad rows are left out where moments and factors are written."""
+
+    def _marks_of(self, stack: Stack) -> Tensor:
+        return self._no_marks if stack.bad is None else stack.bad
 
     def gram_ema(self, stacks: Sequence[Stack], beta: float, weight: float) -> None:
         """In rounds: the first and the last mode of every stack and one of those between, which is
@@ -71,10 +107,33 @@ class Grouped(Arithmetic):
                     _scratch(stack).view(front.shape).copy_(front)
             build = functools.partial(self._gram_launches, some, number)
             for launch in self._known(("gram", number), some, (), build):
-                launch(beta, weight)
+                self.once(launch, beta, weight)
 
     def adam(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
-        """h.corrections: tensors, where they were at the first call."""
+        self._adam(stacks, xs, h, self._no_limits)
+
+    def adam_in_basis(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
+        if h.noise_level == 0:
+            return self.adam(stacks, xs, h)
+
+        def build() -> Launches:
+            groups = []
+            for s in stacks:
+                d = min(s.shape)
+                factor = s.factors[s.shape.index(d)]
+                mine = self._limits[self._rows[id(s)]]
+                groups.append([factor.data_ptr(), mine.data_ptr(), d, math.prod(s.shape)])
+            places = [[g, row, 0, 0] for g, s in enumerate(stacks) for row in range(len(s))]
+            return [self._launch(self._kernels.limits, groups, places, SIZE=128, num_warps=4)]
+
+        for launch in self._known("limits", stacks, (), build):
+            launch(*noise.levels(h, torch.float32, on_gpu=True))
+        return self._adam(stacks, xs, h, self._limits)
+
+    def _adam(
+        self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper, limits: Tensor
+    ) -> None:
+        """h.corrections: tensors, where they were at the first call. limits: of noise, per row."""
         corrections = h.corrections
         assert corrections is not None
 
@@ -83,12 +142,18 @@ class Grouped(Arithmetic):
             for s, x in zip(stacks, xs, strict=True):
                 moments = s.state["exp_avg"], s.state["exp_avg_sq"]
                 tensors = x, *moments, self._top(s, x), *corrections[id(s)]
-                groups.append([*(t.data_ptr() for t in tensors), math.prod(s.shape)])
+                addresses = [t.data_ptr() for t in tensors]
+                more = self._marks_of(s), limits[self._rows[id(s)]]
+                groups.append([*addresses, math.prod(s.shape), *(t.data_ptr() for t in more)])
             return self._elementwise(self._kernels.adam, stacks, groups, 6)
 
         self._forget_tops(stacks, xs)
-        for launch in self._known("adam", stacks, xs, build):
-            launch(h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps, NADAM=h.nadam)
+        numbers = h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps
+        for launch in self._known(("adam", limits is self._limits), stacks, xs, build):
+            ran: list[bool] = []
+            self.once(_run_and_note, ran, launch, *numbers, NADAM=h.nadam)
+            if not ran:  # the moments have learnt already: the direction alone
+                launch(h.beta1, 0.0, 1.0, 0.0, h.eps, NADAM=h.nadam)
 
     def copy_of_gradients(self, stacks: Sequence[Stack]) -> list[Tensor]:
         copies = [_scratch(s) for s in stacks]
@@ -165,11 +230,16 @@ class Grouped(Arithmetic):
     ) -> Launches:
         """The launches of an operation, with their tables: made once, all addresses stay."""
         buffers = tuple(_buffer(s, x) for s, x in zip(stacks, xs, strict=False))
-        key = name, tuple(id(s) for s in stacks), buffers
+        key = name, tuple(id(s) for s in stacks), buffers, self._marked
         launches = self._launches.get(key) or build()
         if keep:
             self._launches[key] = launches
         return launches
+
+    @property
+    def _marked(self) -> bool:
+        """Whether rows of bad gradients are marked."""
+        return self._first.bad is not None
 
     def _top(self, stack: Stack, x: Tensor) -> Tensor:
         """Tops of the rows of x."""
@@ -307,7 +377,8 @@ class Grouped(Arithmetic):
             for mode, x, columns in modes:
                 d, K = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
                 tensors = x, stack.factors[mode], self._top(stack, stack.g)
-                groups.append([*(t.data_ptr() for t in tensors), d, K])
+                marks = self._marks_of(stack).data_ptr()
+                groups.append([*(t.data_ptr() for t in tensors), d, K, marks])
                 sizes.append((len(stack), d, K, columns))
         launches: Launches = []
         kinds = tiles.grams(sizes, self._small)
@@ -363,6 +434,13 @@ def _much_shared_memory(device: torch.device) -> bool:
         return False
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0) >= 2**17
+
+
+def _run_and_note(
+    ran: list[bool], launch: Callable[..., None], *numbers: float, **settings: bool
+) -> None:
+    launch(*numbers, **settings)
+    ran.append(True)
 
 
 def _buffer(stack: Stack, x: Tensor) -> int:

@@ -44,20 +44,23 @@ def runs(block: Block) -> Iterable[tuple[int, int, int, int, int]]:
 class Transfer:
     """The copies of one layout, all of whose parameters are contiguous float32 on one GPU.
 
-    blocks: (parameter, block, offset of the block in the buffer). Use :meth:`fits` first.
+    blocks: (parameter, block, offset of the block in the buffer), row by row of the stacks. Use
+    :meth:`fits` first.
     """
 
     def __init__(self, blocks: Iterable[tuple[int, Block, int]], buffer: Tensor) -> None:
         pieces: list[tuple[int, ...]] = []
         tiles: list[tuple[int, int]] = []
-        for param, block, position in blocks:
+        for row, (param, block, position) in enumerate(blocks):
             for offset, inside, run, stride, entries in runs(block):
                 tiles += [(len(pieces), start) for start in range(0, entries, TILE)]
-                pieces.append((param, offset, position + inside, run, stride, entries))
+                pieces.append((param, offset, position + inside, run, stride, entries, row))
         module = kernels()
         assert module is not None
         self._kernels = module
         self._buffer = buffer
+        params = 1 + max(piece[0] for piece in pieces)
+        self._none_bad = torch.zeros(params, dtype=torch.int32, device=buffer.device)
         self._pieces = torch.tensor(pieces, dtype=torch.int64, device=buffer.device)
         self._tiles = torch.tensor(tiles, dtype=torch.int64, device=buffer.device)
         # Gradients come and go between a few places, so a few tables are kept. That of parameters
@@ -76,23 +79,37 @@ class Transfer:
             for p in params
         )
 
-    def gather(self, gradients: Sequence[Tensor | None]) -> bool:
+    def gather(self, gradients: Sequence[Tensor | None], tops: Tensor | None) -> bool:
         """Copy gradients into the buffer; False, and nothing done, if one is missing or is not
-        contiguous float32 on the buffer's device."""
+        contiguous float32 on the buffer's device.
+
+        tops: int32 [rows]; becomes the largest absolute entry of every row, as a float32's bits.
+        """
         present = [g for g in gradients if g is not None and g.is_contiguous()]
         if len(present) < len(gradients):
             return False
         table = self._table(self._gradients, GRADIENT_TABLES, present)
         if table is None:
             return False
+        if tops is not None:
+            tops.zero_()
         with torch.cuda.device(self._buffer.device):
             self._kernels.gather[(len(self._tiles),)](
-                table, self._pieces, self._tiles, self._buffer, SIZE=TILE
+                table,
+                self._pieces,
+                self._tiles,
+                self._buffer,
+                self._none_bad if tops is None else tops,
+                SIZE=TILE,
+                MEASURE=tops is not None,
             )
         return True
 
-    def scatter(self, params: Sequence[Tensor], lr: Tensor, weight_decay: float) -> bool:
-        """W <- W (1 - lr * weight_decay) - lr * U, U in the buffer, lr [] on the device.
+    def scatter(
+        self, params: Sequence[Tensor], lr: Tensor, weight_decay: float, bad: Tensor | None = None
+    ) -> bool:
+        """W <- W (1 - lr * weight_decay) - lr * U, U in the buffer, lr [] on the device; but not
+        for parameters where bad, int32 on the device, is not zero.
 
         False, and nothing done, if the parameters are not any more what :meth:`fits` asks for.
         """
@@ -101,7 +118,14 @@ class Transfer:
             return False
         with torch.cuda.device(self._buffer.device):
             self._kernels.scatter[(len(self._tiles),)](
-                table, self._pieces, self._tiles, self._buffer, lr, weight_decay, SIZE=TILE
+                table,
+                self._pieces,
+                self._tiles,
+                self._buffer,
+                lr,
+                weight_decay,
+                self._none_bad if bad is None else bad,
+                SIZE=TILE,
             )
         return True
 

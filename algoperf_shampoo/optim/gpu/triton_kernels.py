@@ -60,6 +60,12 @@ def _raise_top(word, row, values):
 
 
 @triton.jit
+def _mark(word, row):
+    """Not zero where a row's gradient is not to be learnt from, given the address of all marks."""
+    return tl.load(tl.load(word).to(tl.pointer_type(tl.int32)) + row)
+
+
+@triton.jit
 def _split_dot(a, b):
     """a b, accurate to float32, of scaled tiles."""
     a_high = a.to(tl.float16)
@@ -72,10 +78,10 @@ def _split_dot(a, b):
 
 
 @triton.jit
-def _average(factor, d, r, c, mirrored, total, beta, weight):
+def _average(factor, d, r, c, mirrored, total, beta, weight, bad):
     """factor [d, d] <- beta factor + weight total at rows r and columns c, and the other way
-    round."""
-    mask = (r[:, None] < d) & (c[None, :] < d)
+    round; as it is, if ``bad`` is not zero."""
+    mask = (r[:, None] < tl.where(bad == 0, d, 0)) & (c[None, :] < d)
     old = tl.load(factor + r[:, None] * d + c[None, :], mask=mask, other=0.0)
     new = old * beta + total * weight
     tl.store(factor + r[:, None] * d + c[None, :], new, mask=mask)
@@ -196,9 +202,9 @@ def gram(
 ):
     """factor <- beta factor + weight X X', one triangle computed and mirrored.
 
-    x is X [rows, d, K], or X' [rows, K, d] with COLUMNS. Group: x, factor, top of x, d, K. Tile:
-    group, row, first row, first column <= first row, first k, last k + 1. IN_PIECES: X X' over the
-    tile's k goes to ``partial_ptr`` [tiles, S, S] instead.
+    x is X [rows, d, K], or X' [rows, K, d] with COLUMNS. Group: x, factor, top of x, d, K, marks of
+    bad rows. Tile: group, row, first row, first column <= first row, first k, last k + 1.
+    IN_PIECES: X X' over the tile's k goes to ``partial_ptr`` [tiles, S, S] instead.
     """
     tile = tiles + tl.program_id(0) * 6
     group = groups + tl.load(tile) * WORDS
@@ -235,7 +241,7 @@ def gram(
         tl.store(partial + inside[:, None] * S + inside[None, :], total)
     else:
         factor = _float_pointer(group + 1) + row * d * d
-        _average(factor, d, r, c, i != j, total, beta, weight)
+        _average(factor, d, r, c, i != j, total, beta, weight, _mark(group + 5, row))
 
 
 @triton.jit
@@ -258,14 +264,14 @@ def gram_of_pieces(groups, tiles, partial_ptr, beta, weight, S: tl.constexpr):
         partial += S * S
     r, c = i + inside, j + inside
     factor = _float_pointer(group + 1) + row * d * d
-    _average(factor, d, r, c, i != j, total, beta, weight)
+    _average(factor, d, r, c, i != j, total, beta, weight, _mark(group + 5, row))
 
 
 @triton.jit
 def outer(groups, tiles, beta, weight, S: tl.constexpr, ALIGN_D: tl.constexpr):
     """factor <- beta factor + weight x x' for vectors x [rows, d], in float32.
 
-    Group: x, factor, -, d. Tile: group, row, first row, first column, -, -.
+    Group: x, factor, -, d, -, marks of bad rows. Tile: group, row, first row, first column, -, -.
     """
     tile = tiles + tl.program_id(0) * 6
     group = groups + tl.load(tile) * WORDS
@@ -275,7 +281,7 @@ def outer(groups, tiles, beta, weight, S: tl.constexpr, ALIGN_D: tl.constexpr):
     d = tl.multiple_of(tl.load(group + 3).to(tl.int32), ALIGN_D)
     x = _float_pointer(group) + row * d
     where = _float_pointer(group + 1) + row * d * d + r[:, None] * d + c[None, :]
-    mask = (r[:, None] < d) & (c[None, :] < d)
+    mask = (r[:, None] < tl.where(_mark(group + 5, row) == 0, d, 0)) & (c[None, :] < d)
     square = tl.load(x + r, mask=r < d, other=0.0)[:, None]
     square = square * tl.load(x + c, mask=c < d, other=0.0)[None, :]
     tl.store(where, tl.load(where, mask=mask, other=0.0) * beta + weight * square, mask=mask)
@@ -294,6 +300,45 @@ def tops(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def judge(first, row_of, tops, bad_rows, bad_params, counts, count, bound):
+    """Mark the parameters whose gradients have a top >= bound (bits of a float32), and their rows,
+    and count them; see :class:`..nonfinite.Marks`. One program a parameter."""
+    param = tl.program_id(0)
+    start, stop = tl.load(first + param), tl.load(first + param + 1)
+    top = tl.load(tops + tl.load(row_of + start))
+    for k in range(start + 1, stop):
+        top = tl.maximum(top, tl.load(tops + tl.load(row_of + k)))
+    bad = (top >= bound).to(tl.int32)
+    for k in range(start, stop):
+        tl.store(bad_rows + tl.load(row_of + k), bad)
+    tl.store(bad_params + param, bad)
+    tl.store(counts + param, tl.load(counts + param) + bad)
+    in_a_row = counts + count + param
+    tl.store(in_a_row, (tl.load(in_a_row) + 1) * bad)
+
+
+@triton.jit
+def limits(groups, tiles, first, second, SIZE: tl.constexpr):
+    """(k S)^2 (1 - beta2^t) of every row, see :mod:`..noise`: k^2 times the trace of a factor, k =
+    first + second / sqrt(entries).
+
+    Group: factor, limits, d, entries. Tile: group, row, -, -. One program a row.
+    """
+    tile = tiles + tl.program_id(0) * 4
+    group = groups + tl.load(tile) * WORDS
+    row = tl.load(tile + 1).to(tl.int64)
+    d = tl.load(group + 2).to(tl.int32)
+    factor = tl.load(group).to(tl.pointer_type(tl.float32)) + row * d * d
+    total = tl.zeros((SIZE,), tl.float32)
+    for start in range(0, d, SIZE):
+        k = start + tl.arange(0, SIZE)
+        total += tl.load(factor + k * (d + 1), mask=k < d, other=0.0)
+    level = first + second / tl.sqrt(tl.load(group + 3).to(tl.float32))
+    limit = tl.sum(total, 0) * level * level
+    tl.store(tl.load(group + 1).to(tl.pointer_type(tl.float32)) + row, limit)
+
+
+@triton.jit
 def adam(
     groups,
     tiles,
@@ -309,8 +354,9 @@ def adam(
     """Both moments, and Adam's direction in place of x; see :func:`..arithmetic.adam_`.
 
     rest1, rest2: 1 - beta1, 1 - beta2, which in float32 would be off by 1e-5. Group: x, m, v, top
-    of the direction, 1 - beta1^t and 1 - beta2^t (one a row), entries a row. Tile: group, row,
-    first entry.
+    of the direction, 1 - beta1^t and 1 - beta2^t (one a row), entries a row, marks of bad rows,
+    which keep their moments and get the direction 0, limits of noise (:func:`limits`; 0: none).
+    Tile: group, row, first entry.
     """
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
@@ -330,11 +376,15 @@ def adam(
     c1 = _load_of_row(group + 4, row)
     c2 = _load_of_row(group + 5, row)
     u /= (tl.sqrt(v) / tl.sqrt(c2) + eps) * c1
-    u = tl.where(mask, u, 0.0)
+    square = c1 * c1
+    limit = _load_of_row(group + 8, row) * square
+    u = tl.where(tl.maximum(v * square, m * m * c2) < limit, 0.0, u)
+    learns = k < tl.where(_mark(group + 7, row) == 0, size, 0)
+    u = tl.where(learns, u, 0.0)
     _raise_top(group + 3, row, u[None, :])
     tl.store(x_ptr, u, mask=mask)
-    tl.store(m_ptr, m, mask=mask)
-    tl.store(v_ptr, v, mask=mask)
+    tl.store(m_ptr, m, mask=learns)
+    tl.store(v_ptr, v, mask=learns)
 
 
 @triton.jit
@@ -371,27 +421,32 @@ def criterion(
 
 
 @triton.jit
-def gather(addresses, pieces, tiles, buffer, SIZE: tl.constexpr):
-    """Gradients into the buffer, see :mod:`.transfer`."""
-    piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 6
+def gather(addresses, pieces, tiles, buffer, tops, SIZE: tl.constexpr, MEASURE: tl.constexpr):
+    """Gradients into the buffer, and the tops of its rows; see :mod:`.transfer`."""
+    piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 7
     k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
     run = tl.load(piece + 3).to(tl.int32)
     row = k // run
     mask = k < tl.load(piece + 5)
     source = tl.load(addresses + tl.load(piece)).to(tl.pointer_type(tl.float32))
     source += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
-    tl.store(buffer + tl.load(piece + 2) + k, tl.load(source, mask=mask), mask=mask)
+    x = tl.load(source, mask=mask, other=0.0)
+    if MEASURE:
+        top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0)
+        tl.atomic_max(tops + tl.load(piece + 6), top)
+    tl.store(buffer + tl.load(piece + 2) + k, x, mask=mask)
 
 
 @triton.jit
-def scatter(addresses, pieces, tiles, buffer, lr_ptr, weight_decay, SIZE: tl.constexpr):
-    """Update directions from the buffer into parameters, see :mod:`.transfer`."""
-    piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 6
+def scatter(addresses, pieces, tiles, buffer, lr_ptr, weight_decay, bad, SIZE: tl.constexpr):
+    """Update directions from the buffer into parameters but the bad ones, see :mod:`.transfer`."""
+    piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 7
     k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
     run = tl.load(piece + 3).to(tl.int32)
     row = k // run
-    mask = k < tl.load(piece + 5)
-    to = tl.load(addresses + tl.load(piece)).to(tl.pointer_type(tl.float32))
+    param = tl.load(piece)
+    mask = k < tl.where(tl.load(bad + param) == 0, tl.load(piece + 5), 0)
+    to = tl.load(addresses + param).to(tl.pointer_type(tl.float32))
     to += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
     lr = tl.load(lr_ptr)
     u = tl.load(buffer + tl.load(piece + 2) + k, mask=mask)

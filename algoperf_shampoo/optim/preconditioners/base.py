@@ -25,6 +25,7 @@ class Rule(ABC):
 
     statistics_first: bool = True
     has_factors: bool = True
+    roots: bool = False  # whether operators are roots, which an all-zero factor has too
     # State tensors shaped like the blocks, zero at first: ``stack.state[name]``, [B, *shape].
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 

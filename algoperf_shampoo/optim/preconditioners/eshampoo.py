@@ -18,7 +18,8 @@ class EShampoo(Rule):
     code keeps M in the basis too, but there it is the algorithm).
 
     exp_avg is Q_L' M Q_R, exp_avg_sq is D. Before the first refresh Q = I and a step is AdamW's
-    (NAdamW's) without any product.
+    (NAdamW's) without any product. Coordinates that hold nothing but rounding take no step
+    (:mod:`..noise`).
     """
 
     def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
@@ -26,7 +27,7 @@ class EShampoo(Rule):
             arithmetic.adam(first, [s.g for s in first], h)
         if turned := [s for s in stacks if any(s.ready)]:
             xs = arithmetic.rotate(turned, [s.g for s in turned], h)
-            arithmetic.adam(turned, xs, h)
+            arithmetic.adam_in_basis(turned, xs, h)
             arithmetic.rotate_back(turned, xs, h)
 
     def leave(self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic) -> None:

@@ -23,6 +23,8 @@ class _InverseRoots(Rule):
         grafting_eps: Adam's epsilon.
     """
 
+    roots = True
+
     def __init__(self, eps: float, grafting_eps: float, exponent_multiplier: float = 1.0) -> None:
         self.eps = eps
         self.grafting_eps = grafting_eps
@@ -78,9 +80,9 @@ class UngraftedShampoo(_InverseRoots):
 
     def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
         xs = arithmetic.copy_of_gradients(stacks)
+        arithmetic.average(stacks, xs, h)
         for stack, x in zip(stacks, xs, strict=True):
             m = stack.state["exp_avg"]
-            m.lerp_(x, 1 - h.beta1)
             x.lerp_(m, h.beta1) if h.nadam else x.copy_(m)
             c1, _ = bias_corrections(stack, h)
             x.div_(c1)
