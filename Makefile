@@ -10,6 +10,7 @@ words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT EVERY ONCE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
 words.table1 := RUNS TABLE
+words.table3 := RUNS TABLE
 words.figures := RUNS OUT
 words.report := RUNS OUT TITLE
 words.repeat := RUN OUT DATA_DIR
@@ -60,7 +61,7 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm \
-  test-gpu test-kernels lint types table1 figures report repeat study status \
+  test-gpu test-kernels lint types table1 table3 tables figures report repeat study status \
   submission-pr FORCE
 .DEFAULT_GOAL := help
 
@@ -90,8 +91,8 @@ help: words ## list targets and variables
 	@echo '  RULESET=external   AlgoPerf'"'"'s; self: the point built into the submission'
 	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
 	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
-	@echo 'variables of table1, figures, report: RUNS=results/runs, folders of runs, comma-separated;'
-	@echo '  TABLE=results/table1  where table1 is written (.md, .csv, .json); with RUNS= nowhere else'
+	@echo 'variables of table1, table3, figures, report: RUNS=results/runs, folders of runs, comma-separated;'
+	@echo '  TABLE=results/table1  where a table is written (.md, .tex, .csv, .json, .index.md); with RUNS= nowhere else'
 
 # Refuses words, with the nearest that is taken, before anything else is done.
 words:
@@ -111,6 +112,12 @@ submit-%: words FORCE
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
 	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)
+
+table3: words ## Table 3, likewise; written to results/table3.*
+	$(IN_RUN) scripts/table.py --table=table3 $(call flag,RUNS,runs) $(call flag,TABLE,out)
+
+tables: words ## the committed tables again from the committed runs
+	$(IN_RUN) scripts/table.py --write
 
 figures: words ## curves and times of the runs as PNG and SVG, into OUT=results/figures
 	@sh scripts/in_venv.sh figures scripts/figures.py $(call flag,RUNS,runs) $(call flag,OUT,out)

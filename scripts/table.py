@@ -1,4 +1,8 @@
-"""Make Table 1 from run folders: ``python scripts/table.py --runs=results/runs``."""
+"""Make Table 1 or 3 from run folders: ``python scripts/table.py --runs=results/runs``.
+
+With ``--check`` or ``--write`` the committed tables instead, which ``results/measured/tables.json``
+lists with the runs that they follow from.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +13,58 @@ from absl import flags
 from command_line import ROOT, run
 
 from algoperf_shampoo import paths
-from algoperf_shampoo.study import table_text, tables
+from algoperf_shampoo.study import comparisons, table_files, table_text, tables
 
-_DEFAULT = "results/table1"
+_COMMITTED = "results/measured/tables.json"
+_TABLE = flags.DEFINE_enum("table", "table1", sorted(tables.TABLES), "Which table of the paper.")
 _OUT = flags.DEFINE_string(
     "out",
     None,
-    "Where to write, without .md, .csv, .json. If left out: results/table1 for the default runs, "
-    "nowhere for others.",
+    "Where to write, without .md and so on. If left out: results/table1 (or 3) for the default "
+    "runs, nowhere for others.",
 )
+_CHECK = flags.DEFINE_bool("check", False, "Say which committed tables differ from their runs'.")
+_WRITE = flags.DEFINE_bool("write", False, "Write the committed tables anew.")
 
 
 def main() -> int:
     """Print the tables and write them."""
+    if _CHECK.value or _WRITE.value:
+        return _committed(_WRITE.value)
     own = run_folders.are_default()
     found = run_folders.read()
-    made = tables.table1(found, ROOT)
+    made = comparisons.annotate(tables.TABLES[_TABLE.value](found, ROOT))
     width = table_text.terminal_width()
     print(*(table_text.render(table, width) for table in made), sep="\n\n")
+    default = f"results/{_TABLE.value}"
     if _OUT.value or own:
-        _write(paths.given("TABLE", _OUT.value or _DEFAULT, ROOT), made, asked=bool(_OUT.value))
+        _write(paths.given("TABLE", _OUT.value or default, ROOT), made, asked=bool(_OUT.value))
     else:
-        print(f"\nnot written: {_DEFAULT}.* is of the default runs; TABLE=name writes name.md, ...")
+        print(f"\nnot written: {default}.* is of the default runs; TABLE=name writes name.md, ...")
     return 0
 
 
 def _write(stem: Path, made: list[tables.Table], asked: bool) -> None:
-    """Write the three files; that nothing can be written there is an error only if asked for."""
-    formats = {"md": tables.to_markdown, "csv": tables.to_csv, "json": tables.to_json}
+    """Write the files; that nothing can be written there is an error only if asked for."""
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
+        formats = table_files.formats(made, stem, ROOT)
         for ending, content in formats.items():
-            Path(f"{stem}.{ending}").write_text(content(made), encoding="utf-8")
+            Path(f"{stem}.{ending}").write_text(content, encoding="utf-8")
     except OSError as error:
         if asked:
             raise
         print(f"\nnot written: {paths.complaint(error)}")
     else:
-        print(f"\nwritten: {paths.shown(stem, ROOT)}.md, .csv, .json")
+        print(f"\nwritten: {paths.shown(stem, ROOT)}.{', .'.join(formats)}")
+
+
+def _committed(write: bool) -> int:
+    """Compare the committed tables with what their runs give now, or write them anew."""
+    stale = table_files.stale(ROOT, ROOT / _COMMITTED, write)
+    for name in stale:
+        print(f"{name}: {'written' if write else 'is not what its runs give; make tables'}")
+    return 0 if write or not stale else 1
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 from algoperf_shampoo import json_input, points
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import submission_loader
-from algoperf_shampoo.study import differences, export, memory, tables
+from algoperf_shampoo.study import differences, export, memory, table_files, tables
 from algoperf_shampoo.study.logs import Trial, size_of
 
 PAPER = (
@@ -109,7 +109,7 @@ def _same_point(trial: Trial, record: dict[str, Any], fields: Sequence[str]) -> 
 
 
 def _tables(trials: Sequence[Trial], root: Path) -> str:
-    return tables.to_markdown(tables.of_runs(trials, root)).strip() if trials else ""
+    return table_files.to_markdown(tables.of_runs(trials, root)).strip() if trials else ""
 
 
 def _paper(root: Path, variant: str) -> str:

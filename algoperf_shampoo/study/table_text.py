@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from algoperf_shampoo.study import comparisons
 from algoperf_shampoo.study.tables import Row, Table, cells, numbered
 
 WIDEST, NARROWEST = 100, 80
@@ -47,12 +48,20 @@ def render(table: Table, width: int = WIDEST) -> str:
         lines.append(_line([title, *own, *paper][:count], columns))
         lines += _below(row, paper, beside, width)
     missing: dict[str, list[str]] = {}
+    absent: dict[str, list[str]] = {}
     for row in table.rows:
-        if not row.runs:
+        if row.absent:
+            absent.setdefault(row.absent, []).append(f"{row.workload}, {(row.paper or {})['name']}")
+        elif not row.runs:
             missing.setdefault(row.workload, []).append(row.title)
     if missing:
         text = "; ".join(f"{name}: {', '.join(titles)}" for name, titles in missing.items())
         lines += ["", *_wrapped(f"no runs yet: {text}", width, _INDENT)]
+    for reason, names in absent.items():
+        lines += _wrapped(f"{reason}: {'; '.join(names)}", width, _INDENT)
+    for paragraph in [comparisons.rule(table), *comparisons.pooled_lines(table)]:
+        if paragraph:
+            lines += ["", *_wrapped(paragraph, width, _INDENT)]
     return "\n".join([*lines, "", *_legend(listed, width)])
 
 

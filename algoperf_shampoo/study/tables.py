@@ -7,21 +7,22 @@ benchmark version; seeds alone differ within a row. Every row says what sets its
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import json_input
 from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
 from algoperf_shampoo.study import differences, files
-from algoperf_shampoo.study.differences import Difference
+from algoperf_shampoo.study.differences import F_KEY, TAU_KEY, Difference
 from algoperf_shampoo.study.logs import Trial, size_of
+
+STUDIES = Path(__file__).with_name("studies")
 
 # Fields that only the published Shampoo submission has, where it is Shampoo grafted from Adam.
 _META = {
@@ -60,6 +61,38 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A row against the reference row: ratio of mean steps, and p-values before and after Holm's
+    correction; see :mod:`.significance`. ``least``: the smallest that a difference could have."""
+
+    reference: str
+    steps_ratio: float | None
+    difference: float
+    difference_corrected: float
+    equivalence: float
+    equivalence_corrected: float
+    verdict: str
+    mark: str
+    least: float
+    decidable: bool
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A setting against the reference over several workloads."""
+
+    name: str
+    workloads: list[str]
+    runs: int
+    reference_runs: int
+    difference: float
+    difference_corrected: float
+    equivalence: float
+    equivalence_corrected: float
+    verdict: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One line: a point on a workload. Steps and seconds to target, the paper's row.
 
@@ -82,6 +115,13 @@ class Row:
     settings: list[str] = field(default_factory=list)
     ruleset: str = ""
     framework: str = ""
+    values: list[int | None] = field(default_factory=list)
+    """Steps to target of each run that ended, None for a miss."""
+    absent: str = ""
+    """Why there can be no runs."""
+    comparison: Comparison | None = None
+    paper_implies: str = ""
+    paper_steps_ratio: float | None = None
 
     @property
     def title(self) -> str:
@@ -96,6 +136,7 @@ class Table:
     size: str
     caption: str
     rows: list[Row]
+    pooled: list[Pooled] = field(default_factory=list)
 
 
 def read_paper(path: Path) -> list[dict[str, Any]]:
@@ -109,11 +150,14 @@ def build(
     paper: Sequence[dict[str, Any]],
     sizes: Sequence[str],
     root: Path,
+    name: str = "Table 1",
+    mini_f: Mapping[str, int | None] | None = None,
 ) -> list[Table]:
     """One table a size: a row for each of the paper's, with or without runs, then the other points.
 
     A full run is set beside the paper's row of its variant, F and tau; a mini, whose F is its own,
-    beside that of its variant.
+    beside that of its variant, or with ``mini_f`` beside the row whose F it translates to the
+    mini's (None: the row has no counterpart), tau as it is and nothing else changed.
     """
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
@@ -137,16 +181,25 @@ def build(
         for base, title in _WORKLOADS.items():
             here = {k: g for k, g in own.items() if k[0] == base + suffix}
             for entry in (e for e in paper if e["workload"] == base and size != "minidata"):
-                matching = [k for k in here if _is_of(here[k][0], entry, size, root)]
+                if size == "mini" and mini_f is not None:
+                    f = mini_f.get(str(entry[F_KEY]), entry[F_KEY])
+                    matching = [
+                        k for k in here if f and _is_mini_of(here[k][0], differs[k], entry, f)
+                    ]
+                else:
+                    f = entry[F_KEY]
+                    matching = [k for k in here if _is_of(here[k][0], entry, size, root)]
                 rows += [row(title, key, entry) for key in matching]
                 for key in matching:
                     del here[key]
                 if not matching:
-                    rows.append(Row(title, entry["variant"], "", None, 0, 0, None, None, entry))
+                    absent = "" if f else "no counterpart at this size"
+                    empty = Row(title, entry["variant"], "", None, 0, 0, None, None, entry)
+                    rows.append(replace(empty, absent=absent))
             rows += [row(title, key, None) for key in sorted(here)]
         known = {base + suffix for base in _WORKLOADS}
         rows += [row(key[0], key, None) for key in sorted(own) if key[0] not in known]
-        tables.append(Table(size, _caption(size, rows, own), rows))
+        tables.append(Table(size, _caption(name, size, rows, own), rows))
     return tables
 
 
@@ -156,50 +209,31 @@ def table1(trials: Sequence[Trial], root: Path) -> list[Table]:
     ``root`` is the repository.
     """
     paper = read_paper(root / "results" / "paper" / "table1.json")
+    return build(trials, paper, _sizes(trials), root)
+
+
+def table3(trials: Sequence[Trial], root: Path) -> list[Table]:
+    """As :func:`table1`, of Table 3; the study ``table3`` says what the paper's F is on a mini."""
+    paper = read_paper(root / "results" / "paper" / "table3.json")
+    path = STUDIES / "table3.json"
+    # Without a study a mini's F is the paper's own.
+    frequencies = json_input.read(path, "study file")["mini"]["F"] if path.is_file() else {}
+    return build(trials, paper, _sizes(trials), root, "Table 3", frequencies)
+
+
+TABLES = {"table1": table1, "table3": table3}
+"""By the name of the make target."""
+
+
+def _sizes(trials: Sequence[Trial]) -> list[str]:
     extra = ["minidata"] if any(size_of(trial.workload) == "minidata" for trial in trials) else []
-    return build(trials, paper, ["mini", *extra, "full"], root)
+    return ["mini", *extra, "full"]
 
 
 def of_runs(trials: Sequence[Trial], root: Path) -> list[Table]:
     """Tables of some runs alone, without the rows that no run of theirs belongs to."""
     made = [replace(t, rows=[r for r in t.rows if r.runs]) for t in table1(trials, root)]
     return [table for table in made if table.rows]
-
-
-def to_markdown(tables: Sequence[Table]) -> str:
-    """Tables as Markdown; each row's number leads to the runs listed below its table."""
-    return "\n".join(_table_markdown(table) for table in tables)
-
-
-def to_csv(tables: Sequence[Table]) -> str:
-    """All rows as CSV, seconds and full precision."""
-    text = io.StringIO(newline="")
-    columns = (
-        "size workload name label version ruleset framework hits ended steps_mean steps_se "
-        "seconds_mean seconds_se paper_hits paper_runs paper_steps_mean paper_steps_se "
-        "paper_time_min_mean paper_time_min_se differs"
-    ).split()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for table in tables:
-        for row in table.rows:
-            line: dict[str, Any] = {"size": table.size}
-            for name in columns[1 : columns.index("steps_mean")]:
-                line[name] = getattr(row, name)
-            for name, estimate in (("steps", row.steps), ("seconds", row.seconds)):
-                if estimate is not None:
-                    line |= {f"{name}_mean": estimate.mean, f"{name}_se": estimate.error}
-            line["differs"] = "; ".join(difference.text() for difference in row.differs)
-            for column in columns[columns.index("paper_hits") : -1]:
-                line[column] = (row.paper or {}).get(column.removeprefix("paper_"))
-            writer.writerow(line)
-    return text.getvalue()
-
-
-def to_json(tables: Sequence[Table]) -> str:
-    """Everything, the run folders of each row among it."""
-    content = [asdict(table) for table in tables]
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _is_of(trial: Trial, entry: dict[str, Any], size: str, root: Path) -> bool:
@@ -211,6 +245,17 @@ def _is_of(trial: Trial, entry: dict[str, Any], size: str, root: Path) -> bool:
     # A file may state tau = 0 or null for "refresh at every check": the paper's rows without tau.
     same_tau = (points.get("tau") or None) == entry["tau"]
     return same_tau and points.get("precondition_frequency") == entry["precondition_frequency"]
+
+
+def _is_mini_of(trial: Trial, differs: list[Difference], entry: dict[str, Any], f: int) -> bool:
+    point = trial.hparams or {}
+    return (
+        trial.label.startswith(entry["variant"])
+        and trial.trial == 1
+        and point.get(F_KEY) == f
+        and (point.get(TAU_KEY) or None) == entry["tau"]
+        and all(difference.field in (F_KEY, TAU_KEY) for difference in differs)
+    )
 
 
 def _is_published(trial: Trial, entry: dict[str, Any], root: Path) -> bool:
@@ -264,28 +309,29 @@ def _row(
         settings=settings,
         ruleset=first.ruleset,
         framework=first.framework,
+        values=[t.steps_to_target for t in group if t.outcome in ("hit", "miss")],
     )
 
 
-def _caption(size: str, rows: list[Row], own: dict[tuple[Any, ...], list[Trial]]) -> str:
+def _caption(name: str, size: str, rows: list[Row], own: dict[tuple[Any, ...], list[Trial]]) -> str:
     if size == "minidata":
         return (
             "AlgoPerf's own workloads and harness on little data (minidata): checks that the "
             "machinery runs. Targets are those of the data's manifest; nothing here is comparable "
-            "with Table 1."
+            f"with {name}."
         )
     if size == "mini":
         targets = sorted({(k[0], g[0].metric, g[0].target) for k, g in own.items()}, key=str)
         shown = ", ".join(f"{w} {metric} {target:g}" for w, metric, target in targets if target)
         return (
-            "Table 1, mini: the suite's own small models and data, its own targets"
+            f"{name}, mini: the suite's own small models and data, its own targets"
             f"{f' ({shown})' if shown else ''}. Steps and submission time to the validation "
             "target, mean ± standard error over the runs that reach it. The paper's columns are "
             "of the full size: compare the order of the variants, not the figures."
         )
     versions = sorted({row.version for row in rows if row.version})
     return (
-        "Table 1, full: steps and submission time to the validation target, mean ± standard error "
+        f"{name}, full: steps and submission time to the validation target, mean ± standard error "
         "over the runs that reach it; benchmark version of targets and step hints: "
         f"{', '.join(f'AlgoPerf {v}' for v in versions) if versions else 'no runs yet'}. "
         "The paper's version is not stated there."
@@ -302,7 +348,7 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     body = []
     for number, row in numbered(table):
         if not row.runs:
-            measured = ["", "no runs yet", "", ""]
+            measured = ["", row.absent or "no runs yet", "", ""]
         else:
             seconds = row.seconds
             if seconds is not None:
@@ -311,7 +357,7 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
             measured = [
                 f"[{number}]",
                 f"{row.hits}/{row.ended}",
-                row.steps.text(0) if row.steps else "-",
+                (row.steps.text(0) if row.steps else "-") + _marked(row),
                 seconds.text(digits) if seconds else "-",
             ]
         body.append([row.workload, row.name, *measured, *_paper_cells(row.paper)])
@@ -328,32 +374,19 @@ def _paper_cells(paper: dict[str, Any] | None) -> list[str]:
     return [paper["name"], f"{paper['hits']}/{paper['runs']}", steps.text(0), time.text(2)]
 
 
-def _table_markdown(table: Table) -> str:
-    header, body = cells(table)
-    lines = [f"**{table.caption}**", "", _pipe(header), _pipe(["---"] * len(header))]
-    lines += [_pipe(row) for row in body]
-    listed = [(number, row) for number, row in numbered(table) if row.runs]
-    if listed:
-        lines += ["", "Runs behind each row:", ""]
-    for number, row in listed:
-        lines.append(f"- [{number}] {row.workload}, {row.label}: " + ", ".join(row.runs))
-        lines += [f"  - {note}" for note in row.notes]
-    return "\n".join(lines) + "\n"
-
-
 def numbered(table: Table) -> list[tuple[int, Row]]:
     """The rows with their numbers, 0 for one without runs."""
     numbers = iter(range(1, len(table.rows) + 1))
     return [(next(numbers) if row.runs else 0, row) for row in table.rows]
 
 
+def _marked(row: Row) -> str:
+    return f" {row.comparison.mark}" if row.comparison and row.comparison.mark else ""
+
+
 def _bracketed(settings: Sequence[str]) -> str:
     """`` (F = 50, tau = 0.1)``, nothing of nothing."""
     return f" ({', '.join(settings)})" if settings else ""
-
-
-def _pipe(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def run_name(path: Path, root: Path) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from algoperf_shampoo.study import logs, table_text, tables
+from algoperf_shampoo.study import comparisons, logs, table_files, table_text, tables
 
 ROOT = Path(__file__).parents[2]
 CSV, META = "eval_measurements.csv", "meta_data_0.json"
@@ -236,9 +236,13 @@ def _check(trial: logs.Trial) -> None:
     assert trial.outcome != "unknown" or trial.holes
     assert (trial.steps_to_target is None) == (trial.outcome != "hit")
     assert all(hole.isprintable() for hole in trial.holes)
-    made = tables.table1([trial], ROOT)
-    json.loads(tables.to_json(made), parse_constant=_refuse)
-    for text in (tables.to_csv(made), tables.to_markdown(made), *map(table_text.render, made)):
+    made = comparisons.annotate(tables.table1([trial], ROOT))
+    json.loads(table_files.to_json(made), parse_constant=_refuse)
+    for text in (
+        table_files.to_csv(made),
+        table_files.to_markdown(made),
+        *map(table_text.render, made),
+    ):
         text.encode("utf-8")
 
 

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from algoperf_shampoo.harness import seal
-from algoperf_shampoo.study import evaluations, files, logs, table_text, tables
+from algoperf_shampoo.study import (
+    comparisons,
+    evaluations,
+    files,
+    logs,
+    table_files,
+    table_text,
+    tables,
+)
 from tests.study.test_logs import COLUMNS, HIT, embedded_trial, made_trial
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +38,17 @@ def not_counted(path: Path, *reasons: str) -> logs.Trial:
 
 def written(*paths: Path) -> str:
     """The tables of some trials in all their forms; the Markdown."""
-    made = tables.table1([logs.read_trial(path) for path in paths], ROOT)
-    json.loads(tables.to_json(made), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    for text in (tables.to_csv(made), *map(table_text.render, made), tables.to_markdown(made)):
+    made = comparisons.annotate(tables.table1([logs.read_trial(path) for path in paths], ROOT))
+    json.loads(
+        table_files.to_json(made), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
+    for text in (
+        table_files.to_csv(made),
+        *map(table_text.render, made),
+        table_files.to_markdown(made),
+    ):
         text.encode("utf-8")
-    return tables.to_markdown(made)
+    return table_files.to_markdown(made)
 
 
 @pytest.mark.parametrize(

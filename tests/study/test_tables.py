@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from algoperf_shampoo.study import logs, table_text, tables
+from algoperf_shampoo.study import logs, table_files, table_text, tables
 from tests.study.test_logs import SHAMPOO, made_trial
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_no_runs_at_all_shows_every_row_of_the_papers_table():
     for table in tables.table1([], ROOT):
         assert len(table.rows) == 9
         assert table_text.render(table) == f"Table 1, {table.size}: no runs yet"
-        assert tables.to_markdown([table]).count("no runs yet") >= 9
+        assert table_files.to_markdown([table]).count("no runs yet") >= 9
 
 
 def test_mini_and_full_never_meet(tmp_path):
@@ -106,8 +106,8 @@ def test_standard_error_of_known_numbers():
 
 def test_all_formats_hold_the_same_rows(tmp_path):
     made = tables.table1(published_trials(tmp_path), ROOT)
-    markdown, csv_text = tables.to_markdown(made), tables.to_csv(made)
-    content = json.loads(tables.to_json(made))
+    markdown, csv_text = table_files.to_markdown(made), table_files.to_csv(made)
+    content = json.loads(table_files.to_json(made))
     assert sum(len(table["rows"]) for table in content) == 18 == csv_text.count("\n") - 1
     for run in content[1]["rows"][0]["runs"]:
         assert run in markdown
@@ -157,10 +157,10 @@ def test_every_field_that_differs_is_said_in_every_format(tmp_path):
         f"({point['weight_decay']:.6g}))",
     }
     assert {row.name for row in rows} == names
-    markdown, csv_text = tables.to_markdown([mini]), tables.to_csv([mini])
+    markdown, csv_text = table_files.to_markdown([mini]), table_files.to_csv([mini])
     assert all(name in markdown for name in names)
     assert f"learning_rate = 0.5 ({own}); tau = 0.3 (0.1); one_dim = adam (full)" in csv_text
-    content = json.loads(tables.to_json([mini]))[0]["rows"]
+    content = json.loads(table_files.to_json([mini]))[0]["rows"]
     assert {"field": "learning_rate", "value": 0.02, "own": own} in [
         difference for row in content for difference in row["differs"]
     ]
