@@ -11,6 +11,7 @@ words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
 words.table1 := RUNS TABLE
 words.table3 := RUNS TABLE
+words.rank := RUN VARIANT
 words.figures := RUNS OUT
 words.report := RUNS OUT TITLE
 words.repeat := RUN OUT DATA_DIR
@@ -61,7 +62,7 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm \
-  test-gpu test-kernels lint types table1 table3 tables figures report repeat study status \
+  test-gpu test-kernels lint types table1 table3 tables rank figures report repeat study status \
   submission-pr FORCE
 .DEFAULT_GOAL := help
 
@@ -115,6 +116,9 @@ table1: words ## Table 1 from the runs so far, beside the paper's; written to re
 
 table3: words ## Table 3, likewise; written to results/table3.*
 	$(IN_RUN) scripts/table.py --table=table3 $(call flag,RUNS,runs) $(call flag,TABLE,out)
+
+rank: words ## score and place in AlgoPerf's 2026 pool, of runs RUN= or of the paper's steps, VARIANT=
+	$(IN_RUN) scripts/rank.py $(call flag,RUN,run) $(call flag,VARIANT,variant)
 
 tables: words ## the committed tables again from the committed runs
 	$(IN_RUN) scripts/table.py --write

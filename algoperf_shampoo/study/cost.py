@@ -208,7 +208,7 @@ def _from_published(cost: Cost, run: RunSpec, root: Path) -> Cost:
         if baseline is None:
             return replace(cost, sources=(f"{run.workload}: no seconds a step are known",))
         scale = published["gpus"] / cost.gpus
-        share, words = _share(run, root)
+        share, words = optimizer_share(run, root)
         step_s = baseline * scale + (share or 0.0)
         scaled = f", x {scale:g} for {cost.gpus}" if scale != 1 else ""
         sources.append(
@@ -229,7 +229,7 @@ def _from_published(cost: Cost, run: RunSpec, root: Path) -> Cost:
     )
 
 
-def _share(run: RunSpec, root: Path) -> tuple[float | None, str]:
+def optimizer_share(run: RunSpec, root: Path) -> tuple[float | None, str]:
     """Our optimizer's seconds a step on an A100, from those on an H100; and what was taken."""
     path = root / "results" / "measured" / "h100" / f"optimizer_step_{run.workload}.json"
     contender = _CONTENDERS.get(run.variant, _OURS)
