@@ -246,3 +246,27 @@ def test_launches_of_another_boot_machine_and_version() -> None:
         "failed: exit code 3",
     ]
     assert json.loads(json.dumps(closed)) == closed
+
+
+def test_a_hit_is_said_once_and_at_once(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    code = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+meta = {"workload.target_metric_name": "ssim", "workload.validation_target_value": 0.5}
+(folder / "meta_data_0.json").write_text(json.dumps(meta))
+table = folder / "eval_measurements.csv"
+table.write_text("global_step,accumulated_submission_time,validation/ssim\\n")
+for step, value in ((1, .1), (10, .6), (20, .7)):
+    with table.open("a") as file:
+        file.write(f"{step},{step}.5,{value}\\n")
+    print("Saved checkpoint to somewhere", flush=True)
+"""
+    lines: list[str] = []
+    with run_lock.hold(run.run_dir) as lock:
+        command = door.Command((sys.executable, "-c", code, str(run.run_dir)), {})
+        console.run(ROOT, run.run_dir, run.name, command, lock, lines.append)
+        console.run(ROOT, run.run_dir, run.name, command, lock, lines.append)
+    # The second launch finds it hit already: nothing is said again.
+    told = "hit: ssim 0.5 reached at step 10, 10.5 s of submission time"
+    assert lines == [f"nadamw ogbg seed 1: {told}"]
