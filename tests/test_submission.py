@@ -56,7 +56,8 @@ def test_a_point_built_in_is_the_only_one():
     point |= {"one_minus_beta1": 0.1, "one_minus_beta2": 0.1, "warmup_factor": 0.1}
     point |= {"step_hint_factor": 1, "label_smoothing": 0, "dropout_rate": 0}
     own = submission.Submission(lambda *_: None, ("common",), built_in=point)
-    assert own.point(None)._asdict() == point and own.point(None) is own.point(None)
+    assert own.point(None)._asdict().items() >= point.items()
+    assert own.point(None) is own.point(None)
     with pytest.raises(ValueError, match="has its point built in and takes no other"):
         own.point(collections.namedtuple("Hyperparameters", point)(**point))
     own.built_in = {**point, "epsilon": 0}
