@@ -159,8 +159,10 @@ def disturb(out: Path, name: Path, small: Path) -> dict[str, Any]:
     result["lost with the node"] = sorted(there)
     wait_until("the drained node's runs have ended", lambda: not jobs("n2"))
     result["started on the drained node"] += sorted(jobs("n2") - on_n2)
-    ask("scontrol", "update", "NodeName=n1", "State=RESUME")
-    ask("scontrol", "update", "NodeName=n2", "State=RESUME")
+    for node in ("n1", "n2"):  # refused for one that has come back by itself
+        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"])
+    out_of_use = ["sinfo", "--noheader", "--partition=low", "--states=drain,down", "--format=%N"]
+    wait_until("both nodes take jobs", lambda: not ask(*out_of_use).strip())
     for job in jobs(state="pending"):  # Slurm lets what it requeues wait for two minutes
         ask("scontrol", "update", f"JobId={job}", "StartTime=now")
 
