@@ -134,14 +134,15 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_table_script_refuses_a_missing_folder_and_writes_three_files(tmp_path):
+def test_the_table_script_refuses_a_missing_folder_and_writes_the_rest(tmp_path):
     refused = run("--runs=no/such/runs", f"--out={tmp_path}/table", script="table.py")
     assert_refused(refused, "no such folder of runs")
     runs = ROOT / "tests" / "data" / "published_v06"
     done = run(f"--runs={runs}", f"--out={tmp_path}/table", script="table.py")
     assert done.returncode == 0, done.stderr
     assert "no runs yet" in done.stdout and "AlgoPerf v0.6" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["table.csv", "table.json", "table.md"]
+    endings = ("csv", "index.md", "json", "md", "tex")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"table.{e}" for e in endings]
 
 
 def test_a_table_of_other_runs_is_written_only_where_asked(tmp_path):
