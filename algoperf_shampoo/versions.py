@@ -147,6 +147,11 @@ def identify(
     return " or ".join(version.name for version in (by_commit or fitting)) or UNKNOWN
 
 
+def knows(workload: str) -> bool:
+    """Whether a version has settings for a workload."""
+    return any(workload in version.workloads for version in shipped())
+
+
 def self_tuning_factor(version: str) -> float:
     """How much longer self-tuning runs may take; of an unknown version, the most it ever was."""
     named = [v.self_tuning_budget_factor for v in shipped() if v.name in version.split(" or ")]

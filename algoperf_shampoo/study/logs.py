@@ -169,6 +169,8 @@ def read_trial(path: Path) -> Trial:
     if diverged:
         holes.note("diverged" + (" (run.json)" if status == _DIVERGED else ""))
     version = _version(workload, meta, target)
+    if version == versions.UNKNOWN and versions.knows(workload):
+        holes.note("step hint, target and budget of the meta data are of no known AlgoPerf version")
     ruleset = "self" if flags.get("tuning_ruleset") == "self" else "external"
     budget = _budget(meta, version, ruleset)
     outcome = _outcome(path, hit, evaluations, embedded, status, diverged, flags, budget, holes)

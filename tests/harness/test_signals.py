@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -169,6 +170,11 @@ def test_the_real_command_at_any_moment(tmp_path, number):
         output, errors = process.communicate()
         if process.returncode == 0:
             ended.append("finished")
+        elif process.returncode == -number:
+            # Before Python listens, or when it has stopped to: nothing is under way then.
+            records = [json.loads(p.read_text()) for p in tmp_path.rglob("run.json")]
+            assert errors == "" and (output == "" or records[0]["status"] == "finished")
+            ended.append("outside")
         else:
             assert process.returncode == 128 + number, errors
             assert re.fullmatch(r"interrupted: .*the same command .*\n", errors), errors
