@@ -71,7 +71,7 @@ class Transfer:
     @staticmethod
     def fits(params: Sequence[Tensor]) -> bool:
         """Whether the parameters are such that this class can serve."""
-        return kernels() is not None and all(
+        return bool(params) and kernels() is not None and all(
             p.is_cuda
             and p.device == params[0].device
             and p.dtype == torch.float32
