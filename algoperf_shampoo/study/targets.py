@@ -5,15 +5,17 @@
 2. Seeds: the best point with seeds 1, 2, 3. Target: the mean of the metric at 75% of the budget,
    for validation and test alike, rounded down to four digits.
 
-The logs lie in ``results/measured/mini/``; ``scripts/mini_targets.py`` does the sum again. While
-they were made the targets stood at 1.0, so that no run ended early.
+The logs lie in ``results/measured/mini/``; ``scripts/mini_targets.py`` does the sum again.
+They were made with the workload files of :func:`write_unreachable`, so that no run ended early.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +94,20 @@ def write_target(config: Path, target: Target) -> None:
         pattern = rf'("{name}_target_value": )[0-9.]+'
         tail = re.sub(pattern, rf"\g<1>{value}", tail, count=1)
     config.write_text(head + mini + tail, encoding="utf-8")
+
+
+def write_unreachable(configs: Sequence[Path], folder: Path) -> None:
+    """Copies of workload files in ``folder``, with minis' targets of 1.0, which no run reaches.
+
+    Raises:
+        FileExistsError: a file is there already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in configs:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["mini"] |= {"validation_target_value": 1.0, "test_target_value": 1.0}
+        with (folder / path.name).open("x", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2) + "\n")
 
 
 def _down(value: float) -> float:

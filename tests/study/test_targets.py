@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from algoperf_shampoo import workloads
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.study import targets
 from algoperf_shampoo.study.logs import find_trials
@@ -48,6 +49,16 @@ def test_a_missing_run_is_named(tmp_path):
         targets.measured_targets(logs / "grid" / "nadamw", logs / "targets", {"mnist_mini": 500})
     with pytest.raises(UserError, match="the rule wants 3"):
         targets.measured_targets(logs / "grid" / "nadamw", tmp_path, {"ogbg_mini": 500})
+
+
+def test_targets_that_no_run_reaches(tmp_path):
+    configs = [REPOSITORY / "workloads_config" / "ogbg.json"]
+    targets.write_unreachable(configs, tmp_path / "new")
+    there, here = workloads.load("ogbg_mini", tmp_path / "new"), workloads.load("ogbg_mini")
+    assert (there.validation_target_value, there.test_target_value) == (1.0, 1.0)
+    assert (there.step_hint, there.max_steps) == (here.step_hint, here.max_steps)
+    with pytest.raises(FileExistsError):
+        targets.write_unreachable(configs, tmp_path / "new")
 
 
 def test_only_the_minis_targets_are_rewritten(tmp_path):

@@ -109,7 +109,7 @@ def test_shipped_configurations(name: str) -> None:
     assert workload.name == name
     if workload.is_mini:
         assert workload.max_steps is not None and workload.eval_period_steps is not None
-        assert workload.step_hint == 0.75 * workload.max_steps  # AlgoPerf's own proportion
+        assert workload.step_hint == workload.max_steps  # the schedule ends with the budget
         assert workload.max_steps % workload.eval_period_steps == 0
     else:
         assert workload.max_steps is None and workload.eval_period_steps is None
