@@ -21,28 +21,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from . import points
+from . import batch_sizes, points
 from .optim import Kronecker
 
 log = logging.getLogger(__name__)
-
-# Global batch sizes: of the paper's runs; of the published Shampoo in AlgoPerf's v0.6 elsewhere
-# (finewebedu_lm, which is younger: of the entries of 2026); and of the minis on a CPU.
-BATCH_SIZES = {
-    "fastmri": 32,
-    "imagenet_vit": 1024,
-    "ogbg": 512,
-    "criteo1tb": 262144,
-    "imagenet_resnet": 1024,
-    "librispeech_conformer": 200,
-    "librispeech_deepspeech": 224,
-    "wmt": 128,
-    "finewebedu_lm": 64,
-    "mnist": 64,
-    "fastmri_mini": 4,
-    "imagenet_vit_mini": 64,
-    "ogbg_mini": 64,
-}
 
 # Set to "replay" to read past the batches that were used before a run under AlgoPerf's harness was
 # resumed (exact continuation, but on the clock); by default the input pipeline starts over.
@@ -179,10 +161,7 @@ class Submission:
         Raises:
             ValueError: unknown workload (AlgoPerf then asks again with the base workload's name).
         """
-        if workload_name not in BATCH_SIZES:
-            known = ", ".join(BATCH_SIZES)
-            raise ValueError(f"no batch size for workload {workload_name!r}; known: {known}")
-        return BATCH_SIZES[workload_name]
+        return batch_sizes.of(workload_name)
 
     def init_optimizer_state(
         self,

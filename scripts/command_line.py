@@ -19,11 +19,11 @@ from algoperf_shampoo import interrupt  # noqa: E402
 if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == ROOT / "scripts":
     interrupt.install()  # now: what is imported below takes seconds
 
+REMEDY = "pip install -e '.[run]' brings it"
 try:
     from absl import app, flags, logging
 except ModuleNotFoundError as missing:
-    remedy = "pip install -e '.[run]' brings it"
-    print(f"error: {sys.executable}: no module {missing.name}: {remedy}", file=sys.stderr)
+    print(f"error: {sys.executable}: no module {missing.name}: {REMEDY}", file=sys.stderr)
     sys.exit(2)
 
 from algoperf_shampoo import paths  # noqa: E402
@@ -46,6 +46,10 @@ def run(main: Callable[[], int]) -> None:
         except BrokenPipeError:  # `make table1 | head`: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141  # as a shell reports SIGPIPE
+        except ModuleNotFoundError as missing:
+            if missing.name != "torch":
+                raise
+            return _fail(UserError(f"{sys.executable}: no module torch: {REMEDY}"))
         except OSError as error:
             return _fail(UserError(paths.complaint(error)))
 

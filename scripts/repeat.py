@@ -10,7 +10,6 @@ from command_line import ROOT, run
 
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.study import repeat
 
 _RUN = flags.DEFINE_string("run", None, "Folder of the run, the one with run.json in it.")
 _OUT = flags.DEFINE_string("out", None, "Where to; results/repeats/N, a new one, if left out.")
@@ -21,6 +20,8 @@ def main() -> int:
     """Train it again and say whether the parameters end the same: 0, or 1 if they do not."""
     if not _RUN.value:
         raise UserError("RUN= is needed: the folder of a run, as a table lists it")
+    from algoperf_shampoo.study import repeat  # here, where a missing torch is one line
+
     recorded = repeat.read(paths.given("RUN", _RUN.value, ROOT))
     data = paths.given("DATA_DIR", _DATA_DIR.value, ROOT) if _DATA_DIR.value else None
     out = paths.given("OUT", _OUT.value, ROOT) if _OUT.value else repeat.new_folder(ROOT)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from algoperf_shampoo import points
+from algoperf_shampoo import batch_sizes, points
 from algoperf_shampoo.errors import UserError
 
 # Arguments the harness passes: by keyword to the first two, by position to the rest.
@@ -96,6 +96,20 @@ def load(root: Path, variant: str) -> Submission:
     """
     path = _path(root, variant)
     return from_module(_import(path, variant), path)
+
+
+def batch_size(root: Path, variant: str, workload: str) -> int:
+    """The variant's global batch size for a workload of ours, full or mini.
+
+    Where there is no torch to import the variant with, that of the table which the variants share.
+
+    Raises:
+        UserError: see :func:`load`.
+        ValueError: no batch size is known.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return batch_sizes.of(workload)
+    return load(root, variant).batch_size(workload)
 
 
 def from_module(module: ModuleType | Any, path: Path) -> Submission:

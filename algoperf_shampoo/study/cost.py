@@ -272,7 +272,7 @@ def _with_memory(cost: Cost, run: RunSpec, root: Path) -> Cost:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["workloads"]
         (measured,) = [entry for entry in entries if entry["workload"] == run.workload]
-        batch = submission_loader.load(root, run.variant).batch_size(run.workload)
+        batch = submission_loader.batch_size(root, run.variant, run.workload)
     except (OSError, KeyError, ValueError):
         source = f"{run.workload}: GiB without activations, which were not measured"
         return replace(cost, gib=own / GIB, sources=(*cost.sources, source))

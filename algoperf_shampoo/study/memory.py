@@ -7,11 +7,15 @@ batch. The shapes are in ``workloads/data/algoperf_shapes.json``, which
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 FLOAT32 = 4
@@ -100,18 +104,29 @@ def _has_factors(point: Mapping[str, Any]) -> bool:
 
 def _state(shape: tuple[int, ...], point: Mapping[str, Any]) -> int:
     """Entries of one parameter's state and buffers in the optimizer."""
-    # Imported here: torch takes seconds.
-    from algoperf_shampoo.optim.blocking import cut
-
     entries = math.prod(shape)
     if not _has_factors(point):
         return 3 * entries  # M, D and gradients in stack order
     one_dim = point.get("one_dim", "full")
     factors = 0
-    for block in cut(shape, point["max_preconditioner_dim"]):
+    for block in _blocking().cut(shape, point["max_preconditioner_dim"]):
         plain = block.shape == (1,) or (len(block.shape) == 1 and one_dim == "adam")
         factors += 0 if plain else 2 * sum(d * d for d in block.shape)
     return 4 * entries + factors
+
+
+@functools.cache
+def _blocking() -> ModuleType:
+    """``optim/blocking.py`` by its file: it needs the standard library alone, while its package
+    imports torch, which takes seconds and which a login node may lack."""
+    name = f"{__name__}.blocking"
+    path = Path(__file__).parents[1] / "optim" / "blocking.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # the file is part of the package
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
 
 def _read() -> dict[str, list[dict[str, Any]]]:

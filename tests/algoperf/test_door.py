@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,15 @@ def test_cpu_goes_through_our_runner(data: Path, tmp_path: Path, fake: dict[str,
     line = commands(plan(data, tmp_path), {"processes": "2"})[0]
     assert f"-m {door._WORKER} {door._OWN_RUNNER} " in line and "--nproc_per_node=2" in line
     assert "notorch_compile" in flags_of(line)
+
+
+def test_batch_sizes_are_checked_without_torch_too(
+    data: Path, tmp_path: Path, fake: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="GPUS=3: ogbg: the global batch size, 512, is not a mul"):
+        commands(plan(data, tmp_path, gpus="3"))
+    assert len(commands(plan(data, tmp_path, gpus="4"))) == 4  # a note, and a command a seed
 
 
 def test_mini_data_runs_under_its_own_name(

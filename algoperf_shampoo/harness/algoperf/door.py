@@ -9,7 +9,6 @@ search space its own process, because AlgoPerf's OGBG leaks threads until it die
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import json
 import os
 import shlex
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from algoperf_shampoo import interrupt
+from algoperf_shampoo import interrupt, json_input, versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk, gpus, run_lock, seal, submission_loader
 from algoperf_shampoo.harness.algoperf import (
@@ -146,7 +145,7 @@ def _launch(
             continue
         limit = step_limit(run, data[run.workload], options)
         state = folder.examine(run, environment.checkpoints, limit)
-        _check_batch_sizes(plan, run, data[run.workload], place.processes, complain)
+        _check_batch_sizes(plan, run, data[run.workload], place.processes)
         command = compose(plan, run, data[run.workload], place, environment, options)
         track = options.wandb and tracking.is_offline()
         jobs.append(_Job(run, limit, state, seen[run.run_dir], command, track))
@@ -328,26 +327,27 @@ def _track(plan: Plan, run: RunSpec, python: str, echo: Callable[[str], None]) -
         echo(f"{run.name}: note: no wandb record: {words}")
 
 
-def _check_batch_sizes(
-    plan: Plan, run: RunSpec, data: Path, processes: int, complain: Callable[[str], None]
-) -> None:
+def _check_batch_sizes(plan: Plan, run: RunSpec, data: Path, processes: int) -> None:
     if run.workload.endswith(minidata.SUFFIX):
         entry = minidata.read(data, run.workload)
         sizes = entry.global_batch_size, int(entry.properties["eval_batch_size"])
     else:
-        if importlib.util.find_spec("torch") is None:
-            return complain(f"no torch here: batch sizes of {run.workload} are not checked")
-        # Imported here: torch takes seconds.
-        from algoperf_shampoo import workloads
-
-        submission = submission_loader.load(plan.root, run.variant)
-        workload = workloads.load(run.workload, config_dir=plan.config_dir)
-        sizes = submission.batch_size(run.workload), workload.eval_batch_size
+        own = submission_loader.batch_size(plan.root, run.variant, run.workload)
+        sizes = own, _eval_batch_size(plan, run.workload)
     for name, size in zip(("batch size", "evaluation batch size"), sizes, strict=True):
         if size % processes:
             raise UserError(
                 f"GPUS={processes}: {run.workload}: the global {name}, {size}, is not a multiple"
             )
+
+
+def _eval_batch_size(plan: Plan, workload: str) -> int:
+    """AlgoPerf's, as the workload's file has it; the workload itself would import torch."""
+    path = (plan.config_dir or versions.CONFIG_DIR) / f"{workload}.json"
+    size = json_input.read(path, "workload file").get("full", {}).get("eval_batch_size")
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{path}: full.eval_batch_size is {size!r}; it must be a whole number")
+    return size
 
 
 def _train(
