@@ -12,7 +12,8 @@ for each variant and workload, on ``make data-algoperf-mini``'s data:
 
 With ``--exported`` the submission is what ``make export-<variant>`` writes, in a folder of its own
 where neither the optimizers nor the submissions of our package can be imported: only the modules
-that start AlgoPerf's runner are copied beside it.
+that start AlgoPerf's runner are copied beside it. With ``--ruleset=self`` it is the self-tuning
+export, its point built in, under ``--tuning_ruleset=self`` and without a search space.
 
 What it measured goes to ``<out>/<variant>_<workload>.json`` and ``.csv`` (losses by step).
 """
@@ -29,6 +30,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from algoperf_shampoo.study import export
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = Path(__file__).with_name("instrumented_runner.py")
@@ -52,6 +55,7 @@ STARTERS = (
     "harness/__init__.py",
     "harness/spec.py",
     "harness/algoperf",
+    "json_input.py",
 )
 
 
@@ -64,10 +68,12 @@ class Case:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
         point = json.loads((ROOT / "search_spaces" / f"{variant}.json").read_text())[0]
-        point["precondition_frequency"] = args.frequency
+        if "precondition_frequency" in point:
+            point["precondition_frequency"] = args.frequency
         if args.tau is not None and "tau" in point:
             point["tau"] = args.tau
-        (self.work / "space.json").write_text(json.dumps([point]))
+        self.space = self.work / "space.json"
+        self.space.write_text(json.dumps([point]))
         self.point = point
         self.submission = f"submissions/{variant}/submission.py"
         self.cwd, self.tool = ROOT, TOOL
@@ -78,8 +84,10 @@ class Case:
         """Set the folder up in which the exported submission is alone."""
         self.cwd = self.work / "alone"
         command = ["scripts/export.py", f"--variant={self.variant}", f"--out={self.cwd}"]
+        command += [f"--ruleset={self.args.ruleset}", f"--search_space={self.space}"]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-        self.submission = f"external_tuning/{self.variant}/submission.py"
+        folder = export.RULESETS[self.args.ruleset]
+        self.submission = f"{folder}/{self.variant}/submission.py"
         for name in STARTERS:
             source, target = ROOT / PACKAGE / name, self.cwd / PACKAGE / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +115,7 @@ class Case:
             "framework": "pytorch",
             "workload": self.workload,
             "submission_path": self.submission,
-            "tuning_search_space": self.work / "space.json",
+            "tuning_ruleset": self.args.ruleset,
             "data_dir": data,
             "experiment_dir": self.work,
             "experiment_name": name,
@@ -116,6 +124,8 @@ class Case:
         }
         if "imagenet" in self.workload:
             flags["imagenet_v2_data_dir"] = data
+        if self.args.ruleset == "external":
+            flags["tuning_search_space"] = self.space
         switches = ["--resume_last_run", "--notorch_compile"]
         if environment.get("HALVES") in ("joined", "swapped"):
             switches.append("--skip_evals")
@@ -198,6 +208,7 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
         "variant": variant,
         "workload": workload,
         "submission": "exported, without the package" if args.exported else "in the package",
+        "ruleset": args.ruleset,
         "commit": _commit(),
         "point": case.point,
         "steps": args.steps,
@@ -285,8 +296,11 @@ def main() -> int:
     parser.add_argument("--controls", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--prefix", default="", help="of the names of the files in --out")
+    parser.add_argument("--ruleset", default="external", choices=sorted(export.RULESETS))
     parser.add_argument("--exported", action="store_true", help="the submission as exported")
     args = parser.parse_args()
+    if args.ruleset == "self" and not args.exported:
+        parser.error("--ruleset=self is of exports: give --exported too")
     args.data, args.work, args.out = (p.resolve() for p in (args.data, args.work, args.out))
     failed = 0
     for workload in args.workloads.split(","):
