@@ -3,17 +3,17 @@
 # Words of the command line, by target. A word that its targets do not take is refused.
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
-  PROCESSES WANDB KEEP_DIVERGED RULESET PRICE DRY_RUN ALGOPERF_PYTHON
+  PROCESSES WANDB KEEP_DIVERGED RULESET VERSION PRICE DRY_RUN ALGOPERF_PYTHON
 words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
-  ALGOPERF_PYTHON PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
-words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT EVERY ONCE
+  ALGOPERF_PYTHON VERSION PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
+words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT VERSION EVERY ONCE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
-words.table1 := RUNS TABLE
-words.table3 := RUNS TABLE
+words.table1 := RUNS TABLE VERSION
+words.table3 := RUNS TABLE VERSION
 words.rank := RUN VARIANT
-words.figures := RUNS OUT
-words.report := RUNS OUT TITLE
+words.figures := RUNS OUT VERSION
+words.report := RUNS OUT TITLE VERSION
 words.repeat := RUN OUT DATA_DIR
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
@@ -39,6 +39,10 @@ BASE ?= debian:bookworm-slim
 
 # What was given on the command line, before it is touched.
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(word 1,$(origin $(v)))),$(v)))
+# A common name in environments, and another program's there.
+ifeq ($(filter VERSION,$(given)),)
+  VERSION :=
+endif
 families.of = $(foreach f,$(families),$(if $(filter $(f)-%,$(1)),$(f)))
 taken := $(sort $(words.all) $(foreach g,$(or $(MAKECMDGOALS),help), \
   $(words.$(g)) $(foreach f,$(call families.of,$(g)),$(words.$(f)))))
@@ -90,10 +94,12 @@ help: words ## list targets and variables
 	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
 	@echo '  PRICE=             of an hour of one GPU: shown with the time of full-size runs'
 	@echo '  RULESET=external   AlgoPerf'"'"'s; self: the point built into the submission'
+	@echo '  VERSION=           AlgoPerf'"'"'s, v0.5, v0.6 or 2026: its budgets, targets, step hints; with HARNESS=algoperf'
 	@echo '  DRY_RUN=           1: check, print what would run, write nothing'
 	@echo '  VENV=.venv         none: use PYTHON as it is (containers, GPU nodes)'
 	@echo 'variables of table1, table3, figures, report: RUNS=results/runs, folders of runs, comma-separated;'
 	@echo '  TABLE=results/table1  where a table is written (.md, .tex, .csv, .json, .index.md); with RUNS= nowhere else'
+	@echo '  VERSION=  runs of one version of AlgoPerf alone'
 
 # Refuses words, with the nearest that is taken, before anything else is done.
 words:
@@ -109,13 +115,14 @@ submit-%: words FORCE
 	  $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) $(call flag,TRIALS,trials) \
 	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
 	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) $(call flag,PRICE,price) \
-	  $(call flag,RULESET,ruleset) $(call flag,DRY_RUN,dry_run)
+	  $(call flag,RULESET,ruleset) $(call flag,VERSION,version) $(call flag,DRY_RUN,dry_run)
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
-	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out)
+	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out) $(call flag,VERSION,version)
 
 table3: words ## Table 3, likewise; written to results/table3.*
-	$(IN_RUN) scripts/table.py --table=table3 $(call flag,RUNS,runs) $(call flag,TABLE,out)
+	$(IN_RUN) scripts/table.py --table=table3 $(call flag,RUNS,runs) $(call flag,TABLE,out) \
+	  $(call flag,VERSION,version)
 
 rank: words ## score and place in AlgoPerf's 2026 pool, of runs RUN= or of the paper's steps, VARIANT=
 	$(IN_RUN) scripts/rank.py $(call flag,RUN,run) $(call flag,VARIANT,variant)
@@ -124,11 +131,12 @@ tables: words ## the committed tables again from the committed runs
 	$(IN_RUN) scripts/table.py --write
 
 figures: words ## curves and times of the runs as PNG and SVG, into OUT=results/figures
-	@sh scripts/in_venv.sh figures scripts/figures.py $(call flag,RUNS,runs) $(call flag,OUT,out)
+	@sh scripts/in_venv.sh figures scripts/figures.py $(call flag,RUNS,runs) $(call flag,OUT,out) \
+	  $(call flag,VERSION,version)
 
 report: words ## one page with tables, figures and links to every log, OUT=results/report.html
 	@sh scripts/in_venv.sh figures scripts/figures.py --report $(call flag,RUNS,runs) \
-	  $(call flag,OUT,out) $(call flag,TITLE,title)
+	  $(call flag,OUT,out) $(call flag,TITLE,title) $(call flag,VERSION,version)
 
 repeat: words ## train a run again from its folder, RUN=, and compare; into OUT=results/repeats/N
 	$(IN_RUN) scripts/repeat.py $(call flag,RUN,run) $(call flag,OUT,out) $(call flag,DATA_DIR,data_dir)
@@ -150,12 +158,13 @@ study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SI
 	  $(call flag,ACCOUNT,account) $(call flag,QOS,qos) $(call flag,TIME,time) $(call flag,MEM,mem) \
 	  $(call flag,CPUS,cpus) $(call flag,LIMIT,limit) $(call flag,SBATCH,sbatch) \
 	  $(call flag,CONTAINER,container) $(call given.flag,IMAGE,image) $(call flag,PRICE,price) \
-	  $(call flag,DRY_RUN,dry_run)
+	  $(call flag,VERSION,version) $(call flag,DRY_RUN,dry_run)
 
 status: words ## how the runs of a study go, live on a terminal: STUDY=table3, or all in OUT=
 	$(IN_RUN) scripts/status.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \
 	  $(call flag,SIZE,size) $(call flag,HARNESS,harness) $(call given.flag,SEEDS,seeds) \
-	  $(call flag,STEPS,steps) $(call flag,OUT,out) $(call flag,EVERY,every) $(call flag,ONCE,once)
+	  $(call flag,STEPS,steps) $(call flag,OUT,out) $(call flag,VERSION,version) \
+	  $(call flag,EVERY,every) $(call flag,ONCE,once)
 
 export-%: words FORCE
 	$(IN_RUN) scripts/export.py --variant=$(call quoted,$*) $(call flag,OUT,out) \

@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Words of submit-<variant> that the container's own make is given; the folders are mounted instead.
 HANDED_OVER = (
-    "WORKLOAD SIZE SEEDS GPUS F TAU SET SEARCH_SPACE TRIALS STEPS PROCESSES WANDB RULESET".split()
-)
+    "WORKLOAD SIZE SEEDS GPUS F TAU SET SEARCH_SPACE TRIALS STEPS PROCESSES WANDB RULESET VERSION"
+).split()
 # Settings of the host that the container gets as they are.
 PASSED = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "OMP_NUM_THREADS")
 

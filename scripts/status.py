@@ -19,6 +19,7 @@ _WORKLOAD = flags.DEFINE_string("workload", "all", "One workload's rows alone.")
 _SEEDS = flags.DEFINE_string("seeds", None, "A count or a list, instead of the study's own.")
 _STEPS = flags.DEFINE_string("steps", None, "The STEPS= that the study was launched with.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the runs; results/runs/SIZE if left out.")
+_VERSION = flags.DEFINE_string("version", None, "The VERSION= that the study was launched with.")
 _EVERY = flags.DEFINE_string("every", "2", "Seconds between two looks, on a terminal.")
 _ONCE = flags.DEFINE_bool("once", False, "Print the table once, on a terminal too.")
 
@@ -49,6 +50,7 @@ def _runs() -> tuple[str, list[RunSpec]]:
                 workload=_WORKLOAD.value,
                 seeds=_SEEDS.value,
                 steps=_STEPS.value,
+                version=_VERSION.value,
                 out=_OUT.value,
             ),
         )

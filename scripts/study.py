@@ -8,7 +8,7 @@ import shlex
 from absl import flags
 from command_line import ROOT, run
 
-from algoperf_shampoo import interrupt
+from algoperf_shampoo import interrupt, versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.study import cost, local, logs, progress, slurm, status, study
 
@@ -38,6 +38,7 @@ _SBATCH = flags.DEFINE_string("sbatch", None, "Further flags of sbatch.")
 _CONTAINER = flags.DEFINE_string("container", None, "pyxis, apptainer or docker.")
 _IMAGE = flags.DEFINE_string("image", None, "The container's image.")
 _PRICE = flags.DEFINE_string("price", None, "Of an hour of one GPU, for the preview of costs.")
+_VERSION = flags.DEFINE_string("version", None, "AlgoPerf's: v0.5, v0.6 or 2026.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be launched, write nothing.")
 
 
@@ -83,7 +84,13 @@ def _costs(wanted: study.Study, missing: list[study.Job]) -> list[str]:
         return []
     own = logs.find_trials([wanted.out]) if wanted.out.is_dir() else []
     gpus = {job.run.workload: job.gpus for job in missing if job.gpus}
-    return cost.preview([job.run for job in missing], price, gpus, records=own)
+    return cost.preview(
+        [job.run for job in missing],
+        price,
+        gpus,
+        version=_VERSION.value or versions.DEFAULT,
+        records=own,
+    )
 
 
 def options() -> study.Options:
@@ -99,6 +106,7 @@ def options() -> study.Options:
         steps=_STEPS.value,
         processes=_PROCESSES.value,
         wandb=_WANDB.value,
+        version=_VERSION.value,
     )
 
 
@@ -121,7 +129,7 @@ def slurm_options() -> slurm.Options:
 def _status_command() -> str:
     words = {"STUDY": _STUDY.value, "SIZE": _SIZE.value, "HARNESS": _HARNESS.value}
     words |= {"WORKLOAD": None if _WORKLOAD.value == "all" else _WORKLOAD.value}
-    words |= {"SEEDS": _SEEDS.value, "STEPS": _STEPS.value, "OUT": _OUT.value}
+    words |= {"SEEDS": _SEEDS.value, "STEPS": _STEPS.value, "VERSION": _VERSION.value, "OUT": _OUT.value}
     given = [f"{name}={shlex.quote(value)}" for name, value in words.items() if value]
     return " ".join(["make status", *given])
 

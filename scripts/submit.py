@@ -9,7 +9,7 @@ import command_line  # noqa: F401  first: it handles signals from here on
 from absl import flags
 from command_line import ROOT, run
 
-from algoperf_shampoo import paths
+from algoperf_shampoo import paths, versions
 from algoperf_shampoo.study import cost, launch, logs, plan, table_text, tables
 
 _VARIANT = flags.DEFINE_list("variant", None, "Folders of submissions/, comma-separated.")
@@ -34,6 +34,7 @@ _KEEP_DIVERGED = flags.DEFINE_bool(
 )
 _PRICE = flags.DEFINE_string("price", None, "Of an hour of one GPU, for the preview of costs.")
 _RULESET = flags.DEFINE_string("ruleset", "external", "external, or self: the point built in.")
+_VERSION = flags.DEFINE_string("version", None, "AlgoPerf's: v0.5, v0.6 or 2026.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print what would run.")
 
 
@@ -59,6 +60,7 @@ def main() -> int:
         processes=_PROCESSES.value,
         wandb=_WANDB.value,
         ruleset=_RULESET.value,
+        version=_VERSION.value,
         dry_run=_DRY_RUN.value,
     )
     if wanted.dry_run and wanted.harness == "embedded":
@@ -67,7 +69,12 @@ def main() -> int:
     if wanted.size == "full" or price is not None:
         own = logs.find_trials([wanted.out]) if wanted.out.is_dir() else []
         lines = cost.preview(
-            wanted.runs, price, wanted.gpus, ruleset=_RULESET.value, records=own
+            wanted.runs,
+            price,
+            wanted.gpus,
+            version=wanted.version or versions.DEFAULT,
+            ruleset=_RULESET.value,
+            records=own,
         )
         print(*lines, sep="\n", end="\n\n")
     own_flags = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module("__main__")}

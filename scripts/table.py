@@ -33,7 +33,10 @@ def main() -> int:
         return _committed(_WRITE.value)
     own = run_folders.are_default()
     found = run_folders.read()
-    made = comparisons.annotate(tables.TABLES[_TABLE.value](found, ROOT))
+    made = tables.TABLES[_TABLE.value](found, ROOT)
+    if run_folders.version():  # minis are of none
+        made = [table for table in made if table.size == "full"]
+    made = comparisons.annotate(made)
     width = table_text.terminal_width()
     print(*(table_text.render(table, width) for table in made), sep="\n\n")
     default = f"results/{_TABLE.value}"

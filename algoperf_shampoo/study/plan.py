@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from algoperf_shampoo import paths, points
+from algoperf_shampoo import paths, points, versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import hparams, submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA, RunSpec
@@ -29,7 +29,8 @@ class Plan:
     ``gpus`` is the number asked for, None to take what there is. ``config_dir`` holds the workload
     files, None for the suite's own. ``search_spaces`` are the files the points came from.
     ``steps`` is the shorter budget asked for, None for the workload's own; the embedded harness
-    runs minis alone, so there it is that of a mini.
+    runs minis alone, so there it is that of a mini. ``version`` is AlgoPerf's, whose numbers full
+    workloads get; None for those of the AlgoPerf that is installed.
     """
 
     root: Path
@@ -42,6 +43,7 @@ class Plan:
     data_dir: Path | None = None
     config_dir: Path | None = None
     steps: int | None = None
+    version: str | None = None
     dry_run: bool = False
 
 
@@ -65,6 +67,7 @@ def make_plan(
     processes: str | None = None,
     wandb: bool = False,
     ruleset: str = "external",
+    version: str | None = None,
     dry_run: bool = False,
 ) -> Plan:
     """Check the words of a command line and lay out its runs.
@@ -89,6 +92,13 @@ def make_plan(
     _one_of("RULESET", ruleset, RULESETS)
     if ruleset == "self" and harness == "embedded":
         raise UserError("RULESET=self: HARNESS=algoperf has rulesets, the embedded harness has not")
+    if version is not None:
+        _one_of("VERSION", version, versions.NAMES)
+        if harness == "embedded":
+            raise UserError(
+                f"VERSION={version}: minis have targets and budgets of their own; HARNESS=algoperf "
+                "takes a version"
+            )
     if size == "full" and harness == "embedded":
         raise UserError("SIZE=full HARNESS=embedded: full size runs under HARNESS=algoperf alone")
     seed_list = parse_seeds(seeds)
@@ -127,6 +137,8 @@ def make_plan(
         small_models = size == "mini" and harness == "embedded"
         if small_models and step_limit is not None:
             label += f"_steps{step_limit}"
+        # The default's numbers are those that the pinned AlgoPerf has itself.
+        label += f"_{version}" if version not in (None, versions.DEFAULT) else ""
         label += "_self" if ruleset == "self" else ""
         path = spaces[variant] = _search_space(root, variant, small_models, search_space)
         for base in workloads:
@@ -167,6 +179,7 @@ def make_plan(
         data_dir=directory,
         config_dir=Path(config_dir).resolve() if config_dir else None,
         steps=step_limit,
+        version=version,
         dry_run=dry_run,
     )
 

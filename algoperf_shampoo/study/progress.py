@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import versions
 from algoperf_shampoo.harness import run_lock, spec
 from algoperf_shampoo.study import logs
 from algoperf_shampoo.study.evaluations import METRICS
@@ -135,6 +136,7 @@ def _rest(run_dir: Path, trial: logs.Trial, last: logs.Evaluation) -> tuple[floa
         parts.append(last.step / limit)
     budget = _newest(run_dir, "meta_data_*.json").get("workload.max_allowed_runtime_sec")
     if budget:
+        budget *= versions.self_tuning_factor(trial.version) if trial.ruleset == "self" else 1.0
         parts.append(last.submission_time / budget)
     if not parts:
         return None, None

@@ -90,6 +90,7 @@ class Options:
     steps: str | None = None
     processes: str | None = None
     wandb: bool = False
+    version: str | None = None
 
 
 def names() -> list[str]:
@@ -178,11 +179,13 @@ def _row(
         steps=o.steps,
         processes=o.processes,
         wandb=o.wandb,
+        version=o.version,
     )
     shared = {
         "WORKLOAD": workload,
         "SIZE": o.size,
         "HARNESS": made.harness,
+        "VERSION": o.version,
         **words,
         "GPUS": None if gpus is None else str(gpus),
         "PROCESSES": o.processes,

@@ -56,6 +56,7 @@ STARTERS = (
     "harness/spec.py",
     "harness/algoperf",
     "json_input.py",
+    "versions.py",
 )
 
 

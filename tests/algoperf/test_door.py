@@ -183,6 +183,16 @@ def test_batch_sizes_are_checked_without_torch_too(
     assert len(commands(plan(data, tmp_path, gpus="4"))) == 4  # a note, and a command a seed
 
 
+def test_a_version_goes_through_our_runner_and_previews_its_budget(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    line = commands(plan(data, tmp_path, gpus="2", version="2026"))[0]
+    assert f"-m {door._WORKER} {door._OWN_RUNNER} " in line
+    assert "SHAMPOO_ALGOPERF_VERSION=2026 " in line and "CUDA_VISIBLE_DEVICES=0,1 " in line
+    assert Path(flags_of(line)["experiment_dir"]).name == "eshampoo_adaptive_2026"
+    assert "VERSION" not in commands(plan(data, tmp_path, gpus="2"))[0]
+
+
 def test_mini_data_runs_under_its_own_name(
     data: Path, tmp_path: Path, fake: dict[str, Any]
 ) -> None:

@@ -161,6 +161,13 @@ def test_what_make_and_other_programs_know_is_not_refused(recorder):
     assert "--seeds=1" in given
 
 
+def test_version_is_a_word_of_the_command_line_alone(recorder):
+    """Environments have a VERSION of their own."""
+    for target in ("submit-nadamw", "study", "status", "table1", "table3", "figures", "report"):
+        assert "--version=2026" in called(recorder, target, "VERSION=2026")
+        assert not any("version" in word for word in called(recorder, target, VERSION="1.2"))
+
+
 def test_help_names_every_word(recorder):
     text = make("help").stdout
     words = make("-pn", "help").stdout

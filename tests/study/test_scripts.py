@@ -134,6 +134,19 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_of_one_version_has_its_runs_alone(tmp_path):
+    runs = ROOT / "tests" / "data" / "published"
+    done = run(f"--runs={runs}", "--version=2026", f"--out={tmp_path}/t", script="table.py")
+    assert done.returncode == 0, done.stderr
+    (table,) = json.loads((tmp_path / "t.json").read_text())
+    assert table["size"] == "full"
+    found = [row["version"] for row in table["rows"] if row["runs"]]
+    assert found and set(found) == {"2026"}
+    assert "note: VERSION=2026: " in done.stdout and "other runs are left out" in done.stdout
+    wrong = run(f"--runs={runs}", "--version=2027", script="table.py")
+    assert_refused(wrong, "VERSION=2027: there is v0.5, v0.6, 2026")
+
+
 def test_the_table_script_refuses_a_missing_folder_and_writes_the_rest(tmp_path):
     refused = run("--runs=no/such/runs", f"--out={tmp_path}/table", script="table.py")
     assert_refused(refused, "no such folder of runs")

@@ -54,6 +54,15 @@ def test_a_row_at_the_variants_own_point_is_plain_submit() -> None:
     )
 
 
+def test_a_version_reaches_every_run() -> None:
+    made = study.lay_out(ROOT, "table1", Options(size="full", version="2026"))
+    assert {job.run.label for job in made.jobs} == {f"{j.run.variant}_2026" for j in made.jobs}
+    assert all("--version=2026" in job.flags for job in made.jobs)
+    assert "HARNESS=algoperf VERSION=2026 " in made.jobs[0].command
+    with pytest.raises(UserError, match="VERSION=2026: minis have"):
+        study.lay_out(ROOT, "table1", Options(version="2026"))
+
+
 def write(path: Path, **changes: Any) -> str:
     content = {
         "title": "A study",

@@ -23,6 +23,7 @@ from algoperf_shampoo import interrupt, json_input, versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk, gpus, run_lock, seal, submission_loader
 from algoperf_shampoo.harness.algoperf import (
+    benchmark,
     console,
     data_check,
     env,
@@ -222,6 +223,7 @@ def compose(
         place.visible is None
         or run.workload.endswith(minidata.SUFFIX)
         or not environment.psutil_knows_machine
+        or plan.version is not None
     )
     start = [environment.executable]
     if place.processes > 1:
@@ -249,6 +251,8 @@ def compose(
     settings = {"PYTHONPATH": env.python_path(plan.root)}
     if run.ruleset == "self":
         settings["PYTHONPATH"] = f"{run.run_dir / folder.ENTRY}:{settings['PYTHONPATH']}"
+    if plan.version is not None:
+        settings[benchmark.VARIABLE] = plan.version
     if place.visible is not None:
         settings["CUDA_VISIBLE_DEVICES"] = place.visible
     if options.wandb and not tracking.is_offline():

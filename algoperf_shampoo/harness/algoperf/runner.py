@@ -1,7 +1,8 @@
-"""AlgoPerf's ``submission_runner.py``, on a machine without a GPU or on a mini data set.
+"""AlgoPerf's ``submission_runner.py``, on a machine without a GPU, on a mini data set, or with the
+numbers of another version of the benchmark.
 
-``python -m algoperf_shampoo.harness.algoperf.runner FLAGS`` takes the runner's own flags. A run of
-the full data on GPUs does not come here: it starts ``submission_runner`` itself.
+``python -m algoperf_shampoo.harness.algoperf.runner FLAGS`` takes the runner's own flags. Any other
+run of the full data on GPUs does not come here: it starts ``submission_runner`` itself.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 REQUIRED = ("workload", "framework", "submission_path", "experiment_dir", "experiment_name")
 
@@ -31,6 +33,7 @@ def main() -> None:
 
     def run(arguments: Sequence[str]) -> None:
         _register_minidata(flags.FLAGS)
+        _apply_version(flags.FLAGS, submission_runner)
         submission_runner.main(arguments)
 
     for name in REQUIRED:
@@ -47,6 +50,14 @@ def _register_minidata(values: object) -> None:
     registry = importlib.import_module("algoperf.workloads.workloads")
     submission = importlib.import_module(registry.convert_filepath_to_module(path))
     minidata.register(Path(values.data_dir), workload, submission)  # type: ignore[attr-defined]
+
+
+def _apply_version(values: object, runner: ModuleType) -> None:
+    from algoperf_shampoo.harness.algoperf import benchmark
+
+    version = benchmark.asked()
+    if version is not None:
+        benchmark.apply(version, values.workload, values.tuning_ruleset, runner)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
