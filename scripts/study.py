@@ -129,7 +129,8 @@ def slurm_options() -> slurm.Options:
 def _status_command() -> str:
     words = {"STUDY": _STUDY.value, "SIZE": _SIZE.value, "HARNESS": _HARNESS.value}
     words |= {"WORKLOAD": None if _WORKLOAD.value == "all" else _WORKLOAD.value}
-    words |= {"SEEDS": _SEEDS.value, "STEPS": _STEPS.value, "VERSION": _VERSION.value, "OUT": _OUT.value}
+    words |= {"SEEDS": _SEEDS.value, "STEPS": _STEPS.value, "VERSION": _VERSION.value}
+    words |= {"OUT": _OUT.value}
     given = [f"{name}={shlex.quote(value)}" for name, value in words.items() if value]
     return " ".join(["make status", *given])
 

@@ -92,7 +92,7 @@ def apply(version: str, workload: str, ruleset: str, runner: ModuleType) -> None
 
 
 def _log_as(stated: Mapping[str, Any]) -> None:
-    """Let meta data have the version's budget, not the one that the runner's factor is undone in."""
+    """Let meta data have the version's budget, not what stands in for the runner's factor."""
     loggers: Any = importlib.import_module("algoperf.logger_utils")
     collect = loggers._get_workload_properties
 
