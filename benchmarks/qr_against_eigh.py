@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from algoperf_shampoo.contract import ForwardPassMode
 from algoperf_shampoo.harness import prng
-from algoperf_shampoo.harness.spec import ForwardPassMode
 from algoperf_shampoo.optim import EShampoo
 from algoperf_shampoo.optim.blocking import cut
 from algoperf_shampoo.optim.reference import matricize

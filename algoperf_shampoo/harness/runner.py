@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from algoperf_shampoo import interrupt, paths
+from algoperf_shampoo.contract import TrainingCompleteError
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import (
     checkpoint,
@@ -37,7 +38,7 @@ from algoperf_shampoo.harness import (
 )
 from algoperf_shampoo.harness.progress import summary
 from algoperf_shampoo.harness.run_record import identity
-from algoperf_shampoo.harness.spec import RunSpec, TrainingCompleteError, hit_line
+from algoperf_shampoo.harness.spec import RunSpec, hit_line
 from algoperf_shampoo.harness.submission_loader import Submission
 
 __all__ = ["execute", "identity", "summary"]

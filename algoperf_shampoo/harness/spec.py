@@ -1,27 +1,17 @@
-"""The few names of AlgoPerf's contract that the embedded harness and its callers share."""
+"""What a run is, and the plan of many: what the harnesses are handed."""
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from algoperf_shampoo.contract import ForwardPassMode as ForwardPassMode
 
 MINI = "_mini"
 """Ends the name of a workload whose model and data are both small (embedded harness)."""
 MINIDATA = "_minidata"
 """Ends the name of AlgoPerf's own workload, its model unchanged, on little data."""
-
-
-class ForwardPassMode(enum.Enum):
-    """Passed to ``model_fn``. AlgoPerf has an enum of the same names: compare ``mode.name``."""
-
-    TRAIN = 0
-    EVAL = 1
-
-
-class TrainingCompleteError(Exception):
-    """A submission raises it in ``update_params`` to end its own run."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,31 @@ class RunSpec:
         """Short name for progress lines and messages."""
         trial = f" trial {self.trial}" if self.trial != 1 else ""
         return f"{self.label} {self.workload} seed {self.seed}{trial}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Runs to launch, and the settings they share. Paths are absolute.
+
+    ``gpus`` is the number asked for, None to take what there is. ``config_dir`` holds the workload
+    files, None for the suite's own. ``search_spaces`` are the files the points came from.
+    ``steps`` is the shorter budget asked for, None for the workload's own; the embedded harness
+    runs minis alone, so there it is that of a mini. ``version`` is AlgoPerf's, whose numbers full
+    workloads get; None for those of the AlgoPerf that is installed.
+    """
+
+    root: Path
+    harness: str
+    size: str
+    out: Path
+    runs: tuple[RunSpec, ...]
+    search_spaces: dict[str, Path]
+    gpus: int | None = None
+    data_dir: Path | None = None
+    config_dir: Path | None = None
+    steps: int | None = None
+    version: str | None = None
+    dry_run: bool = False
 
 
 def hit_line(name: str, metric: str, target: float, step: int, seconds: float) -> str:

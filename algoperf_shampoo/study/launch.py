@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import traceback
@@ -13,10 +12,9 @@ from typing import Any
 
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import gpus
-from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import busy, events, progress, tracking
-from algoperf_shampoo.study.plan import Plan
+from algoperf_shampoo.harness import gpus, tracking
+from algoperf_shampoo.harness.spec import Plan, RunSpec
+from algoperf_shampoo.study import busy, events, progress
 
 Echo = Callable[[str], None]
 
@@ -41,14 +39,11 @@ def launch(
 
 
 def _launch_algoperf(plan: Plan, flags: dict[str, Any]) -> int:
-    name = "algoperf_shampoo.harness.algoperf"
-    if importlib.util.find_spec(name) is None:
-        raise UserError(
-            "HARNESS=algoperf: not yet in this version; HARNESS=embedded SIZE=mini runs"
-        )
+    from algoperf_shampoo.harness.algoperf import door
+
     if flags.get("keep_diverged"):
         raise UserError("KEEP_DIVERGED=1: AlgoPerf's harness ends no diverged run; leave it out")
-    return int(importlib.import_module(name).launch(plan, flags) or 0)
+    return door.launch(plan, flags, hit_line=progress.hit_line_of)
 
 
 def _launch_embedded(

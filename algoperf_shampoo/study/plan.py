@@ -8,43 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from algoperf_shampoo import paths, points, versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import hparams, submission_loader
-from algoperf_shampoo.harness.spec import MINI, MINIDATA, RunSpec
+from algoperf_shampoo.harness.spec import MINI, MINIDATA, Plan, RunSpec
 
 WORKLOADS = ("fastmri", "imagenet_vit", "ogbg")
 SIZES = ("mini", "full")
 HARNESSES = ("embedded", "algoperf")
 RULESETS = ("external", "self")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Runs to launch, and the settings they share. Paths are absolute.
-
-    ``gpus`` is the number asked for, None to take what there is. ``config_dir`` holds the workload
-    files, None for the suite's own. ``search_spaces`` are the files the points came from.
-    ``steps`` is the shorter budget asked for, None for the workload's own; the embedded harness
-    runs minis alone, so there it is that of a mini. ``version`` is AlgoPerf's, whose numbers full
-    workloads get; None for those of the AlgoPerf that is installed.
-    """
-
-    root: Path
-    harness: str
-    size: str
-    out: Path
-    runs: tuple[RunSpec, ...]
-    search_spaces: dict[str, Path]
-    gpus: int | None = None
-    data_dir: Path | None = None
-    config_dir: Path | None = None
-    steps: int | None = None
-    version: str | None = None
-    dry_run: bool = False
 
 
 def make_plan(

@@ -15,12 +15,13 @@ from typing import Any
 
 from algoperf_shampoo import versions
 from algoperf_shampoo.harness import run_lock, spec
+from algoperf_shampoo.harness.algoperf import folder
 from algoperf_shampoo.study import logs
 from algoperf_shampoo.study.evaluations import METRICS
 
 DONE, RUNNING, STOPPED, FAILED, MISSING = "done", "running", "stopped", "failed", "missing"
 FAILURE = ".failure.json"
-_LAUNCHES, _RECORD = "launches.json", "run.json"
+_RECORD = "run.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def of(run_dir: Path) -> Progress:
         return Progress(MISSING)
     # Asked first: what ends between this and the reading below shows as running once more.
     running = run_lock.held(run_dir)
-    record, launches = _read(run_dir / _RECORD), _read(run_dir / _LAUNCHES)
+    record, launches = _read(run_dir / _RECORD), _read(run_dir / folder.LAUNCHES)
     failure = _read(run_dir / FAILURE)
     state, note = _state(running, record, launches, failure)
     if state == MISSING:
@@ -84,6 +85,11 @@ def hit_line(name: str, now: Progress) -> str | None:
     return spec.hit_line(name, str(now.metric), now.target, now.hit_step, now.hit_seconds)
 
 
+def hit_line_of(run_dir: Path, name: str) -> str | None:
+    """The same, from the folder of the run called ``name``."""
+    return hit_line(name, of(run_dir))
+
+
 @contextmanager
 def noting_failure(run_dir: Path) -> Iterator[None]:
     """Keep in the folder why an attempt failed, until the next one begins (embedded harness)."""
@@ -108,9 +114,7 @@ def _state(running: bool, record: Any, launches: Any, failure: Any) -> tuple[str
         return RUNNING, ""
     last = launches[-1] if isinstance(launches, list) and launches else None
     if isinstance(last, dict):
-        how = last.get("how")
-        if how is None and last.get("exit_code") is not None:  # by a version that did not say how
-            how = "finished" if last["exit_code"] == 0 else f"failed: exit code {last['exit_code']}"
+        how = folder.how_it_ended(last)
         if how is None:
             return STOPPED, "launcher killed"
         if how.startswith("finished"):

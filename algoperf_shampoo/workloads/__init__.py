@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from algoperf_shampoo.contract import ForwardPassMode, LossType
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.workloads.base import ForwardPassMode, LossType, Workload
+from algoperf_shampoo.workloads.base import Workload
 from algoperf_shampoo.workloads.config import DEFAULT_VERSION, read_config
 from algoperf_shampoo.workloads.fastmri import FastMRI
 from algoperf_shampoo.workloads.imagenet_vit import ImagenetViT

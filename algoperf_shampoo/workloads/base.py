@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import enum
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from algoperf_shampoo.contract import ForwardPassMode, LossType
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.workloads import metrics
 from algoperf_shampoo.workloads.config import Schema, WorkloadConfig
@@ -28,20 +28,6 @@ from algoperf_shampoo.workloads.queues import (
 EVAL_SPLITS = ("eval_train", "validation", "test")
 
 
-class ForwardPassMode(enum.Enum):
-    """AlgoPerf's modes. Compare by name: AlgoPerf's own enum is another class."""
-
-    TRAIN = 0
-    EVAL = 1
-
-
-class LossType(enum.Enum):
-    """The loss types the three workloads have, under AlgoPerf's names and values."""
-
-    SOFTMAX_CROSS_ENTROPY = 0
-    MEAN_ABSOLUTE_ERROR = 4
-
-
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch draws from ``seed`` inside; the generators outside are left as they were."""
@@ -55,11 +41,12 @@ class Workload(abc.ABC):
 
     Attributes are AlgoPerf's, plus ``max_steps`` and ``eval_period_steps`` (mini only, else None).
     Random states are uint32 arrays [2]. Metrics are better when higher; a target is hit at or above
-    it.
+    it. ``default_dropout_rate`` is what AlgoPerf's model takes where a submission names none.
     """
 
     full_name: ClassVar[str]
     loss_type: ClassVar[LossType]
+    default_dropout_rate: ClassVar[float] = 0.0
     model_schema: ClassVar[Schema]
     data_schema: ClassVar[Schema]
 
@@ -99,7 +86,7 @@ class Workload(abc.ABC):
 
     @abc.abstractmethod
     def _forward(self, model: nn.Module, batch: Batch, dropout_rate: float) -> Tensor:
-        """The logits of a batch."""
+        """The logits of a batch; each workload says their shape and that of its inputs."""
 
     @abc.abstractmethod
     def loss_fn(
@@ -149,20 +136,37 @@ class Workload(abc.ABC):
             model = self._new_model()
         return model.to(self.device), None
 
-    def _run_model(
-        self, model: nn.Module, batch: Batch, mode: Any, rng: Any, dropout_rate: float
+    def model_fn(
+        self,
+        params: nn.Module,
+        augmented_and_preprocessed_input_batch: Batch,
+        model_state: None,
+        mode: Any,
+        rng: Any,
+        update_batch_norm: bool,
+        dropout_rate: float | None = None,
     ) -> tuple[Tensor, None]:
+        """Logits of a batch, and None for the model state, which no workload here has.
+
+        Args:
+          mode: ``ForwardPassMode.TRAIN``, or EVAL: no gradients and no dropout.
+          dropout_rate: None is AlgoPerf's default, 0.1 on OGBG and 0 elsewhere: a submission that
+            wants none must say so.
+        """
+        del model_state, update_batch_norm
+        model, batch = params, augmented_and_preprocessed_input_batch
         if mode.name == "EVAL":
             model.eval()
             with torch.no_grad():
                 return self._forward(model, batch, 0.0), None
         model.train()
-        if not dropout_rate:
+        rate = self.default_dropout_rate if dropout_rate is None else dropout_rate
+        if not rate:
             return self._forward(model, batch, 0.0), None
         # Dropout follows ``rng``, not torch's global state: a resumed run repeats to the bit.
         first, *rest = seed_words(rng)
         with _seeded(first << 32 | (rest[0] if rest else 0), self.device):
-            return self._forward(model, batch, dropout_rate), None
+            return self._forward(model, batch, rate), None
 
     def _build_input_queue(
         self,
@@ -239,6 +243,10 @@ class Workload(abc.ABC):
                 results[f"{prefix}/num_examples"] = getattr(self, f"num_{split}_examples")
         return results
 
+    def _evaluated(self, model: nn.Module, batch: Batch, rng: Any) -> Tensor:
+        """The logits of a batch of an evaluation."""
+        return self.model_fn(model, batch, None, ForwardPassMode.EVAL, rng, False)[0]
+
     def _mean_over_examples(
         self,
         model: nn.Module,
@@ -252,7 +260,7 @@ class Workload(abc.ABC):
         """
         total, loss, count = 0.0, 0.0, 0
         for batch in batches:
-            logits, _ = self._run_model(model, batch, ForwardPassMode.EVAL, rng, 0.0)
+            logits = self._evaluated(model, batch, rng)
             total += float(score(logits, batch).sum())
             per_example = self.loss_fn(batch["targets"], logits)["per_example"]
             loss += float(metrics.where_finite(per_example, logits).sum())

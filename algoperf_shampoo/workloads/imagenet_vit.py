@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from algoperf_shampoo.contract import LossType
 from algoperf_shampoo.workloads import metrics
-from algoperf_shampoo.workloads.base import Batch, LossType, Workload
+from algoperf_shampoo.workloads.base import Batch, Workload
 from algoperf_shampoo.workloads.config import Schema
 from algoperf_shampoo.workloads.data import read_arrays
 from algoperf_shampoo.workloads.models import ViT
@@ -67,22 +68,8 @@ class ImagenetViT(Workload):
         return ViT(**self.config.model)
 
     def _forward(self, model: nn.Module, batch: Batch, dropout_rate: float) -> Tensor:
-        return model(batch["inputs"], dropout_rate=dropout_rate)
-
-    def model_fn(
-        self,
-        params: nn.Module,
-        augmented_and_preprocessed_input_batch: Batch,
-        model_state: None,
-        mode: Any,
-        rng: Any,
-        update_batch_norm: bool,
-        dropout_rate: float = 0.0,
-    ) -> tuple[Tensor, None]:
         """Logits [B, classes] from the batch's "inputs" [B, channels, H, W]."""
-        del model_state, update_batch_norm
-        batch = augmented_and_preprocessed_input_batch
-        return self._run_model(params, batch, mode, rng, dropout_rate)
+        return model(batch["inputs"], dropout_rate=dropout_rate)
 
     def loss_fn(
         self,

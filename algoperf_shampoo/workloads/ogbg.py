@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from algoperf_shampoo.workloads.base import Batch, ForwardPassMode, LossType, Workload
+from algoperf_shampoo.contract import LossType
+from algoperf_shampoo.workloads.base import Batch, Workload
 from algoperf_shampoo.workloads.config import Schema
 from algoperf_shampoo.workloads.data import read_arrays
 from algoperf_shampoo.workloads.metrics import mean_average_precision
@@ -111,6 +112,7 @@ class OGBG(Workload):
 
     full_name = "ogbg"
     loss_type = LossType.SOFTMAX_CROSS_ENTROPY  # what AlgoPerf calls it; the loss itself is binary
+    default_dropout_rate = 0.1
     model_schema = {
         "num_outputs": int,
         "latent_dim": int,
@@ -127,25 +129,8 @@ class OGBG(Workload):
         return GNN(**sizes, node_features=NODE_FEATURES, edge_features=EDGE_FEATURES)
 
     def _forward(self, model: nn.Module, batch: Batch, dropout_rate: float) -> Tensor:
+        """Logits [graphs, tasks] from the batch's "inputs", a ``GraphsTuple``."""
         return model(batch["inputs"], dropout_rate=dropout_rate)
-
-    def model_fn(
-        self,
-        params: nn.Module,
-        augmented_and_preprocessed_input_batch: Batch,
-        model_state: None,
-        mode: Any,
-        rng: Any,
-        update_batch_norm: bool,
-        dropout_rate: float = 0.1,
-    ) -> tuple[Tensor, None]:
-        """Logits [graphs, tasks] from the batch's "inputs", a ``GraphsTuple``.
-
-        The default dropout is AlgoPerf's and is not zero: a submission that wants none must say so.
-        """
-        del model_state, update_batch_norm
-        batch = augmented_and_preprocessed_input_batch
-        return self._run_model(params, batch, mode, rng, dropout_rate)
 
     def loss_fn(
         self,
@@ -228,7 +213,7 @@ class OGBG(Workload):
         loss, count = 0.0, 0
         parts: list[tuple[np.ndarray, ...]] = []
         for batch in batches:
-            logits, _ = self._run_model(model, batch, ForwardPassMode.EVAL, rng, 0.0)
+            logits = self._evaluated(model, batch, rng)
             found = self.loss_fn(batch["targets"], logits, batch["weights"])
             loss += float(found["summed"])
             count += int(found["n_valid_examples"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import submission_loader
+from algoperf_shampoo.harness import standalone, submission_loader
 from algoperf_shampoo.study import export
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,10 +78,10 @@ def test_no_import_of_the_package_is_left(variant: str, tmp_path: Path) -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names.append(node.module or "")
-            assert not any(name.split(".")[0] == export.PACKAGE for name in names), path
+            assert not any(name.split(".")[0] == standalone.PACKAGE for name in names), path
     for name in ("tuning_search_space.json", "submission_info.yml", "LICENSE", "__init__.py"):
         assert (folder / name).is_file()
-    assert not (folder / export.COPIES / "workloads").exists()
+    assert not (folder / standalone.COPIES / "workloads").exists()
 
 
 def test_the_same_steps_as_in_the_package(tmp_path: Path) -> None:
@@ -200,5 +200,5 @@ def test_modules_are_found_through_functions_and_parents(tmp_path: Path) -> None
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert export.modules_needed(tmp_path, ["a"]) == ["a", "b", "b.c", "d", "e"]
-    assert export._relative(files["b/c.py"], Path("b/c.py")).endswith("from ..e import z\n")
+    assert standalone.modules_needed(tmp_path, ["a"]) == ["a", "b", "b.c", "d", "e"]
+    assert standalone._relative(files["b/c.py"], Path("b/c.py")).endswith("from ..e import z\n")

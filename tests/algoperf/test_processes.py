@@ -17,8 +17,8 @@ import pytest
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import run_lock
 from algoperf_shampoo.harness.algoperf import console, door, env, folder, processes
-from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study.plan import Plan
+from algoperf_shampoo.harness.spec import Plan, RunSpec
+from algoperf_shampoo.study import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -265,8 +265,9 @@ for step, value in ((1, .1), (10, .6), (20, .7)):
     lines: list[str] = []
     with run_lock.hold(run.run_dir) as lock:
         command = door.Command((sys.executable, "-c", code, str(run.run_dir)), {})
-        console.run(ROOT, run.run_dir, run.name, command, lock, lines.append)
-        console.run(ROOT, run.run_dir, run.name, command, lock, lines.append)
+        for _ in range(2):
+            line = progress.hit_line_of
+            console.run(ROOT, run.run_dir, run.name, command, lock, lines.append, line)
     # The second launch finds it hit already: nothing is said again.
     told = "hit: ssim 0.5 reached at step 10, 10.5 s of submission time"
     assert lines == [f"nadamw ogbg seed 1: {told}"]

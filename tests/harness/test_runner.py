@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from algoperf_shampoo.contract import TrainingCompleteError
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import checkpoint, run_folder, runner
-from algoperf_shampoo.harness.spec import TrainingCompleteError
 from tests.harness import fakes
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from algoperf_shampoo.study import events, tracking
+from algoperf_shampoo.harness import tracking
+from algoperf_shampoo.study import events
 from tests.faults.disks import NoSync, standing_in
 from tests.harness import fakes
 from tests.harness.test_runner import interrupted

@@ -90,7 +90,7 @@ def test_training_twice_gives_the_same_bits(name: str) -> None:
         for _ in range(3):
             batch = next(queue)
             mode = workloads.ForwardPassMode.TRAIN
-            logits, _ = workload.model_fn(model, batch, None, mode, RNG, False)  # type: ignore[attr-defined]
+            logits, _ = workload.model_fn(model, batch, None, mode, RNG, False)
             optimizer.zero_grad()
             workload.loss_fn(batch["targets"], logits, batch.get("weights"))["summed"].backward()
             optimizer.step()

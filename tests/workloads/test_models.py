@@ -200,7 +200,7 @@ def test_dropout_default_and_repeatability(name: str) -> None:
     batch = workload.synthetic_batch(4, RNG)
 
     def run(mode: ForwardPassMode, rng: np.ndarray, **rate: float) -> Tensor:
-        return workload.model_fn(model, batch, None, mode, rng, False, **rate)[0].detach()  # type: ignore[attr-defined]
+        return workload.model_fn(model, batch, None, mode, rng, False, **rate)[0].detach()
 
     train, evaluate = ForwardPassMode.TRAIN, ForwardPassMode.EVAL
     plain = run(train, RNG, dropout_rate=0.0)
@@ -217,7 +217,7 @@ def test_synthetic_batches_fit_the_model(name: str) -> None:
     workload = workloads.load(name)
     model, _ = workload.init_model_fn(RNG)
     batch = workload.synthetic_batch(2, RNG)
-    logits, _ = workload.model_fn(model, batch, None, ForwardPassMode.EVAL, RNG, False)  # type: ignore[attr-defined]
+    logits, _ = workload.model_fn(model, batch, None, ForwardPassMode.EVAL, RNG, False)
     loss = workload.loss_fn(batch["targets"], logits, batch.get("weights"), label_smoothing=0.1)
     assert torch.isfinite(loss["summed"])
     if name == "fastmri":

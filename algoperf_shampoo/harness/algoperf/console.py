@@ -13,7 +13,6 @@ from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk
 from algoperf_shampoo.harness.algoperf import folder, processes
-from algoperf_shampoo.study import progress
 
 if TYPE_CHECKING:
     from algoperf_shampoo.harness.algoperf.door import Command
@@ -21,6 +20,13 @@ if TYPE_CHECKING:
 # The runner's line on an evaluation: "Time since start: 9.87s, Step: 20, {'train/loss': nan, ...".
 _STEP = re.compile(r"\bStep: (\d+),")
 _STRANGE = re.compile(r"'(\w+/(?!num_examples)\w+)': [^,}]*?(-?\b(?:nan|inf)\b)")
+
+HitLine = Callable[[Path, str], str | None]
+"""From a run's folder and name the line on its hit, None before; from who can read its log."""
+
+
+def no_hit_line(run_dir: Path, name: str) -> None:
+    """Says of no run that it has hit."""
 
 
 def run(
@@ -30,15 +36,17 @@ def run(
     command: Command,
     lock: int,
     echo: Callable[[str], None] = print,
+    hit_line: HitLine = no_hit_line,
 ) -> processes.Ending:
     """Start it in ``root``, and wait for its end and its children's.
 
-    ``lock`` holds the run's lock. ``echo`` gets what we have to say of the run called ``name``.
+    ``lock`` holds the run's lock. ``echo`` gets what we have to say of the run called ``name``;
+    ``hit_line`` is asked at every checkpoint, until it gives a line.
 
     Raises:
         UserError: a checkpoint could not be kept.
     """
-    hit = progress.of(run_dir).hit_step is not None
+    hit = hit_line(run_dir, name) is not None
 
     def say() -> str:
         steps = folder.steps(run_dir)
@@ -67,7 +75,7 @@ def run(
                 except UserError as error:
                     trouble.append(error)
             if "Saved checkpoint to" in line and not hit:
-                words = progress.hit_line(name, progress.of(run_dir))
+                words = hit_line(run_dir, name)
                 hit = words is not None
                 if words:
                     echo(words)

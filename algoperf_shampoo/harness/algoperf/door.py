@@ -21,7 +21,15 @@ from typing import Any
 
 from algoperf_shampoo import interrupt, json_input, versions
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import disk, gpus, run_lock, seal, submission_loader
+from algoperf_shampoo.harness import (
+    disk,
+    gpus,
+    run_lock,
+    seal,
+    standalone,
+    submission_loader,
+    tracking,
+)
 from algoperf_shampoo.harness.algoperf import (
     benchmark,
     console,
@@ -32,9 +40,7 @@ from algoperf_shampoo.harness.algoperf import (
     processes,
 )
 from algoperf_shampoo.harness.algoperf.place import Place, choose_place, visible_gpus
-from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import export, progress, tracking
-from algoperf_shampoo.study.plan import Plan
+from algoperf_shampoo.harness.spec import Plan, RunSpec
 
 _RUNNER = "submission_runner"
 _OWN_RUNNER = "algoperf_shampoo.harness.algoperf.runner"
@@ -94,10 +100,16 @@ class _Job:
     track: bool = False
 
 
-def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = print) -> int:
+def launch(
+    plan: Plan,
+    flags: dict[str, Any],
+    echo: Callable[[str], None] = print,
+    hit_line: console.HitLine = console.no_hit_line,
+) -> int:
     """Check everything, then train the runs one after another; the number that failed.
 
     With ``plan.dry_run`` the commands are printed instead; what is missing is then a note.
+    ``hit_line`` reads the log of a run under way for the line on its hit.
 
     Raises:
         UserError: something is missing or wrong; no run has been started then.
@@ -107,7 +119,7 @@ def launch(plan: Plan, flags: dict[str, Any], echo: Callable[[str], None] = prin
     found = [run_dir / name for run_dir, files in seen.items() for name, *_ in files]
     environment = env.look(plan.root, found)
     with ExitStack() as claims:
-        return _launch(plan, options, seen, environment, claims, echo)
+        return _launch(plan, options, seen, environment, claims, echo, hit_line)
 
 
 def _launch(
@@ -117,6 +129,7 @@ def _launch(
     environment: env.Environment,
     claims: ExitStack,
     echo: Callable[[str], None],
+    hit_line: console.HitLine,
 ) -> int:
     place = choose_place(plan, options.processes, environment, echo)
     if place.visible is not None and not plan.dry_run:
@@ -162,7 +175,7 @@ def _launch(
     failed = []
     for job in jobs:
         try:
-            ended_well = _train(plan, job, environment, echo)
+            ended_well = _train(plan, job, environment, echo, hit_line)
         except UserError as error:
             echo(f"error: {job.run.name}: {error}")
             ended_well = False
@@ -295,9 +308,9 @@ def _entry_name(run: RunSpec) -> str:
 
 def _write_entry(plan: Plan, run: RunSpec) -> None:
     """The submission of a run under the self-tuning ruleset, as an export of it would be."""
-    export.write(
+    standalone.write(
         run.run_dir / folder.ENTRY / _entry_name(run),
-        export.entry(plan.root, run.variant, run.hparams),
+        standalone.entry(plan.root, run.variant, run.hparams),
     )
     # The runner writes none where it hands no point over.
     folder.write_json(run.run_dir / "hparams.json", run.hparams)
@@ -359,9 +372,10 @@ def _train(
     job: _Job,
     environment: env.Environment,
     echo: Callable[[str], None],
+    hit_line: console.HitLine = console.no_hit_line,
 ) -> bool:
     run, state, command = job.run, job.state, job.command
-    if state.ended and progress.of(run.run_dir).state == progress.DONE:
+    if state.ended and folder.seen_to_finish(run.run_dir):
         return _complete(run, state, echo)
     with run_lock.hold(run.run_dir, echo=echo) as lock:
         if folder.fingerprint(run.run_dir) != job.seen:
@@ -399,7 +413,7 @@ def _train(
         folder.write_json(run.run_dir / folder.LAUNCHES, launches)
         disk.remove(run.run_dir / seal.NAME)  # what it sealed is about to change
         try:
-            ending = console.run(plan.root, run.run_dir, run.name, command, lock, echo)
+            ending = console.run(plan.root, run.run_dir, run.name, command, lock, echo, hit_line)
             record |= asdict(ending)
         except BaseException as error:
             record["how"] = _how(error)

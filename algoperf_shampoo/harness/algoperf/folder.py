@@ -163,7 +163,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_launches(run_dir: Path) -> list[dict[str, Any]]:
     """The launches recorded so far."""
     value = _read_json(run_dir / LAUNCHES)
-    return value if isinstance(value, list) else []
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
 def launcher() -> dict[str, Any]:
@@ -176,6 +176,24 @@ def launcher() -> dict[str, Any]:
     }
 
 
+def how_it_ended(launch: dict[str, Any]) -> str | None:
+    """What a launch says of its end: "finished ...", "stopped ...", "failed ..."; None if nothing.
+
+    Versions that did not say wrote the exit code.
+    """
+    how, code = launch.get("how"), launch.get("exit_code")
+    if how is None and code is not None:
+        return "finished" if code == 0 else f"failed: exit code {code}"
+    return how
+
+
+def seen_to_finish(run_dir: Path) -> bool:
+    """Whether the last launch was seen to end well, and nobody is at work there now."""
+    launches = read_launches(run_dir)
+    how = how_it_ended(launches[-1]) if launches else None
+    return how is not None and how.startswith("finished") and not run_lock.held(run_dir)
+
+
 def close_launches(
     launches: list[dict[str, Any]], finished: bool = False
 ) -> list[dict[str, Any]]:
@@ -186,22 +204,18 @@ def close_launches(
     One that could not write its end was killed (``kill -9``, the OOM killer, a power cut): what is
     certain is that it is over, because the lock was free.
     """
-    closed = []
-    for launch in launches:
-        if launch.get("how") is None:
-            code = launch.get("exit_code")
-            how = "launcher killed"
-            if code is not None:  # by a version that did not say
-                how = "finished" if code == 0 else f"failed: exit code {code}"
-            elif launch.get("host") != socket.gethostname():
-                how = f"launcher killed, or its machine ({launch.get('host', 'unknown')}) stopped"
-            elif launch.get("boot") != run_lock.boot_id():
-                how = "the machine stopped"
-            launch = {**launch, "how": how}
-        closed.append(launch)
+    closed = [
+        {**launch, "how": how_it_ended(launch) or _how_it_was_killed(launch)} for launch in launches
+    ]
     if finished and closed and not closed[-1]["how"].startswith("finished"):
         closed[-1] = {**closed[-1], "how": f"finished ({closed[-1]['how']})"}
     return closed
+
+
+def _how_it_was_killed(launch: dict[str, Any]) -> str:
+    if launch.get("host") != socket.gethostname():
+        return f"launcher killed, or its machine ({launch.get('host', 'unknown')}) stopped"
+    return "the machine stopped" if launch.get("boot") != run_lock.boot_id() else "launcher killed"
 
 
 def _check_intact(run_dir: Path) -> None:

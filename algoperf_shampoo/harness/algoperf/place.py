@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import gpus
 from algoperf_shampoo.harness.algoperf import env
-from algoperf_shampoo.study.plan import Plan
+from algoperf_shampoo.harness.spec import Plan
 
 
 @dataclass(frozen=True)

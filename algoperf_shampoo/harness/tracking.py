@@ -4,7 +4,7 @@ wandb begins a new record at every start of a process when it is offline (``resu
 there), so a run that was killed twice would be three. Here the record is made when the run is over,
 from the CSVs, and made anew if it is asked for again: one run, one record.
 
-``python -m algoperf_shampoo.study.tracking RUN_DIR NAME GROUP`` does so in a Python that has wandb.
+``python -m algoperf_shampoo.harness.tracking RUN_DIR NAME GROUP`` does so where wandb is installed.
 """
 
 from __future__ import annotations
