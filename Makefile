@@ -3,7 +3,7 @@
 # Words of the command line, by target. A word that its targets do not take is refused.
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
-  PROCESSES WANDB KEEP_DIVERGED RULESET VERSION PRICE DRY_RUN ALGOPERF_PYTHON
+  PROCESSES WANDB KEEP_DIVERGED ALL_STEPS RULESET VERSION PRICE DRY_RUN ALGOPERF_PYTHON
 words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
   ALGOPERF_PYTHON VERSION PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
 words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT VERSION EVERY ONCE
@@ -18,7 +18,7 @@ words.repeat := RUN OUT DATA_DIR
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA ALGOPERF_COMMIT DRY_RUN
-words.docker-submit := $(filter-out HARNESS KEEP_DIVERGED PRICE ALGOPERF_PYTHON,$(words.submit)) \
+words.docker-submit := $(filter-out HARNESS KEEP_DIVERGED ALL_STEPS PRICE ALGOPERF_PYTHON,$(words.submit)) \
   ENGINE IMAGE TORCH
 # Families of targets, by the beginning of their names.
 families := submit export docker-submit
@@ -92,6 +92,7 @@ help: words ## list targets and variables
 	@echo '  WANDB=             1: one record a run for wandb too, offline without a key'
 	@echo '  PROCESSES=         with HARNESS=algoperf and no GPU: processes'
 	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
+	@echo '  ALL_STEPS=         1: with the embedded harness, every step of the budget, past the targets'
 	@echo '  PRICE=             of an hour of one GPU: shown with the time of full-size runs'
 	@echo '  RULESET=external   AlgoPerf'"'"'s; self: the point built into the submission'
 	@echo '  VERSION=           AlgoPerf'"'"'s, v0.5, v0.6 or 2026: its budgets, targets, step hints; with HARNESS=algoperf'
@@ -114,7 +115,8 @@ submit-%: words FORCE
 	  $(call flag,GPUS,gpus) $(call flag,DATA_DIR,data_dir) $(call flag,F,f) $(call flag,TAU,tau) \
 	  $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) $(call flag,TRIALS,trials) \
 	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
-	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) $(call flag,PRICE,price) \
+	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) \
+	  $(call flag,ALL_STEPS,all_steps) $(call flag,PRICE,price) \
 	  $(call flag,RULESET,ruleset) $(call flag,VERSION,version) $(call flag,DRY_RUN,dry_run)
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*

@@ -32,6 +32,9 @@ _WANDB = flags.DEFINE_bool("wandb", False, "Log to Weights & Biases as well.")
 _KEEP_DIVERGED = flags.DEFINE_bool(
     "keep_diverged", False, "Embedded harness: a run whose loss is not finite goes on."
 )
+_ALL_STEPS = flags.DEFINE_bool(
+    "all_steps", False, "Embedded harness: every step of the budget, past the targets."
+)
 _PRICE = flags.DEFINE_string("price", None, "Of an hour of one GPU, for the preview of costs.")
 _RULESET = flags.DEFINE_string("ruleset", "external", "external, or self: the point built in.")
 _VERSION = flags.DEFINE_string("version", None, "AlgoPerf's: v0.5, v0.6 or 2026.")
@@ -61,6 +64,7 @@ def main() -> int:
         wandb=_WANDB.value,
         ruleset=_RULESET.value,
         version=_VERSION.value,
+        all_steps=_ALL_STEPS.value,
         dry_run=_DRY_RUN.value,
     )
     if wanted.dry_run and wanted.harness == "embedded":

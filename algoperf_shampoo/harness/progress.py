@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from algoperf_shampoo.harness.spec import ALL_STEPS_DONE
+
 
 class Clock:
     """Estimates the wall time that a session of a run has left at most.
@@ -69,5 +71,6 @@ def summary(result: dict[str, Any]) -> str:
         return f"target not reached in {steps} steps ({ended})"
     text = f"target reached at step {hit}, {result['time_to_target']:.1f} s of submission time"
     if steps > hit:
-        text += f"; it went on to step {steps} for the test target"
+        why = "the test target" if result["stop_reason"] != ALL_STEPS_DONE else "all steps"
+        text += f"; it went on to step {steps} for {why}"
     return f"{text} ({ended})"

@@ -9,7 +9,7 @@ from typing import Any
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import environment, record, run_folder, seal
-from algoperf_shampoo.harness.spec import RunSpec
+from algoperf_shampoo.harness.spec import STOP_AT_TARGET, RunSpec
 
 Echo = Callable[[str], None]
 Files = dict[str, dict[str, Any]]
@@ -31,6 +31,8 @@ def identity(run: RunSpec, workload: Any, root: Path, data_dir: Path | None) -> 
         "workload_config": environment.workload_config(workload),
         "data_dir": data_dir.name if data_dir is not None else None,
         "source_sha256": environment.source_digests(root, run.variant),
+        # Said where it is not so: records without it are of runs to the target.
+        **({} if run.stop_at_target else {STOP_AT_TARGET: False}),
     }
 
 
@@ -123,6 +125,7 @@ class RunRecord:
             "tuning_ruleset": "external",
             "rng_seed": run.seed,
             "max_global_steps": workload.max_steps,
+            STOP_AT_TARGET: run.stop_at_target,
         }
         record.write_json(run.run_dir / f"flags_{count}.json", {**flags, **own_flags})
         made = seal.make(run.run_dir)

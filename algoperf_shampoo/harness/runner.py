@@ -8,6 +8,7 @@ along the same curve.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from algoperf_shampoo.harness import (
 )
 from algoperf_shampoo.harness.progress import summary
 from algoperf_shampoo.harness.run_record import identity
-from algoperf_shampoo.harness.spec import RunSpec, hit_line
+from algoperf_shampoo.harness.spec import ALL_STEPS_DONE, RunSpec, hit_line
 from algoperf_shampoo.harness.submission_loader import Submission
 
 __all__ = ["execute", "identity", "summary"]
@@ -205,15 +206,16 @@ class _Training:
         self.workload.attach_metrics_logger(self.logger)
 
     def loop(self) -> None:
-        """Train until the targets, the step budget or the time budget is reached."""
+        """Train until the targets, the step budget or the time budget is reached; until the step
+        budget alone in a run that does not stop at its targets."""
         state = self.train_state
         self.started = state["last_step_end_time"] = _now()
-        self.clock = progress.Clock(self.workload.max_steps, self.workload.max_allowed_runtime_sec)
+        self.clock = progress.Clock(self.workload.max_steps, self._time_budget())
         if self.global_step:
             state["last_eval_time"] = self.started  # the checkpoint is of an evaluation
         while (
             state["is_time_remaining"]
-            and not self._goals()
+            and not self._is_to_stop_at_goals()
             and not state["training_complete"]
             and not self._is_given_up()
         ):
@@ -223,7 +225,7 @@ class _Training:
             if self._eval_is_due(now):
                 self._prepare_for_eval(prepare_rng)
                 state["is_time_remaining"] = (
-                    state["accumulated_submission_time"] < self.workload.max_allowed_runtime_sec
+                    state["accumulated_submission_time"] < self._time_budget()
                 )
                 if state["is_time_remaining"]:
                     self._evaluate(eval_rng)
@@ -465,15 +467,22 @@ class _Training:
     def _goals(self) -> bool:
         return self.train_state["validation_goal_reached"] and self.train_state["test_goal_reached"]
 
+    def _is_to_stop_at_goals(self) -> bool:
+        return self.run.stop_at_target and self._goals()
+
+    def _time_budget(self) -> float:
+        """Seconds of submission time. All steps are all steps, on a slow machine too."""
+        return self.workload.max_allowed_runtime_sec if self.run.stop_at_target else math.inf
+
     def _stop_reason(self) -> str:
-        if self._goals():
+        if self._is_to_stop_at_goals():
             return "targets reached"
         if self._is_given_up():
             return run_record.DIVERGED
         if not self.train_state["is_time_remaining"]:
             return "time budget spent"
         if self.global_step == self.workload.max_steps:
-            return "step budget spent"
+            return "step budget spent" if self.run.stop_at_target else ALL_STEPS_DONE
         return "ended by the submission"
 
 

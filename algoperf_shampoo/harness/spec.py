@@ -13,6 +13,11 @@ MINI = "_mini"
 MINIDATA = "_minidata"
 """Ends the name of AlgoPerf's own workload, its model unchanged, on little data."""
 
+STOP_AT_TARGET = "stop_at_target"
+"""Of a run's identity: False where the run does every step of its budget."""
+ALL_STEPS_DONE = "all steps done"
+"""The ``stop_reason`` of such a run."""
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -21,6 +26,8 @@ class RunSpec:
     ``label`` is the variant plus its overrides (``eshampoo_adaptive_F20_tau0.05``), ``trial``
     counts the points of the search space from 1, as AlgoPerf's ``trial_N`` folders do. ``ruleset``
     is AlgoPerf's: "external" hands the point over, in "self" the submission has it built in.
+    Without ``stop_at_target`` (embedded harness alone) a run does every step of its budget, past
+    its targets and whatever time that takes: it says nothing on a time to target.
     """
 
     variant: str
@@ -31,6 +38,7 @@ class RunSpec:
     hparams: dict[str, Any] = field(hash=False)
     run_dir: Path
     ruleset: str = "external"
+    stop_at_target: bool = True
 
     @property
     def name(self) -> str:

@@ -144,7 +144,10 @@ def _ended(entry: _Running, study: Study, echo: Callable[[str], None]) -> int:
     name = entry.job.run.name
     if now.state == progress.DONE:
         missed = f"; {now.metric} {now.value:g} of {now.target:g}" if now.value is not None else ""
-        echo(f"{name}: done at step {now.step}" + ("" if now.hit_step else f", a miss{missed}"))
+        how = "" if now.hit_step else f", a miss{missed}"
+        if not entry.job.run.stop_at_target:
+            how = ", all steps" if not now.note else f", {now.note}"
+        echo(f"{name}: done at step {now.step}{how}")
         return 0
     code = entry.process.returncode
     how = f"ended by {processes.signal_name(-code)}" if code < 0 else f"exit code {code}"

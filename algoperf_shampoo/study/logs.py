@@ -24,7 +24,7 @@ from typing import Any
 from algoperf_shampoo import versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import seal
-from algoperf_shampoo.harness.spec import MINI, MINIDATA
+from algoperf_shampoo.harness.spec import MINI, MINIDATA, STOP_AT_TARGET
 from algoperf_shampoo.study import files
 from algoperf_shampoo.study.evaluations import (
     EVALS,
@@ -38,6 +38,7 @@ from algoperf_shampoo.study.evaluations import (
 FRAMEWORKS = ("pytorch", "jax")
 _RECORD, _LOSSES = "run.json", "step_losses.csv"
 _DIVERGED = "diverged"
+ALL_STEPS = "all steps"
 _TRIAL = re.compile(r"trial_[0-9]+")
 _STUDY = re.compile(r"study_[0-9]+")
 _MAX_TEXT = 1000
@@ -49,8 +50,9 @@ class Trial:
     """One ``trial_N`` folder, read.
 
     ``outcome`` is "hit", "miss" (the budget was spent short of the target, or the run diverged),
-    "unfinished" (an embedded run still going, or killed) or "unknown" (the log does not say, or is
-    not to be trusted; see ``holes``). ``steps_to_target`` and ``time_to_target`` (seconds) are None
+    "unfinished" (an embedded run still going, or killed), "all steps" (one that was not to stop at
+    its target, and has ended) or "unknown" (the log does not say, or is not to be trusted; see
+    ``holes``). ``steps_to_target`` and ``time_to_target`` (seconds) are None
     unless the outcome is a hit.
     """
 
@@ -76,6 +78,8 @@ class Trial:
     """AlgoPerf's, told by what the run logged: "v0.6", say; "mini" and "minidata" of small data."""
     ruleset: str = "external"
     """AlgoPerf's tuning ruleset, "external" or "self"."""
+    to_target: bool = True
+    """Whether the run stops at its target; one that does not is in no table of times to target."""
 
 
 def find_trials(
@@ -174,6 +178,9 @@ def read_trial(path: Path) -> Trial:
     ruleset = "self" if flags.get("tuning_ruleset") == "self" else "external"
     budget = _budget(meta, version, ruleset)
     outcome = _outcome(path, hit, evaluations, embedded, status, diverged, flags, budget, holes)
+    to_target = record is None or _identity(record).get(STOP_AT_TARGET) is not False
+    if not to_target and outcome in ("hit", "miss"):
+        outcome = ALL_STEPS
     if outcome != "hit":
         hit = None
     return Trial(
@@ -197,6 +204,7 @@ def read_trial(path: Path) -> Trial:
         diverged=diverged,
         version=version,
         ruleset=ruleset,
+        to_target=to_target,
     )
 
 
@@ -352,6 +360,12 @@ def _check_record(
     last, end = evaluations[-1].step if evaluations else 0, files.finite(result.get("global_step"))
     if end is None or end < last:
         compare("global_step", result.get("global_step"), f"last step in {where}", last)
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of the run it is of; {} if it does not, which is a fault elsewhere."""
+    identity = record.get("identity")
+    return identity if isinstance(identity, dict) else {}
 
 
 def _part(record: dict[str, Any], key: str, holes: Holes) -> dict[str, Any] | None:

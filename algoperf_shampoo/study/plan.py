@@ -42,6 +42,7 @@ def make_plan(
     wandb: bool = False,
     ruleset: str = "external",
     version: str | None = None,
+    all_steps: bool = False,
     dry_run: bool = False,
 ) -> Plan:
     """Check the words of a command line and lay out its runs.
@@ -49,7 +50,7 @@ def make_plan(
     ``harness`` None means embedded for mini and AlgoPerf's for full. ``trials`` is the number of
     points of the search space to run, the first ones. ``settings`` are fields of the point to
     replace, ``learning_rate=0.02 one_dim=adam``. ``processes`` and ``wandb`` are checked here and
-    used by AlgoPerf's door.
+    used by AlgoPerf's door. With ``all_steps`` runs do not stop at their targets.
 
     Raises:
         UserError: naming the first bad word and what would be right.
@@ -73,6 +74,11 @@ def make_plan(
                 f"VERSION={version}: minis have targets and budgets of their own; HARNESS=algoperf "
                 "takes a version"
             )
+    if all_steps and harness != "embedded":
+        raise UserError(
+            "ALL_STEPS=1: AlgoPerf's harness stops at the targets; HARNESS=embedded SIZE=mini goes "
+            "on to the last step"
+        )
     if size == "full" and harness == "embedded":
         raise UserError("SIZE=full HARNESS=embedded: full size runs under HARNESS=algoperf alone")
     seed_list = parse_seeds(seeds)
@@ -113,6 +119,7 @@ def make_plan(
             label += f"_steps{step_limit}"
         # The default's numbers are those that the pinned AlgoPerf has itself.
         label += f"_{version}" if version not in (None, versions.DEFAULT) else ""
+        label += "_allsteps" if all_steps else ""
         label += "_self" if ruleset == "self" else ""
         path = spaces[variant] = _search_space(root, variant, small_models, search_space)
         for base in workloads:
@@ -138,6 +145,7 @@ def make_plan(
                     hparams=point,
                     run_dir=folder / label / f"study_{seed}" / f"{name}_pytorch" / f"trial_{trial}",
                     ruleset=ruleset,
+                    stop_at_target=not all_steps,
                 )
                 for seed in seed_list
                 for trial, point in enumerate(own, start=1)

@@ -108,8 +108,8 @@ def noting_failure(run_dir: Path) -> Iterator[None]:
 
 
 def _state(running: bool, record: Any, launches: Any, failure: Any) -> tuple[str, str]:
-    if isinstance(record, dict) and record.get("status") == "finished":
-        return DONE, ""
+    if isinstance(record, dict) and record.get("status") in ("finished", "diverged"):
+        return DONE, "diverged" if record["status"] == "diverged" else ""
     if running:
         return RUNNING, ""
     last = launches[-1] if isinstance(launches, list) and launches else None
@@ -139,7 +139,7 @@ def _rest(run_dir: Path, trial: logs.Trial, last: logs.Evaluation) -> tuple[floa
     if limit := _newest(run_dir, "flags_*.json").get("max_global_steps"):
         parts.append(last.step / limit)
     budget = _newest(run_dir, "meta_data_*.json").get("workload.max_allowed_runtime_sec")
-    if budget:
+    if budget and trial.to_target:
         budget *= versions.self_tuning_factor(trial.version) if trial.ruleset == "self" else 1.0
         parts.append(last.submission_time / budget)
     if not parts:

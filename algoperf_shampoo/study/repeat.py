@@ -17,7 +17,7 @@ from typing import Any
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import run_folder, submission_loader
-from algoperf_shampoo.harness.spec import RunSpec
+from algoperf_shampoo.harness.spec import STOP_AT_TARGET, RunSpec
 
 # Of a session: what may change the last bits of a sum.
 _MACHINE = (
@@ -117,6 +117,7 @@ def execute(
         trial=identity["trial"],
         hparams=identity["hparams"],
         run_dir=place / f"trial_{identity['trial']}",
+        stop_at_target=identity.get(STOP_AT_TARGET, True),
     )
     record = runner.execute(spec, workload, submission, root, data_dir=data_dir, echo=echo)
     return Recorded(spec.run_dir, json.loads(json.dumps(record)))

@@ -86,6 +86,7 @@ def _summary(trials: Sequence[Trial]) -> str:
         for outcome, words in (
             ("hit", "reached their target"),
             ("miss", "spent their budget short of it"),
+            ("all steps", "did all their steps, past the target"),
             ("unfinished", "are unfinished"),
             ("unknown", "do not say how they ended"),
         )

@@ -119,16 +119,16 @@ def _tails(strata: Sequence[Stratum]) -> tuple[Fraction, Fraction]:
     counts = {0: 1}
     seen = 0
     for a, b in strata:
-        ranks = _doubled_midranks([*a, *b])
+        ranks = doubled_midranks([*a, *b])
         seen += sum(ranks[: len(a)])
-        counts = _convolved(counts, _rank_sums(ranks, len(a)))
+        counts = convolved(counts, _rank_sums(ranks, len(a)))
     total = sum(counts.values())
     low = sum(count for value, count in counts.items() if value <= seen)
     high = sum(count for value, count in counts.items() if value >= seen)
     return Fraction(low, total), Fraction(high, total)
 
 
-def _doubled_midranks(values: Sequence[float]) -> list[int]:
+def doubled_midranks(values: Sequence[float]) -> list[int]:
     """Twice the rank of each value, from 1, the mean of the ranks among equal ones."""
     ordered = sorted(values)
     return [
@@ -149,7 +149,8 @@ def _rank_sums(ranks: Sequence[int], size: int) -> dict[int, int]:
     return by_size[size]
 
 
-def _convolved(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+def convolved(one: dict[int, int], other: dict[int, int]) -> dict[int, int]:
+    """How many ways lead to each sum of two counts of ways."""
     made: dict[int, int] = {}
     for a, count in one.items():
         for b, more in other.items():

@@ -10,8 +10,11 @@
 ``rows`` are the table's, as the paper has them: ``F``, ``tau`` and ``set`` (further fields of the
 point) replace what the variant's search space says. ``full`` and ``mini`` hold what a size decides:
 ``seeds`` (a count, or a list such as "3,4"), ``gpus``, both for all workloads or by workload,
-``set``, and ``F``, which translates the paper's F to a mini's; null there means that the row has no
-counterpart at that size. A size that is not there cannot be run.
+``set``, ``all_steps`` (true: runs do not stop at their targets), and ``F``, which translates the
+paper's F to a mini's; null there means that the row has no counterpart at that size. A size that is
+not there cannot be run.
+
+A study of claims has ``arms`` in place of ``rows``: see :mod:`.claims.file`.
 """
 
 from __future__ import annotations
@@ -26,10 +29,11 @@ from algoperf_shampoo import json_input, paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.spec import RunSpec
 from algoperf_shampoo.study import plan
+from algoperf_shampoo.study.claims import file as claims_file
 
 STUDIES = Path(__file__).with_name("studies")
 _KEYS = {"title", "full", "mini", "rows"}
-_SIZE_KEYS = {"seeds", "gpus", "F", "set"}
+_SIZE_KEYS = {"seeds", "gpus", "F", "set", "all_steps"}
 _ROW_KEYS = {"workload", "variant", "F", "tau", "set"}
 
 
@@ -180,6 +184,7 @@ def _row(
         processes=o.processes,
         wandb=o.wandb,
         version=o.version,
+        all_steps=settings.get("all_steps", False),
     )
     shared = {
         "WORKLOAD": workload,
@@ -193,6 +198,7 @@ def _row(
         "DATA_DIR": str(paths.given("DATA_DIR", o.data_dir, root)) if o.data_dir else None,
         "OUT": str(made.out) if o.out else None,
         "STEPS": o.steps,
+        "ALL_STEPS": "1" if settings.get("all_steps") else None,
         "WANDB": "1" if o.wandb else None,
     }
     return [
@@ -255,6 +261,8 @@ def _find(name: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     content = json_input.read(path, "study")
+    if isinstance(content, dict) and "arms" in content:
+        content = claims_file.as_study(path, content)
     _keys(content, _KEYS, {"title", "rows"}, str(path))
     if not isinstance(content["rows"], list) or not content["rows"]:
         raise UserError(f"{path}: rows: a list of at least one row")
@@ -264,6 +272,8 @@ def _read(path: Path) -> dict[str, Any]:
             for name in ("F", "set"):
                 if not isinstance(content[size].get(name, {}), dict):
                     raise UserError(f"{path}: {size}.{name}: an object")
+            if not isinstance(content[size].get("all_steps", False), bool):
+                raise UserError(f"{path}: {size}.all_steps: true or false")
     for number, row in enumerate(content["rows"], start=1):
         _keys(row, _ROW_KEYS, {"workload", "variant"}, f"{path}: row {number}")
         if row["workload"] not in plan.WORKLOADS:

@@ -158,9 +158,13 @@ def build(
     A full run is set beside the paper's row of its variant, F and tau; a mini, whose F is its own,
     beside that of its variant, or with ``mini_f`` beside the row whose F it translates to the
     mini's (None: the row has no counterpart), tau as it is and nothing else changed.
+
+    Runs that are not to stop at their target are in no row; the caption counts them.
     """
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
+        if not trial.to_target:
+            continue
         point = json.dumps(trial.hparams, sort_keys=True)
         # Without a point the number of the trial stands for it.
         number = trial.trial if trial.hparams is None else 0
@@ -199,7 +203,8 @@ def build(
             rows += [row(title, key, None) for key in sorted(here)]
         known = {base + suffix for base in _WORKLOADS}
         rows += [row(key[0], key, None) for key in sorted(own) if key[0] not in known]
-        tables.append(Table(size, _caption(name, size, rows, own), rows))
+        past = sum(1 for t in trials if not t.to_target and size_of(t.workload) == size)
+        tables.append(Table(size, _caption(name, size, rows, own) + _left_out(past), rows))
     return tables
 
 
@@ -336,6 +341,13 @@ def _caption(name: str, size: str, rows: list[Row], own: dict[tuple[Any, ...], l
         f"{', '.join(f'AlgoPerf {v}' for v in versions) if versions else 'no runs yet'}. "
         "The paper's version is not stated there."
     )
+
+
+def _left_out(past: int) -> str:
+    if not past:
+        return ""
+    runs = f"{past} run{'s' * (past != 1)}"
+    return f" Left out: {runs} of all steps, which do not stop at the target."
 
 
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:

@@ -110,7 +110,7 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, changes: dict[str, Any], w
 
 
 def test_unknown_study() -> None:
-    with pytest.raises(UserError, match="STUDY=table2: there is mini, table1, table3"):
+    with pytest.raises(UserError, match="STUDY=table2: there is claims, mini, table1, table3"):
         study.lay_out(ROOT, "table2", Options())
 
 

@@ -1,0 +1,101 @@
+"""The numbers that claims are about, each read from the folder of one run.
+
+A number that is not finite, and that of a run which diverged, is ``math.inf``: the worst there is.
+So is a loss that is not above 0, whose logarithm is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from algoperf_shampoo.study import files
+from algoperf_shampoo.study.logs import Trial
+
+LOSSES, MEASUREMENTS = "step_losses.csv", "measurements.csv"
+_CHECKS, _REFRESHES = "eigenbasis_checks", "eigenbasis_refreshes"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """``of`` (run folder, steps of the budget) is the number; ``logarithmic``: positive, compared
+    by ratios; ``what`` says it in words."""
+
+    what: str
+    logarithmic: bool
+    of: Callable[[Path, int], float]
+
+
+def of_run(trial: Trial, name: str, steps: int) -> float:
+    """A statistic of a run of all steps that has ended."""
+    if trial.diverged:
+        return math.inf
+    statistic = STATISTICS[name]
+    value = statistic.of(trial.path, steps)
+    usable = math.isfinite(value) and not (statistic.logarithmic and value <= 0)
+    return value if usable else math.inf
+
+
+def last_tenth_loss(folder: Path, steps: int) -> float:
+    """Mean training loss over the last tenth of the steps; inf if one of them is not there."""
+    first = steps - max(1, steps // 10)
+    header, rows, _ = files.read_csv(folder / LOSSES)
+    columns = [header.index("global_step"), header.index("loss")]
+    losses = {}
+    for _, row in rows:
+        step, loss = (files.number(row[column]) for column in columns)
+        if step is not None and loss is not None and first < step <= steps:
+            losses[int(step)] = loss
+    if len(losses) != steps - first:
+        return math.inf
+    return math.fsum(losses.values()) / len(losses)
+
+
+def refresh_share(folder: Path, steps: int) -> float:
+    """Eigendecompositions over checks, of all factors over the whole run."""
+    counts = _counts(folder)
+    return _share(counts, 0, steps)
+
+
+def refresh_late_less_early(folder: Path, steps: int) -> float:
+    """:func:`refresh_share` of the last quarter of the steps less that of the first quarter."""
+    counts, quarter = _counts(folder), steps // 4
+    return _share(counts, steps - quarter, steps) - _share(counts, 0, quarter)
+
+
+def _counts(folder: Path) -> dict[int, tuple[float, float]]:
+    """Checks and refreshes up to a step, as the submission logs them at evaluations."""
+    header, rows, _ = files.read_csv(folder / MEASUREMENTS)
+    if not {"global_step", _CHECKS, _REFRESHES} <= set(header):
+        return {}
+    columns = [header.index(name) for name in ("global_step", _CHECKS, _REFRESHES)]
+    counts = {0: (0.0, 0.0)}
+    for _, row in rows:
+        step, *both = (files.number(row[column]) for column in columns)
+        finite = [value for value in both if value is not None and math.isfinite(value)]
+        if step is not None and math.isfinite(step) and len(finite) == 2:
+            counts[int(step)] = (finite[0], finite[1])
+    return counts
+
+
+def _share(counts: dict[int, tuple[float, float]], start: int, end: int) -> float:
+    """Refreshes over checks in (start, end]; nan where there is no count of a step, or no check."""
+    if start not in counts or end not in counts:
+        return math.nan
+    checks, refreshes = (b - a for a, b in zip(counts[start], counts[end], strict=True))
+    return refreshes / checks if checks > 0 else math.nan
+
+
+STATISTICS = {
+    "loss": Statistic(
+        "mean training loss of the last tenth of the steps", True, last_tenth_loss
+    ),
+    "refresh_share": Statistic("eigendecompositions over checks", False, refresh_share),
+    "refresh_late_less_early": Statistic(
+        "eigendecompositions over checks, last quarter of the steps less first quarter",
+        False,
+        refresh_late_less_early,
+    ),
+}
