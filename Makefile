@@ -15,6 +15,7 @@ words.rank := RUN VARIANT
 words.figures := RUNS OUT VERSION
 words.report := RUNS OUT TITLE VERSION
 words.repeat := RUN OUT DATA_DIR
+words.same-curves := BEFORE AFTER VARIANT WORKLOAD STEPS
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA ALGOPERF_COMMIT DRY_RUN
@@ -66,7 +67,7 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm \
-  test-gpu test-kernels lint types table1 table3 tables rank figures report repeat study status \
+  test-gpu test-kernels lint types table1 table3 tables rank figures report repeat study status same-curves \
   submission-pr FORCE
 .DEFAULT_GOAL := help
 
@@ -142,6 +143,10 @@ report: words ## one page with tables, figures and links to every log, OUT=resul
 
 repeat: words ## train a run again from its folder, RUN=, and compare; into OUT=results/repeats/N
 	$(IN_RUN) scripts/repeat.py $(call flag,RUN,run) $(call flag,OUT,out) $(call flag,DATA_DIR,data_dir)
+
+same-curves: words ## whether BEFORE= (the records' commit) and AFTER= (the files here) train the same minis
+	$(IN_RUN) scripts/same_curves.py $(call flag,BEFORE,before) $(call flag,AFTER,after) \
+	  $(call flag,VARIANT,variant) $(call flag,WORKLOAD,workload) $(call flag,STEPS,steps)
 
 algoperf-env: words ## AlgoPerf's harness, pinned or at ALGOPERF_COMMIT=, in .venv-algoperf; torch TORCH=2.13.0
 	@"$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" \
