@@ -153,7 +153,7 @@ algoperf-env: words ## AlgoPerf's harness, pinned or at ALGOPERF_COMMIT=, in .ve
 	  $(call flag,ALGOPERF_COMMIT,algoperf_commit) algoperf
 
 data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data/algoperf_mini
-	@sh scripts/in_venv.sh algoperf scripts/make_algoperf_mini_data.py $(call flag,OUT,out)
+	@sh scripts/in_venv.sh algoperf scripts/data/algoperf_mini.py $(call flag,OUT,out)
 
 # A study has seeds of its own, and no image unless one is given.
 study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SIZE=full LAUNCHER=slurm

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # so that scripts run without the package being i
 
 from algoperf_shampoo import interrupt  # noqa: E402
 
-if Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parent == ROOT / "scripts":
+if ROOT / "scripts" in Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parents:
     interrupt.install()  # now: what is imported below takes seconds
 
 REMEDY = "pip install -e '.[run]' brings it"

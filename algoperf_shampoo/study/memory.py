@@ -2,7 +2,7 @@
 
 docs/performance.md has the formula; it leaves out activations and the input, which depend on the
 batch. The shapes are in ``workloads/data/algoperf_shapes.json``, which
-``scripts/algoperf_shapes.py`` made from AlgoPerf's code.
+``scripts/data/algoperf_shapes.py`` made from AlgoPerf's code.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def read_arrays(data_dir: str | Path | None, file_name: str, sha256: str) -> dic
       UserError: the file is missing, or is not the one the checksum was taken of.
     """
     path = (SHIPPED if data_dir is None else Path(data_dir)) / file_name
-    remedy = "restore it from the repository or make it with scripts/make_mini_data.py"
+    remedy = "restore it from the repository or make it with scripts/data/mini.py"
     if not path.is_file():
         raise UserError(f"{path}: mini data not found; {remedy}")
     found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -205,7 +205,7 @@ def test_zero_filled_input_is_a_floor_with_room_above() -> None:
 
 def test_missing_and_corrupt_data_are_named(tmp_path: Path) -> None:
     workload = workloads.load("ogbg_mini")
-    with pytest.raises(UserError, match="ogbg_mini.npz: mini data not found; .*make_mini_data"):
+    with pytest.raises(UserError, match="ogbg_mini.npz: mini data not found; .*data/mini.py"):
         workload._build_input_queue(RNG, "train", tmp_path, 4)
     raw = bytearray((SHIPPED / "ogbg_mini.npz").read_bytes())
     raw[1000] ^= 1

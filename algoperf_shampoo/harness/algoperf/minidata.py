@@ -1,6 +1,6 @@
 """AlgoPerf's workloads on a small data set: same model and pipeline, other counts and batch size.
 
-``scripts/make_algoperf_mini_data.py`` writes a folder in AlgoPerf's on-disk formats and, beside
+``scripts/data/algoperf_mini.py`` writes a folder in AlgoPerf's on-disk formats and, beside
 it, ``minidata.json``, which says how much there is. A workload run on it is called
 ``<workload>_minidata`` (AlgoPerf names variants of a workload that way), so that its logs cannot be
 taken for those of the full data, nor for the embedded harness's ``_mini``, whose models are small.

@@ -1,9 +1,9 @@
 """Parameter shapes of AlgoPerf's models, from AlgoPerf's own code: run with its Python.
 
-``.venv-algoperf/bin/python scripts/algoperf_shapes.py`` builds the model of each workload of the
-installed AlgoPerf and writes ``algoperf_shampoo/workloads/data/algoperf_shapes.json``: for each
-workload every shape and how many parameters have it. The language model came after that version:
-its shapes are those of its description. Needs 5 GB of memory (criteo1tb's embedding).
+``.venv-algoperf/bin/python scripts/data/algoperf_shapes.py`` builds the model of each workload of
+the installed AlgoPerf and writes ``algoperf_shampoo/workloads/data/algoperf_shapes.json``: for
+each workload every shape and how many parameters have it. The language model came after that
+version: its shapes are those of its description. Needs 5 GB of memory (criteo1tb's embedding).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 OUT = ROOT / "algoperf_shampoo" / "workloads" / "data" / "algoperf_shapes.json"
 WORKLOADS = (
@@ -65,7 +65,7 @@ def main() -> None:
     found["finewebedu_lm"] = language_model()
     direct = json.loads(metadata.distribution("algoperf").read_text("direct_url.json") or "{}")
     record = {
-        "source": "scripts/algoperf_shapes.py; finewebedu_lm from its description",
+        "source": "scripts/data/algoperf_shapes.py; finewebedu_lm from its description",
         "algoperf_commit": direct.get("vcs_info", {}).get("commit_id"),
         "shapes": {
             name: [

@@ -10,7 +10,7 @@ use an environment of its own:
     apt-get install mricron-data dataset-fashion-mnist
     python -m venv minidata && minidata/bin/pip install numpy nibabel rdkit
 
-    minidata/bin/python scripts/make_mini_data.py \\
+    minidata/bin/python scripts/data/mini.py \\
         --pycortex pycortex-1.2.12.tar.gz --nilearn nilearn-0.14.1-py3-none-any.whl \\
         --moleculeace MoleculeACE-3.0.0-py3-none-any.whl --out algoperf_shampoo/workloads/data
 

@@ -1,7 +1,7 @@
 """Write the suite's real mini data in the formats that AlgoPerf's input pipelines read.
 
 The images and molecules are those of the embedded minis (``workloads_config/*.json`` names their
-files and checksums, ``scripts/make_mini_data.py`` their sources). What is changed is the form:
+files and checksums, ``scripts/data/mini.py`` their sources). What is changed is the form:
 
 * FastMRI: a 128 x 128 slice is interpolated in Fourier space to the 320 x 320 field of view, put
   into the middle of 640 x 368, and its centred orthonormal 2-D DFT is the k-space. It is rounded
