@@ -6,6 +6,7 @@ words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE
   PROCESSES WANDB KEEP_DIVERGED ALL_STEPS RULESET VERSION PRICE DRY_RUN ALGOPERF_PYTHON
 words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
   ALGOPERF_PYTHON VERSION PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
+words.claims := QUICK CLAIMS OUT JOBS DRY_RUN
 words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT VERSION EVERY ONCE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
@@ -67,7 +68,7 @@ IN_RUN := @sh scripts/in_venv.sh run
 IN_DEV := @sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm \
-  test-gpu test-kernels lint types table1 table3 tables rank figures report repeat study status same-curves \
+  test-gpu test-kernels lint types table1 table3 tables rank figures report repeat study claims status same-curves \
   submission-pr FORCE
 .DEFAULT_GOAL := help
 
@@ -166,6 +167,10 @@ study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SI
 	  $(call flag,CPUS,cpus) $(call flag,LIMIT,limit) $(call flag,SBATCH,sbatch) \
 	  $(call flag,CONTAINER,container) $(call given.flag,IMAGE,image) $(call flag,PRICE,price) \
 	  $(call flag,VERSION,version) $(call flag,DRY_RUN,dry_run)
+
+claims: words ## what the paper claims, on the minis, decided by a declared rule; QUICK=1: does it run?
+	$(IN_RUN) scripts/claims.py $(call flag,CLAIMS,claims) $(call flag,QUICK,quick) \
+	  $(call flag,OUT,out) $(call flag,JOBS,jobs) $(call flag,DRY_RUN,dry_run)
 
 status: words ## how the runs of a study go, live on a terminal: STUDY=table3, or all in OUT=
 	$(IN_RUN) scripts/status.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \

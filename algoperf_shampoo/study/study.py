@@ -108,7 +108,7 @@ def lay_out(root: Path, name: str, options: Options) -> Study:
     Raises:
         UserError: no such study, a mistake in its file, or a word that does not fit.
     """
-    path = _find(name)
+    path = find(name)
     content = _read(path)
     size = options.size
     if size not in plan.SIZES:
@@ -250,7 +250,12 @@ def _own_words(
     return words
 
 
-def _find(name: str) -> Path:
+def find(name: str) -> Path:
+    """The file of a study that comes with the suite, or ``NAME.json`` as it is given.
+
+    Raises:
+        UserError: no such study.
+    """
     path = Path(name).expanduser()
     if path.suffix == ".json":
         return path

@@ -1,0 +1,134 @@
+"""From run folders to the page of a study of claims, by real runs of a tiny workload."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from algoperf_shampoo.study import logs, study
+from algoperf_shampoo.study.claims import file, results, rule, statistics
+from tests.harness import fakes
+from tests.study.claims.test_file import ROOT, write
+
+
+def run_all(made: study.Study, leave_out: int = 0) -> None:
+    """Every run of a study on the tiny workload: 40 steps; EShampoo's rate is the better one."""
+    for job in made.jobs[leave_out:]:
+        rate = 0.05 if job.run.variant == "eshampoo_fixed" else 0.0005
+        submission = {"init_optimizer_state": starting_with(rate)}
+        fakes.execute(job.run, fakes.FakeWorkload(validation_target_value=0.2), **submission)
+
+
+def starting_with(rate: float):
+    def init_optimizer_state(workload, model_params, *rest):
+        state = fakes._init_optimizer_state(workload, model_params, *rest)
+        for group in state["optimizer"].param_groups:
+            group["lr"] = rate
+        return state
+
+    return init_optimizer_state
+
+
+def laid_out(tmp_path: Path) -> tuple[file.Declared, study.Study]:
+    path = write(tmp_path / "mine.json", "title", value="Claims")
+    made = study.lay_out(ROOT, str(path), study.Options(out=str(tmp_path / "runs")))
+    return file.read(path), made
+
+
+def test_from_folders_to_a_verdict(tmp_path):
+    declared, made = laid_out(tmp_path)
+    run_all(made, leave_out=1)
+    short = results.outcome(declared, made, quick=False)
+    assert short.verdicts[0].verdict == "incomplete: 5 of 6 pairs"
+    run_all(made)
+    found = results.outcome(declared, made, quick=False)
+    assert len(found.runs) == 12 and found.problems == ()
+    (verdict,) = found.verdicts
+    assert verdict.verdict == rule.SUPPORTED and verdict.corrected == 2.0**-5
+    for run in found.runs:
+        with (run.folder / "step_losses.csv").open() as losses:
+            values = [float(row["loss"]) for row in csv.DictReader(losses)]
+        assert run.values["loss"] == pytest.approx(math.fsum(values[36:]) / 4, rel=1e-15)
+        assert run.steps == 40
+    page = results.markdown(found)
+    assert "| better | here | loss: rotated < adam |" in page and "supported |" in page
+    assert "| later | here | | | | | | waits for a variant |" in page
+    record = json.loads(results.to_json(found, ROOT))
+    assert record["claims"][0]["verdict"] == "supported" and len(record["runs"]) == 12
+    quick = results.outcome(declared, made, quick=True)
+    assert quick.verdicts == () and "no verdict" in results.markdown(quick)
+    assert "supported" not in results.markdown(quick) + results.to_json(quick, ROOT)
+
+
+def test_a_run_whose_files_were_changed_is_not_counted(tmp_path):
+    declared, made = laid_out(tmp_path)
+    run_all(made, leave_out=11)
+    path = made.jobs[11].run.run_dir / "step_losses.csv"
+    path.write_text(path.read_text().replace("40,", "40,1"))
+    found = results.outcome(declared, made, quick=False)
+    assert found.runs == () and found.verdicts[0].verdict == "incomplete: 0 of 6 pairs"
+    assert "not counted: step_losses.csv" in found.problems[0]
+
+
+def measured(folder: Path, rows: list[tuple]) -> Path:
+    lines = ["global_step,eigenbasis_checks,eigenbasis_refreshes,loss"]
+    lines += [",".join(map(str, row)) for row in rows]
+    (folder / "measurements.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_shares_of_refreshes(tmp_path):
+    # Two factors: checks grow by 2 a step; rows of evaluations have no counts.
+    rows = [(1, 2, 2, 1), (25, 50, 40, 1), (25, "", "", 1), (50, 100, 60, 1), (75, 150, 70, 1)]
+    folder = measured(tmp_path, [*rows, (100, 200, 75, 1)])
+    assert statistics.refresh_share(folder, 100) == 75 / 200
+    late, early = 5 / 50, 40 / 50
+    assert statistics.refresh_late_less_early(folder, 100) == pytest.approx(late - early)
+    assert math.isnan(statistics.refresh_late_less_early(measured(tmp_path, rows), 100))
+    (tmp_path / "measurements.csv").write_text("global_step,loss\n1,1\n")
+    assert math.isnan(statistics.refresh_share(tmp_path, 100))
+
+
+def test_losses_of_the_last_tenth(tmp_path):
+    def write_losses(rows: list[tuple]) -> Path:
+        lines = ["global_step,loss", *(f"{step},{loss}" for step, loss in rows)]
+        (tmp_path / "step_losses.csv").write_text("\n".join(lines) + "\n")
+        return tmp_path
+
+    rows = [(step, 100 - step) for step in range(1, 21)]
+    assert statistics.last_tenth_loss(write_losses(rows), 20) == 80.5
+    assert statistics.last_tenth_loss(write_losses(rows[:-1]), 20) == math.inf  # one is missing
+    whole = write_losses([*rows[:-1], (20, "nan")])
+    assert math.isnan(statistics.last_tenth_loss(whole, 20))
+
+
+def test_a_diverged_run_is_the_worst(tmp_path):
+    declared, made = laid_out(tmp_path)
+
+    def diverging(**given):
+        given["optimizer_state"]["optimizer"].param_groups[0]["lr"] = float("nan")
+        return fakes._update_params(**given)
+
+    run = made.jobs[0].run
+    fakes.execute(run, update_params=diverging)
+    trial = logs.read_trial(run.run_dir)
+    assert statistics.of_run(trial, "loss", 40) == math.inf
+
+
+def test_the_door_shows_the_design_and_refuses_what_cannot_be_decided(tmp_path):
+    path = write(tmp_path / "mine.json", "mini", "seeds", value="5,")
+    command = [sys.executable, "scripts/claims.py", f"--claims={path}", f"--out={tmp_path}/o"]
+    done = subprocess.run([*command, "--dry_run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "1 seeds a mini decide none of 1 claims" in done.stderr
+    quick = subprocess.run(
+        [*command, "--dry_run", "--quick"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert quick.returncode == 0, quick.stderr
+    assert "smallest p 0.25" in quick.stdout and "STEPS=20 ALL_STEPS=1 SEEDS=5," in quick.stdout
+    assert "6 of 6 runs to launch" in quick.stdout and not (tmp_path / "o").exists()
