@@ -8,6 +8,7 @@ dtype of the parameters.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from .gpu.transfer import Transfer
 from .journal import Once, directly
 
 GRADIENT, SCRATCH = "gradient", "scratch"
+_grad = operator.attrgetter("grad")
 ALIGNMENT = 64  # entries; what cuBLAS's and our kernels load at a time starts at a multiple
 
 
@@ -213,6 +215,7 @@ class Layout:
         first: int = 0,
     ) -> None:
         self.params = list(params)
+        self._first = first
         for i, p in enumerate(self.params, first):
             _check_parameter(i, p)
         if len(set(self.params)) < len(self.params):
@@ -242,25 +245,30 @@ class Layout:
         """Copy the gradients into ``stack.g`` of all stacks; which parameters have one.
 
         ``measured`` says afterwards whether their largest entries stand in ``tops``.
+
+        Raises:
+            ValueError: a gradient is sparse.
         """
         if not self._pieces:
             self._prepare()
-        gradients = [p.grad for p in self.params]
+        gradients = list(map(_grad, self.params))
         present = [g is not None for g in gradients]
         self.measured = False
         if self._transfer is not None and self._transfer.gather(gradients, self.tops):
             self.measured = self.tops is not None
             return present
+        for i, g in enumerate(gradients, self._first):
+            if g is not None and g.layout != torch.strided:
+                raise ValueError(f"the gradient of parameter {i} is sparse; only dense ones work")
         to, source = [], []
-        for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
-            if not here:
+        for g, rows, cuts in zip(gradients, self._pieces, self._cuts, strict=True):
+            if g is None:
                 continue
-            assert p.grad is not None
             if len(rows) == 1:
                 to.append(rows[0])
-                source.append(p.grad)
+                source.append(g)
                 continue
-            merged = p.grad.reshape(cuts.merged)
+            merged = g.reshape(cuts.merged)
             for row, piece in zip(rows, cuts.of(merged), strict=True):
                 # One strided pair would send the whole foreach call down its slow path.
                 if piece.is_contiguous():

@@ -176,28 +176,22 @@ class Kronecker(torch.optim.Optimizer):
             if closure is not None and not self._journal:
                 with torch.enable_grad():
                     self._loss = closure()
-            self._check_before_step()
+            # First, so that a device has work during the bookkeeping.
+            present = [group.layout.gather() for group in self._groups]
+            self._check_options()
             worst = [
-                self._step_group(number, options, group)
-                for number, (options, group) in enumerate(
-                    zip(self.param_groups, self._groups, strict=True)
-                )
+                self._step_group(number, here)
+                for number, here in enumerate(present)
+                if any(here)
             ]
         if any(worst):
             self.check_gradients()
         loss, self._loss = self._loss, None
         return loss
 
-    def _check_before_step(self) -> None:
-        """Refuse what cannot be stepped on, before anything is changed."""
-        number = 0
+    def _check_options(self) -> None:
+        """Refuse options that cannot be stepped with, before anything is changed."""
         for options, group in zip(self.param_groups, self._groups, strict=True):
-            for p in group.layout.params:
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"the gradient of parameter {number} is sparse; only dense ones work"
-                    )
-                number += 1
             if (now := _changeable(options)) != group.options:
                 settings.check(now)
                 where = "changed after the group was added"
@@ -205,13 +199,15 @@ class Kronecker(torch.optim.Optimizer):
                 settings.check_same(where, now, group.options, names)
                 group.options = now
 
-    def _step_group(self, number: int, options: dict[str, Any], group: Group) -> bool:
-        """Whether too many gradients in a row were bad, which is looked at at checks."""
+    def _step_group(self, number: int, present: list[bool]) -> bool:
+        """One group's step, its gradients gathered; whether too many in a row were bad, which is
+        looked at at checks.
+
+        present: which parameters have a gradient.
+        """
+        options, group = self.param_groups[number], self._groups[number]
         layout, guard = group.layout, group.guard
         section = functools.partial(self._section, number)
-        present = layout.gather()  # first, so that the device has work during the bookkeeping
-        if not any(present):
-            return False
         policy = options.get("nonfinite_gradients", "skip")
         guard.arm(policy)
         bad = guard.look(present) if policy == "skip" else []

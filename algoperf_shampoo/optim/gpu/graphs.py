@@ -51,23 +51,29 @@ class Recorder:
         self._enabled = enabled
         self._stream: torch.cuda.Stream | None = None
         self._key: Hashable = None
+        self._parameters: tuple[int, ...] = ()
         self._seen: set[str] = set()
         self._graphs: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool: Any = None
         self._lr: torch.Tensor | None = None
         self._corrections: torch.Tensor | None = None  # [2, rows of all stacks]
+        self._of_rows: tuple[torch.Tensor, ...] = ()
+        self._filled: list[float | None] = [None, None, None]  # what the inputs hold, if uniform
         self._of_stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin(self, layout: Layout, h: Hyper) -> tuple[Hyper, Run]:
         """One step in which all parameters have gradients: its hyperparameters with what changes
         from step to step on the device, and what runs its sections."""
         inputs = self.inputs(layout, h)
-        constants = h._replace(lr=0.0), tuple([p.data_ptr() for p in layout.params])
+        constants = h._replace(lr=0.0)
         stacks = layout.stacks
 
         def run(name: str, section: Callable[[], Any]) -> Any:
             # Between the sections of one step bases may become ready.
-            self._expect((*constants, tuple([_readiness(stack) for stack in stacks])))
+            self._expect((constants, tuple([_readiness(stack) for stack in stacks])))
+            if name == "update":
+                # Looked at here, when the device is at work on the statistics already.
+                self._expect_parameters(tuple(map(torch.Tensor.data_ptr, layout.params)))
             return self._run(name, section)
 
         return inputs, run
@@ -78,23 +84,32 @@ class Recorder:
         if self._lr is None or self._corrections is None:
             self._allocate(layout)
         assert self._lr is not None and self._corrections is not None
-        self._lr.fill_(h.lr)
-        steps = [t for stack in layout.stacks for t in stack.steps]
-        if steps.count(steps[0]) == len(steps):
-            for row, beta in zip(self._corrections, (h.beta1, h.beta2), strict=True):
-                row.fill_(1 - beta ** steps[0])
+        self._fill(0, self._lr, float(h.lr))
+        step = layout.stacks[0].steps[0]
+        if all(stack.steps.count(step) == len(stack) for stack in layout.stacks):
+            self._fill(1, self._of_rows[0], 1 - h.beta1**step)
+            self._fill(2, self._of_rows[1], 1 - h.beta2**step)
         else:
+            steps = [t for stack in layout.stacks for t in stack.steps]
             values = [[1 - beta**t for t in steps] for beta in (h.beta1, h.beta2)]
+            self._filled[1:] = [None, None]
             # From pinned memory, which its allocator keeps until the copy has run.
             pinned = self._device.type == "cuda"
             host = torch.tensor(values, dtype=self._corrections.dtype, pin_memory=pinned)
             self._corrections.copy_(host, non_blocking=True)
         return h._replace(lr=self._lr, corrections=self._of_stacks)
 
+    def _fill(self, number: int, place: torch.Tensor, value: float) -> None:
+        """Fill an input unless it holds that value already; each fill is a launch."""
+        if self._filled[number] != value:
+            place.fill_(value)
+            self._filled[number] = value
+
     def _allocate(self, layout: Layout) -> None:
         first = layout.stacks[0]
         make = functools.partial(torch.zeros, dtype=first.dtype, device=first.device)
         self._lr, self._corrections = make(()), make(2, sum(len(s) for s in layout.stacks))
+        self._of_rows = self._corrections.unbind()
         parts = self._corrections.split([len(s) for s in layout.stacks], dim=1)
         for stack, part in zip(layout.stacks, parts, strict=True):
             c1, c2 = (row.view(-1, *[1] * len(stack.shape)) for row in part)
@@ -103,10 +118,21 @@ class Recorder:
     def _expect(self, key: Hashable) -> None:
         """Forget what was recorded if it does not hold any more."""
         if key != self._key:
-            self._key, self._seen, self._graphs = key, set(), {}
-            # One pool for all: sections never run at the same time, and what one leaves in it is
-            # read before the next one starts.
-            self._pool = torch.cuda.graph_pool_handle()
+            self._key = key
+            self._forget()
+
+    def _expect_parameters(self, addresses: tuple[int, ...]) -> None:
+        """The same for the addresses of the parameters, which updates alone depend on."""
+        if addresses != self._parameters:
+            if self._parameters:
+                self._forget()
+            self._parameters = addresses
+
+    def _forget(self) -> None:
+        self._seen, self._graphs = set(), {}
+        # One pool for all: sections never run at the same time, and what one leaves in it is read
+        # before the next one starts.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _run(self, name: str, section: Callable[[], Any]) -> Any:
         if name in self._graphs:

@@ -85,8 +85,8 @@ class Transfer:
 
         tops: int32 [rows]; becomes the largest absolute entry of every row, as a float32's bits.
         """
-        present = [g for g in gradients if g is not None and g.is_contiguous()]
-        if len(present) < len(gradients):
+        present = [g for g in gradients if g is not None]
+        if len(present) < len(gradients) or not _contiguous(present):
             return False
         table = self._table(self._gradients, GRADIENT_TABLES, present)
         if table is None:
@@ -135,7 +135,7 @@ class Transfer:
         """The tensors' addresses on the device, from ``tables`` or made and kept there, the oldest
         beyond ``limit`` forgotten; None if one is of another dtype or device, which is looked at
         when an address is new."""
-        addresses = tuple([x.data_ptr() for x in tensors])
+        addresses = tuple(map(Tensor.data_ptr, tensors))
         if addresses not in tables:
             device = self._buffer.device
             for x in tensors:
@@ -147,3 +147,11 @@ class Transfer:
             host = torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
             tables[addresses] = host.to(device, non_blocking=True)
         return tables[addresses]
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are dense and contiguous."""
+    try:
+        return all(map(Tensor.is_contiguous, tensors))
+    except RuntimeError:  # what compressed sparse ones say
+        return False
