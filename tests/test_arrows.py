@@ -6,7 +6,9 @@ Every import statement counts, those inside functions and under TYPE_CHECKING to
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,6 +124,12 @@ def test_third_party_packages_by_room() -> None:
         roots = {name.split(".")[0] for name, at_once in imports(path) if at_once}
         strange = roots - set(sys.stdlib_module_names) - {PACKAGE}
         assert strange <= AT_ONCE.get(own, set()), path
+
+
+def test_an_installation_brings_what_is_imported_at_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    brought = {re.split(r"[<>=~ ;\[]", entry)[0] for entry in project["dependencies"]}
+    assert set().union(*AT_ONCE.values()) - {"triton"} <= brought  # kernels: where a GPU is
 
 
 def test_source_files_are_short() -> None:
