@@ -150,7 +150,7 @@ same-curves: words ## whether BEFORE= (the records' commit) and AFTER= (the file
 	  $(call flag,VARIANT,variant) $(call flag,WORKLOAD,workload) $(call flag,STEPS,steps)
 
 algoperf-env: words ## AlgoPerf's harness, pinned or at ALGOPERF_COMMIT=, in .venv-algoperf; torch TORCH=2.13.0
-	@"$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" \
+	@sh scripts/held.sh "$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" \
 	  $(call flag,ALGOPERF_COMMIT,algoperf_commit) algoperf
 
 data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data/algoperf_mini

@@ -39,9 +39,13 @@ class Interrupted(SystemExit):
 
 
 def install() -> None:
-    """Handle SIGINT and SIGTERM from here on; to be called in the main thread."""
+    """Handle SIGINT and SIGTERM from here on; to be called in the main thread.
+
+    One that came before, and was held back (``scripts/held.sh``), is answered now.
+    """
     for number in _SIGNALS:
         signal.signal(number, _handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 @contextmanager

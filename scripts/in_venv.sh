@@ -20,18 +20,25 @@ need() { # that $1 is a program
     exit 2
 }
 
+run() { # Python, in this shell's place
+    case $1 in
+        scripts/*.py) exec sh scripts/held.sh "$python" "$@" ;; # all of them listen, first thing
+        *) exec "$python" "$@" ;;
+    esac
+}
+
 extra=$1
 shift
 if [ "$extra" = algoperf ]; then
     python=$(home "${ALGOPERF_PYTHON:-${ALGOPERF_VENV:-.venv-algoperf}/bin/python}")
     need "$python" "run make algoperf-env, or set ALGOPERF_PYTHON="
-    exec "$python" "$@"
+    run "$@"
 fi
 python=$(home "${PYTHON:-python3}")
 venv=$(home "${VENV:-.venv}")
 need "$python" "PYTHON= names one, of Python 3.11 or newer"
 if [ "$venv" != none ]; then
-    "$python" -I scripts/install.py --python="$python" --venv="$venv" "$extra"
+    sh scripts/held.sh "$python" -I scripts/install.py --python="$python" --venv="$venv" "$extra"
     python=$venv/bin/python
 fi
-exec "$python" "$@"
+run "$@"

@@ -8,6 +8,7 @@ Environments cannot be moved, so none is built aside and renamed. Instead:
   removes the folder and installs anew, whatever moment the earlier call was killed at.
 - ``VENV.lock`` is held by the installer and by the pip it started: a second call waits, for a pip
   that outlived its installer too.
+- Ctrl-C is the installer's alone: what it started is in a process group of its own, which it ends.
 
 Standard library only, and no syntax that a Python too old to be used would stumble over.
 """
@@ -37,8 +38,19 @@ ALGOPERF = "algoperf"
 _ALGOPERF_FILES = ("requirements-algoperf.txt", "requirements-algoperf-no-deps.txt")
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class Failed(Exception):
     """One line for the user, who can mend it; exit code 2."""
+
+
+class Stopped(BaseException):
+    """By a signal, whose number is ``code`` less 128."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.code = 128 + number
 
 
 def main():
@@ -53,12 +65,15 @@ def main():
     # Links are followed: what is removed must be the environment, not the link to it.
     venv = Path(os.path.realpath(os.path.expanduser(options.venv)))
     python = os.path.expanduser(options.python)
+    begun = False
     try:
+        listen()
         if sys.version_info < OLDEST:
             raise Failed(f"{python} is too old: Python 3.11 or newer, as in PYTHON=python3.12")
         commit = checked_commit(options.algoperf_commit)
         digest = digest_of(options.extra, options.torch, venv, commit)
         if not is_whole(venv, options.extra, digest):
+            begun = True
             install(venv, python, options.extra, options.torch, digest, commit)
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,10 +82,28 @@ def main():
         where = error.filename or venv
         print(f"error: {where}: {error.strerror}: VENV= names another folder", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: the next call begins {venv.name} anew", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        what = "no run was under way; the same command does what this one would have"
+        if begun:
+            what = f"the same command installs into {venv.name} again"
+        print(f"interrupted: {what}", file=sys.stderr)
+        return stopped.code
     return 0
+
+
+def listen():
+    """Answer signals from here on, and one that ``scripts/held.sh`` held back until now."""
+    for number in _SIGNALS:
+        signal.signal(number, stop)
+    unblock()
+
+
+def unblock():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def stop(number, _):
+    raise Stopped(number)
 
 
 def checked_commit(text):
@@ -108,7 +141,6 @@ def install(venv, python, extra, torch, digest, commit=""):
     """Install under the lock; nothing is done if another call has done it meanwhile."""
     venv.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(beside(venv, ".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,15 +262,25 @@ def remove(venv):
 
 def call(lock, arguments, complaint):
     """Run a program that holds the lock as long as it lives."""
-    program = subprocess.Popen(arguments, cwd=ROOT, pass_fds=[lock], stdin=subprocess.DEVNULL)
+    program = None
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until it is known to be there
+        try:
+            program = subprocess.Popen(
+                arguments,
+                cwd=ROOT,
+                pass_fds=[lock],
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+                preexec_fn=unblock,
+            )
+        finally:
+            unblock()
         code = program.wait()
-    except KeyboardInterrupt:  # the terminal has told the program as well
-        program.wait()
-        raise
-    except SystemExit:
-        program.terminate()
-        program.wait()
+    except Stopped:  # the program and what it has started know nothing of it
+        if program is not None:
+            os.killpg(program.pid, signal.SIGTERM)
+            program.wait()
         raise
     if code < 0:
         raise Failed(f"{arguments[0]} was ended by signal {-code}; the same command begins anew")

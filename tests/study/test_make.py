@@ -271,7 +271,7 @@ def copy(tmp_path):
     (tmp_path / "scripts").mkdir()
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("in_venv.sh", "install.py", "words.py"):
+    for name in ("in_venv.sh", "held.sh", "install.py", "words.py"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
     (tmp_path / "scripts" / "table.py").write_text(TABLE)
     program(tmp_path / "python", INSTALLER)
