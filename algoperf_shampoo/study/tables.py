@@ -331,7 +331,7 @@ def _caption(name: str, size: str, rows: list[Row], own: dict[tuple[Any, ...], l
         return (
             f"{name}, mini: the suite's own small models and data, its own targets"
             f"{f' ({shown})' if shown else ''}. Steps and submission time to the validation "
-            "target, mean ± standard error over the runs that reach it. The paper's columns are "
+            "target, mean ± standard error over the runs that reach it. What is the paper's is "
             "of the full size: compare the order of the variants, not the figures."
         )
     versions = sorted({row.version for row in rows if row.version})
