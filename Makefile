@@ -63,9 +63,10 @@ given.flag = $(if $(filter $(1),$(given)),$(flag))
 flag = $${$(1):+"--$(2)=$$$(1)"}
 quoted = '$(subst ','\'',$(1))'
 
-# Python in VENV, which is made first where it is missing, with an extra of pyproject.toml.
-IN_RUN := @sh scripts/in_venv.sh run
-IN_DEV := @sh scripts/in_venv.sh dev
+# Python in VENV, which is made first where it is missing, with an extra of pyproject.toml. `exec`,
+# because a child that a shell has just forked can miss a Ctrl-C.
+IN_RUN := @exec sh scripts/in_venv.sh run
+IN_DEV := @exec sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm \
   test-gpu test-kernels lint types table1 table3 tables rank figures report repeat study claims status same-curves \
@@ -135,11 +136,11 @@ tables: words ## the committed tables again from the committed runs
 	$(IN_RUN) scripts/table.py --write
 
 figures: words ## curves and times of the runs as PNG and SVG, into OUT=results/figures
-	@sh scripts/in_venv.sh figures scripts/figures.py $(call flag,RUNS,runs) $(call flag,OUT,out) \
+	@exec sh scripts/in_venv.sh figures scripts/figures.py $(call flag,RUNS,runs) $(call flag,OUT,out) \
 	  $(call flag,VERSION,version)
 
 report: words ## one page with tables, figures and links to every log, OUT=results/report.html
-	@sh scripts/in_venv.sh figures scripts/figures.py --report $(call flag,RUNS,runs) \
+	@exec sh scripts/in_venv.sh figures scripts/figures.py --report $(call flag,RUNS,runs) \
 	  $(call flag,OUT,out) $(call flag,TITLE,title) $(call flag,VERSION,version)
 
 repeat: words ## train a run again from its folder, RUN=, and compare; into OUT=results/repeats/N
@@ -150,11 +151,11 @@ same-curves: words ## whether BEFORE= (the records' commit) and AFTER= (the file
 	  $(call flag,VARIANT,variant) $(call flag,WORKLOAD,workload) $(call flag,STEPS,steps)
 
 algoperf-env: words ## AlgoPerf's harness, pinned or at ALGOPERF_COMMIT=, in .venv-algoperf; torch TORCH=2.13.0
-	@sh scripts/held.sh "$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" \
+	@exec sh scripts/held.sh "$$PYTHON" -I scripts/install.py --python="$$PYTHON" --venv="$$ALGOPERF_VENV" --torch="$$TORCH" \
 	  $(call flag,ALGOPERF_COMMIT,algoperf_commit) algoperf
 
 data-algoperf-mini: words ## real mini data in AlgoPerf's formats, into OUT=data/algoperf_mini
-	@sh scripts/in_venv.sh algoperf scripts/data/algoperf_mini.py $(call flag,OUT,out)
+	@exec sh scripts/in_venv.sh algoperf scripts/data/algoperf_mini.py $(call flag,OUT,out)
 
 # A study has seeds of its own, and no image unless one is given.
 study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SIZE=full LAUNCHER=slurm
@@ -197,23 +198,23 @@ docker-submit-%: words FORCE
 
 # One process a core, one thread each: the models are too small to share among threads.
 test: words ## the tests; under 5 minutes on 2 cores
-	@OMP_NUM_THREADS=1 sh scripts/in_venv.sh dev -m pytest -n auto
+	@OMP_NUM_THREADS=1 exec sh scripts/in_venv.sh dev -m pytest -n auto
 
 test-slow: words ## the tests that take minutes
 	$(IN_DEV) -m pytest -m slow
 
 test-faults: words ## kills, power cuts, full disks, damaged files by the thousand; under 15 minutes
-	@OMP_NUM_THREADS=1 sh scripts/in_venv.sh dev -m pytest -n auto -m faults
+	@OMP_NUM_THREADS=1 exec sh scripts/in_venv.sh dev -m pytest -n auto -m faults
 
 test-gpu: words ## the tests that need a CUDA device
 	$(IN_DEV) -m pytest -m gpu
 
 test-slurm: words ## a study on a real Slurm of two nodes on this machine (root; slurmctld slurmd munge)
-	@sh scripts/in_venv.sh dev -m pytest -m slurm tests/slurm
+	@exec sh scripts/in_venv.sh dev -m pytest -m slurm tests/slurm
 
 test-kernels: words ## the GPU kernels without a GPU: compiled, and interpreted (Linux)
-	@sh scripts/in_venv.sh dev-kernels -m pytest -n auto tests/optim/test_kernels_compile.py
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 sh scripts/in_venv.sh dev-kernels \
+	@exec sh scripts/in_venv.sh dev-kernels -m pytest -n auto tests/optim/test_kernels_compile.py
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 exec sh scripts/in_venv.sh dev-kernels \
 	  -m pytest -n auto -m gpu tests/optim/test_grouped.py tests/optim/test_gpu_trouble.py tests/optim/test_operations.py
 
 lint: words ## ruff: rules and formatting of imports
