@@ -202,6 +202,13 @@ def test_proposition_2_and_corollary_1(shape, seed):
     rivals += [
         in_basis(D + 10**e * separated.gaussian(shape, draw), Q) for e in (-6, -3, 0) for _ in "123"
     ]
+    # CASPR (Duvvuri et al., 2024) applies the sum of the factors' fourth roots twice: C^-1/2 of it.
+    ones = [torch.eye(d, dtype=torch.float64) for d in shape]
+    roots = [
+        kronecker([power(f, -0.25) if i == mode else ones[i] for i in range(len(shape))])
+        for mode, f in enumerate(factors)
+    ]
+    rivals.append(power(sum(roots) / len(roots), -4.0))
     for rival in rivals:
         # The rival is diagonal in that basis ...
         whole = kronecker(Q)
