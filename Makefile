@@ -3,11 +3,11 @@
 # Words of the command line, by target. A word that its targets do not take is refused.
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
-  PROCESSES WANDB KEEP_DIVERGED ALL_STEPS RULESET VERSION PRICE DRY_RUN ALGOPERF_PYTHON
+  PROCESSES WANDB KEEP_DIVERGED ALL_STEPS RULESET VERSION AGAINST PRICE DRY_RUN ALGOPERF_PYTHON
 words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
   ALGOPERF_PYTHON VERSION PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
 words.claims := QUICK CLAIMS OUT JOBS DRY_RUN
-words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT VERSION EVERY ONCE
+words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT VERSION AGAINST EVERY ONCE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
 words.table1 := RUNS TABLE VERSION
@@ -20,7 +20,7 @@ words.same-curves := BEFORE AFTER VARIANT WORKLOAD STEPS
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA ALGOPERF_COMMIT DRY_RUN
-words.docker-submit := $(filter-out HARNESS KEEP_DIVERGED ALL_STEPS PRICE ALGOPERF_PYTHON,$(words.submit)) \
+words.docker-submit := $(filter-out HARNESS KEEP_DIVERGED ALL_STEPS AGAINST PRICE ALGOPERF_PYTHON,$(words.submit)) \
   ENGINE IMAGE TORCH
 # Families of targets, by the beginning of their names.
 families := submit export docker-submit
@@ -95,6 +95,7 @@ help: words ## list targets and variables
 	@echo '  WANDB=             1: one record a run for wandb too, offline without a key'
 	@echo '  PROCESSES=         with HARNESS=algoperf and no GPU: processes'
 	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
+	@echo '  AGAINST=           a run, or a folder of runs: at each evaluation, where this one stands'
 	@echo '  ALL_STEPS=         1: with the embedded harness, every step of the budget, past the targets'
 	@echo '  PRICE=             of an hour of one GPU: shown with the time of full-size runs'
 	@echo '  RULESET=external   AlgoPerf'"'"'s; self: the point built into the submission'
@@ -120,7 +121,8 @@ submit-%: words FORCE
 	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
 	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) \
 	  $(call flag,ALL_STEPS,all_steps) $(call flag,PRICE,price) \
-	  $(call flag,RULESET,ruleset) $(call flag,VERSION,version) $(call flag,DRY_RUN,dry_run)
+	  $(call flag,RULESET,ruleset) $(call flag,VERSION,version) $(call flag,AGAINST,against) \
+	  $(call flag,DRY_RUN,dry_run)
 
 table1: words ## Table 1 from the runs so far, beside the paper's; written to results/table1.*
 	$(IN_RUN) scripts/table.py $(call flag,RUNS,runs) $(call flag,TABLE,out) $(call flag,VERSION,version)
@@ -177,7 +179,7 @@ status: words ## how the runs of a study go, live on a terminal: STUDY=table3, o
 	$(IN_RUN) scripts/status.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \
 	  $(call flag,SIZE,size) $(call flag,HARNESS,harness) $(call given.flag,SEEDS,seeds) \
 	  $(call flag,STEPS,steps) $(call flag,OUT,out) $(call flag,VERSION,version) \
-	  $(call flag,EVERY,every) $(call flag,ONCE,once)
+	  $(call flag,AGAINST,against) $(call flag,EVERY,every) $(call flag,ONCE,once)
 
 export-%: words FORCE
 	$(IN_RUN) scripts/export.py --variant=$(call quoted,$*) $(call flag,OUT,out) \

@@ -10,7 +10,7 @@ from command_line import ROOT, run
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import logs, plan, slurm, status, study
+from algoperf_shampoo.study import logs, plan, slurm, standing, status, study
 
 _STUDY = flags.DEFINE_string("study", None, f"{', '.join(study.names())}, or a file.json.")
 _SIZE = flags.DEFINE_string("size", "mini", "mini or full.")
@@ -20,6 +20,7 @@ _SEEDS = flags.DEFINE_string("seeds", None, "A count or a list, instead of the s
 _STEPS = flags.DEFINE_string("steps", None, "The STEPS= that the study was launched with.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the runs; results/runs/SIZE if left out.")
 _VERSION = flags.DEFINE_string("version", None, "The VERSION= that the study was launched with.")
+_AGAINST = flags.DEFINE_string("against", None, "A run, or a folder of runs, to stand against.")
 _EVERY = flags.DEFINE_string("every", "2", "Seconds between two looks, on a terminal.")
 _ONCE = flags.DEFINE_bool("once", False, "Print the table once, on a terminal too.")
 
@@ -29,8 +30,13 @@ def main() -> int:
     every = _seconds(_EVERY.value)
     title, runs = _runs()
 
+    rivals = _rivals(runs)
+    if rivals:
+        names = ", ".join(dict.fromkeys(rival.name for rival in rivals.values()))
+        title += f"; against {names}: steps and time to the same metric value"
+
     def look() -> list[tuple[RunSpec, status.Progress]]:
-        return status.look(runs, slurm.queue())
+        return status.look(runs, slurm.queue(), rivals)
 
     if status.live() and not _ONCE.value:
         status.watch(title, look, every)
@@ -76,6 +82,13 @@ def _spec(path: Path) -> RunSpec:
         hparams={},
         run_dir=path,
     )
+
+
+def _rivals(runs: list[RunSpec]) -> dict[Path, standing.Rival]:
+    """The run that each stands against, by its folder."""
+    if _AGAINST.value is None:
+        return {}
+    return standing.choose_each(paths.given("AGAINST", _AGAINST.value, ROOT), runs)
 
 
 def _seconds(text: str) -> float:

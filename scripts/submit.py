@@ -38,6 +38,9 @@ _ALL_STEPS = flags.DEFINE_bool(
 _PRICE = flags.DEFINE_string("price", None, "Of an hour of one GPU, for the preview of costs.")
 _RULESET = flags.DEFINE_string("ruleset", "external", "external, or self: the point built in.")
 _VERSION = flags.DEFINE_string("version", None, "AlgoPerf's: v0.5, v0.6 or 2026.")
+_AGAINST = flags.DEFINE_string(
+    "against", None, "A run, or a folder of runs: at each evaluation, where this one stands."
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Check and print what would run.")
 
 

@@ -9,7 +9,6 @@ along the same curve.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
 
 from algoperf_shampoo import interrupt, paths
 from algoperf_shampoo.contract import TrainingCompleteError
@@ -37,9 +35,10 @@ from algoperf_shampoo.harness import (
     run_lock,
     run_record,
 )
+from algoperf_shampoo.harness.clock import now as _now
 from algoperf_shampoo.harness.progress import summary
 from algoperf_shampoo.harness.run_record import identity
-from algoperf_shampoo.harness.spec import ALL_STEPS_DONE, RunSpec, hit_line
+from algoperf_shampoo.harness.spec import ALL_STEPS_DONE, RunSpec, Standing, hit_line, no_standing
 from algoperf_shampoo.harness.submission_loader import Submission
 
 __all__ = ["execute", "identity", "summary"]
@@ -57,12 +56,14 @@ def execute(
     flags: dict[str, Any] | None = None,
     echo: Echo = print,
     keep_diverged: bool = False,
+    standing: Standing = no_standing,
 ) -> dict[str, Any]:
     """Start, continue or merely report a run; its ``run.json`` as a dict.
 
     Args:
         keep_diverged: a run whose loss is not finite goes on to the end of its budget, also one
             that had ended for it; else it ends at the evaluation that sees it.
+        standing: asked after each evaluation, off the clock, for a line to print.
 
     Raises:
         UserError: the folder holds another run, is in use, cannot be written to, has only damaged
@@ -77,7 +78,7 @@ def execute(
         ledger = run_record.RunRecord(run, own, lock, echo)
         if run_record.is_over(ledger.content, keep_diverged):  # another process was faster
             return _report(run, ledger.content, echo)
-        training = _Training(run, workload, submission, data_dir, echo, keep_diverged)
+        training = _Training(run, workload, submission, data_dir, echo, keep_diverged, standing)
         with (
             interrupt.saying(training.where),
             training.recording_losses(),
@@ -117,6 +118,7 @@ class _Training:
         data_dir: Path | None,
         echo: Echo,
         keep_diverged: bool,
+        standing: Standing,
     ) -> None:
         self.run, self.workload, self.submission, self.echo = run, workload, submission, echo
         self.data_dir = str(data_dir) if data_dir is not None else None
@@ -138,7 +140,7 @@ class _Training:
         self.duration_before = 0.0
         self.eval_results: list[tuple[int, dict[str, Any]]] = []
         self.saved_step: int | None = None
-        self.keep_diverged = keep_diverged
+        self.keep_diverged, self.standing = keep_diverged, standing
         self.watch = divergence.Watch(workload.target_metric_name)
         self.ledger: run_record.RunRecord
         self.logger: record.MetricsLogger
@@ -354,6 +356,8 @@ class _Training:
         if state["validation_goal_reached"] and not hit_before:
             metric, target = workload.target_metric_name, workload.validation_target_value
             self.echo(hit_line(self.run.name, metric, target, self.global_step, row["score"]))
+        if words := self.standing(self.run.run_dir, self.run.name):
+            self.echo(words)
 
     def _keywords(self, rng: np.ndarray) -> dict[str, Any]:
         return {
@@ -484,12 +488,6 @@ class _Training:
         if self.global_step == self.workload.max_steps:
             return "step budget spent" if self.run.stop_at_target else ALL_STEPS_DONE
         return "ended by the submission"
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()  # never set back, as the time of day can be
 
 
 def _number(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ class Plan:
     steps: int | None = None
     version: str | None = None
     dry_run: bool = False
+
+
+Standing = Callable[[Path, str], str | None]
+"""From a run's folder and name a line on where it stands, None of nothing to say; from who can read
+its log."""
+
+
+def no_standing(run_dir: Path, name: str) -> None:
+    """Says nothing of any run."""
 
 
 def hit_line(name: str, metric: str, target: float, step: int, seconds: float) -> str:

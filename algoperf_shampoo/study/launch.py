@@ -8,13 +8,14 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import gpus, tracking
-from algoperf_shampoo.harness.spec import Plan, RunSpec
-from algoperf_shampoo.study import busy, events, progress
+from algoperf_shampoo.harness.spec import Plan, RunSpec, Standing
+from algoperf_shampoo.study import busy, events, progress, standing
 
 Echo = Callable[[str], None]
 
@@ -43,7 +44,14 @@ def _launch_algoperf(plan: Plan, flags: dict[str, Any]) -> int:
 
     if flags.get("keep_diverged"):
         raise UserError("KEEP_DIVERGED=1: AlgoPerf's harness ends no diverged run; leave it out")
-    return door.launch(plan, flags, hit_line=progress.hit_line_of)
+    told = standing.teller(_against(plan, flags), plan.runs)
+    return door.launch(plan, flags, hit_line=progress.hit_line_of, standing=told)
+
+
+def _against(plan: Plan, flags: dict[str, Any]) -> Path | None:
+    """The folder of runs to stand against, if there is to be one."""
+    given = flags.get("against")
+    return paths.given("AGAINST", given, plan.root) if given else None
 
 
 def _launch_embedded(
@@ -52,8 +60,9 @@ def _launch_embedded(
     load_workload: Callable[[str], Any] | None,
     echo: Echo,
 ) -> int:
+    told = standing.teller(_against(plan, flags), plan.runs)
     with _own_gpu(plan, echo):
-        return _train_embedded(plan, flags, load_workload, echo)
+        return _train_embedded(plan, flags, load_workload, echo, told)
 
 
 @contextmanager
@@ -83,6 +92,7 @@ def _train_embedded(
     flags: dict[str, Any],
     load_workload: Callable[[str], Any] | None,
     echo: Echo,
+    told: Standing,
 ) -> int:
     if plan.dry_run and importlib.util.find_spec("torch") is None:
         echo("note: no torch in this Python: what the folders hold is not compared with the plan")
@@ -125,6 +135,7 @@ def _train_embedded(
                     flags=flags,
                     echo=echo,
                     keep_diverged=bool(flags.get("keep_diverged")),
+                    standing=told,
                 )
             _track(run, record, bool(flags.get("wandb")), echo)
         except UserError as error:

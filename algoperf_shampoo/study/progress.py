@@ -45,6 +45,8 @@ class Progress:
     fraction: float | None = None
     seconds_left: float | None = None
     note: str = ""
+    standing: str = ""
+    """Where it stands against a chosen run (:mod:`.standing`)."""
 
 
 def of(run_dir: Path) -> Progress:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from algoperf_shampoo.harness.progress import duration
 from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import progress
+from algoperf_shampoo.study import progress, standing
 from algoperf_shampoo.study.progress import Progress
+from algoperf_shampoo.study.standing import Rival
 
 QUEUED = "queued"
 ORDER = (
@@ -22,12 +23,15 @@ _BAR = 12
 
 
 def look(
-    runs: Sequence[RunSpec], queue: Mapping[Path, str] | None = None
+    runs: Sequence[RunSpec],
+    queue: Mapping[Path, str] | None = None,
+    rivals: Mapping[Path, Rival] | None = None,
 ) -> list[tuple[RunSpec, Progress]]:
     """How each run is now.
 
     ``queue`` are jobs of a scheduler that wait or start, by run folder: what they are, in words. A
-    run that is neither done nor held by a process is then "queued".
+    run that is neither done nor held by a process is then "queued". ``rivals``: what a run is to
+    stand against, by its folder.
     """
     found = []
     for run in runs:
@@ -35,6 +39,10 @@ def look(
         waiting = (queue or {}).get(run.run_dir)
         if waiting and now.state not in (progress.DONE, progress.RUNNING):
             now = Progress(**{**vars(now), "state": QUEUED, "note": waiting})
+        rival = (rivals or {}).get(run.run_dir)
+        stands = standing.of(run.run_dir, rival) if rival and now.step is not None else None
+        if stands:
+            now = Progress(**{**vars(now), "standing": stands.short()})
         found.append((run, now))
     return found
 
@@ -96,6 +104,8 @@ def _line(run: RunSpec, now: Progress, width: int) -> str:
         words.append(f"[{'#' * full}{'.' * (_BAR - full)}] {100 * now.fraction:3.0f}%")
     if now.step is not None:
         words.append(f"step {now.step}")
+    if now.standing:
+        words.append(f"({now.standing})")
     if now.value is not None and now.target is not None:
         words.append(f"{now.metric} {now.value:.4f} of {now.target:.4f}")
     if now.hit_step is not None:

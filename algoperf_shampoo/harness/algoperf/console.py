@@ -13,6 +13,7 @@ from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk
 from algoperf_shampoo.harness.algoperf import folder, processes
+from algoperf_shampoo.harness.spec import Standing, no_standing
 
 if TYPE_CHECKING:
     from algoperf_shampoo.harness.algoperf.door import Command
@@ -37,11 +38,12 @@ def run(
     lock: int,
     echo: Callable[[str], None] = print,
     hit_line: HitLine = no_hit_line,
+    standing: Standing = no_standing,
 ) -> processes.Ending:
     """Start it in ``root``, and wait for its end and its children's.
 
     ``lock`` holds the run's lock. ``echo`` gets what we have to say of the run called ``name``;
-    ``hit_line`` is asked at every checkpoint, until it gives a line.
+    ``hit_line`` is asked at every checkpoint, until it gives a line; ``standing`` at every one.
 
     Raises:
         UserError: a checkpoint could not be kept.
@@ -79,6 +81,8 @@ def run(
                 hit = words is not None
                 if words:
                     echo(words)
+            if "Saved checkpoint to" in line and (words := standing(run_dir, name)):
+                echo(words)
 
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **command.environment}
         ending = processes.run(command.arguments, root, environment, lock, on_line, say)

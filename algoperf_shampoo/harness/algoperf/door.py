@@ -40,7 +40,7 @@ from algoperf_shampoo.harness.algoperf import (
     processes,
 )
 from algoperf_shampoo.harness.algoperf.place import Place, choose_place, visible_gpus
-from algoperf_shampoo.harness.spec import Plan, RunSpec
+from algoperf_shampoo.harness.spec import Plan, RunSpec, Standing, no_standing
 
 _RUNNER = "submission_runner"
 _OWN_RUNNER = "algoperf_shampoo.harness.algoperf.runner"
@@ -105,11 +105,13 @@ def launch(
     flags: dict[str, Any],
     echo: Callable[[str], None] = print,
     hit_line: console.HitLine = console.no_hit_line,
+    standing: Standing = no_standing,
 ) -> int:
     """Check everything, then train the runs one after another; the number that failed.
 
     With ``plan.dry_run`` the commands are printed instead; what is missing is then a note.
-    ``hit_line`` reads the log of a run under way for the line on its hit.
+    ``hit_line`` reads the log of a run under way for the line on its hit, ``standing`` for one on
+    where it stands.
 
     Raises:
         UserError: something is missing or wrong; no run has been started then.
@@ -119,7 +121,7 @@ def launch(
     found = [run_dir / name for run_dir, files in seen.items() for name, *_ in files]
     environment = env.look(plan.root, found)
     with ExitStack() as claims:
-        return _launch(plan, options, seen, environment, claims, echo, hit_line)
+        return _launch(plan, options, seen, environment, claims, echo, hit_line, standing)
 
 
 def _launch(
@@ -130,6 +132,7 @@ def _launch(
     claims: ExitStack,
     echo: Callable[[str], None],
     hit_line: console.HitLine,
+    standing: Standing,
 ) -> int:
     place = choose_place(plan, options.processes, environment, echo)
     if place.visible is not None and not plan.dry_run:
@@ -175,7 +178,7 @@ def _launch(
     failed = []
     for job in jobs:
         try:
-            ended_well = _train(plan, job, environment, echo, hit_line)
+            ended_well = _train(plan, job, environment, echo, hit_line, standing)
         except UserError as error:
             echo(f"error: {job.run.name}: {error}")
             ended_well = False
@@ -373,6 +376,7 @@ def _train(
     environment: env.Environment,
     echo: Callable[[str], None],
     hit_line: console.HitLine = console.no_hit_line,
+    standing: Standing = no_standing,
 ) -> bool:
     run, state, command = job.run, job.state, job.command
     if state.ended and folder.seen_to_finish(run.run_dir):
@@ -413,7 +417,9 @@ def _train(
         folder.write_json(run.run_dir / folder.LAUNCHES, launches)
         disk.remove(run.run_dir / seal.NAME)  # what it sealed is about to change
         try:
-            ending = console.run(plan.root, run.run_dir, run.name, command, lock, echo, hit_line)
+            ending = console.run(
+                plan.root, run.run_dir, run.name, command, lock, echo, hit_line, standing
+            )
             record |= asdict(ending)
         except BaseException as error:
             record["how"] = _how(error)
