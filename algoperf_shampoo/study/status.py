@@ -68,7 +68,10 @@ def render(
         shown = sorted(found, key=lambda pair: ORDER.index(pair[1].state))[:room]
     names = max((len(run.name) for run, _ in shown), default=0)
     for run, now in shown:
-        lines.append(_line(run, now, names)[:width].rstrip())
+        line = _line(run, now, names)
+        if len(line) > width:  # the figures say more than the metric's name
+            line = _line(run, now, names, metric=False)
+        lines.append(line[:width].rstrip())
     if len(shown) < len(found):
         lines.append(f"... and {len(found) - len(shown)} more")
     return "\n".join(lines)
@@ -97,7 +100,7 @@ def live() -> bool:
     return sys.stdout.isatty()
 
 
-def _line(run: RunSpec, now: Progress, width: int) -> str:
+def _line(run: RunSpec, now: Progress, width: int, metric: bool = True) -> str:
     words = [run.name.ljust(width), now.state.ljust(7)]
     if now.fraction is not None and now.state != progress.DONE:
         full = round(_BAR * now.fraction)
@@ -107,7 +110,8 @@ def _line(run: RunSpec, now: Progress, width: int) -> str:
     if now.standing:
         words.append(f"({now.standing})")
     if now.value is not None and now.target is not None:
-        words.append(f"{now.metric} {now.value:.4f} of {now.target:.4f}")
+        name = f"{now.metric} " if metric else ""
+        words.append(f"{name}{now.value:.4f} of {now.target:.4f}")
     if now.hit_step is not None:
         words.append(f"hit at step {now.hit_step}, {now.hit_seconds:.1f} s")
     elif now.state == progress.DONE:
