@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from .blocking import Block
 from .gpu.transfer import Transfer
 from .journal import Once, directly
 
-GRADIENT, SCRATCH = "gradient", "scratch"
+GRADIENT, WORK = "gradient", "work"
 _grad = operator.attrgetter("grad")
 ALIGNMENT = 64  # entries; what cuBLAS's and our kernels load at a time starts at a multiple
 
@@ -56,8 +56,10 @@ class Stack:
         state: named tensors [B, ...] of the rule (moments, D, ...).
         factors: per mode, [B, d_i, d_i]; empty where the rule keeps none.
         operators: per mode, [B, d_i, d_i]: eigenbases Q, or inverse roots.
+        vectors: named tensors [B, d_i] of the rule, one per mode.
+        initial: what all entries of the named vectors are at first.
         g: [B, *shape], gradients and then update directions of the current step.
-        scratch: like g, for what is computed from it; None where nothing needs it.
+        work: like g, for what is computed from it; as many as the rule asks for.
         ready: per row, whether any of its operators was computed; until then they are the identity.
         bad: per row [B] int32 on a GPU, not zero where the gradient of its parameter is not to be
             learnt from (:mod:`.nonfinite`); None where the host has seen to that, or nobody asks.
@@ -69,11 +71,13 @@ class Stack:
     device: torch.device
     steps: list[int] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
+    vectors: dict[str, list[Tensor]] = field(default_factory=dict)
+    initial: Mapping[str, float] = field(default_factory=dict)
     factors: list[Tensor] = field(default_factory=list)
     operators: list[Tensor] = field(default_factory=list)
     ready: list[bool] = field(default_factory=list)
     g: Tensor = field(default_factory=lambda: torch.empty(0))
-    scratch: Tensor | None = None
+    work: list[Tensor] = field(default_factory=list)
     bad: Tensor | None = None
     _ready_rows: tuple[list[bool], Tensor] | None = None
 
@@ -116,6 +120,11 @@ class Stack:
             return [] if self.steps[0] % frequency else rows
         return [r for r in rows if self.steps[r] % frequency == 0]
 
+    @property
+    def based(self) -> bool:
+        """Whether any row is ready."""
+        return any(self.ready)
+
     def per_row(self, values: Tensor) -> Tensor:
         """[B] -> [B, 1, ..., 1]."""
         return values.view(-1, *[1] * len(self.shape))
@@ -151,6 +160,10 @@ class Stack:
             device=self.device,
             steps=[self.steps[r] for r in rows],
             state={name: x.index_select(0, index) for name, x in self.state.items()},
+            vectors={
+                name: [x.index_select(0, index) for x in mine]
+                for name, mine in self.vectors.items()
+            },
             factors=[x.index_select(0, index) for x in self.factors],
             operators=[x.index_select(0, index) for x in self.operators],
             ready=[self.ready[r] for r in rows],
@@ -165,6 +178,9 @@ class Stack:
         self.g.index_copy_(0, index, part.g)
         for name, x in part.state.items():
             self.state[name].index_copy_(0, index, x)
+        for name, mine in part.vectors.items():
+            for whole, x in zip(self.vectors[name], mine, strict=True):
+                whole.index_copy_(0, index, x)
         for whole, x in zip(self.factors, part.factors, strict=True):
             whole.index_copy_(0, index, x)
 
@@ -350,36 +366,49 @@ class Layout:
         """The memory of a state tensor of all stacks: one flat tensor per dtype and device."""
         return [buffer for (key, _, _), buffer in self._buffers.items() if key == name]
 
-    def allocate(self, names: Callable[[Stack], Sequence[str]], scratch: bool) -> None:
-        """Zeros [B, *shape] as ``stack.state[name]`` for the names of every stack, and as ``g`` and
-        (where wanted) ``scratch``.
+    def allocate(
+        self,
+        names: Callable[[Stack], Sequence[str]],
+        work: int,
+        vectors: Callable[[Stack], Mapping[str, float]] = lambda stack: {},
+    ) -> None:
+        """Zeros [B, *shape] as ``stack.state[name]`` for the names of every stack, as ``g`` and as
+        so many ``work`` buffers; and ``stack.vectors``, [B, d_i] filled with the numbers given.
 
         All in one piece of memory that a refresh can work in (:class:`Lent`): what holds nothing
         between steps first, so that only the rest has to stand aside.
         """
-        free = [GRADIENT, *([SCRATCH] if scratch else [])]
         for dtype, device in dict.fromkeys((stack.dtype, stack.device) for stack in self.stacks):
             mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
-            users = {name: mine for name in free}
-            for stack in mine:
-                for name in names(stack):
-                    users.setdefault(name, [])
-            users |= {n: [s for s in mine if n in names(s)] for n in users if n not in free}
+            # (name, number): which stacks have it.
+            users: dict[tuple[str, int], list[Stack]] = {(GRADIENT, 0): mine}
+            users |= {(WORK, number): mine for number in range(work)}
+            for name in dict.fromkeys(name for stack in mine for name in names(stack)):
+                users[name, 0] = [s for s in mine if name in names(s)]
             sizes = {id(s): -(-s.numel // ALIGNMENT) * ALIGNMENT for s in mine}
             totals = [sum(sizes[id(s)] for s in some) for some in users.values()]
             arena = torch.zeros(sum(totals), dtype=dtype, device=device)
-            self.lent.append(Lent(arena, sum(totals[: len(free)])))
-            for (name, some), flat in zip(users.items(), arena.split(totals), strict=True):
-                self._buffers[name, dtype, device] = flat
+            self.lent.append(Lent(arena, sum(totals[: 1 + work])))
+            for (key, some), flat in zip(users.items(), arena.split(totals), strict=True):
+                name, number = key
+                if number == 0:
+                    self._buffers[name, dtype, device] = flat
                 parts = flat.split([sizes[id(s)] for s in some])
                 for stack, part in zip(some, parts, strict=True):
                     view = part[: stack.numel].view(len(stack), *stack.shape)
                     if name == GRADIENT:
                         stack.g = view
-                    elif name == SCRATCH:
-                        stack.scratch = view
+                    elif name == WORK:
+                        stack.work.append(view)
                     else:
                         stack.state[name] = view
+        for stack in self.stacks:
+            stack.initial = vectors(stack)
+            for name, initial in stack.initial.items():
+                stack.vectors[name] = [
+                    torch.full((len(stack), d), initial, dtype=stack.dtype, device=stack.device)
+                    for d in stack.shape
+                ]
 
     def _prepare(self) -> None:
         """The views of the gradient buffer that are ever needed."""

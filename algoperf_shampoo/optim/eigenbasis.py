@@ -7,16 +7,16 @@ and one host read, and a refresh gathers just those that fail.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .arithmetic import Arithmetic
 from .buckets import Lent, Stack
 from .eigen.jobs import CHUNK_ENTRIES, Job, Result, chunks, put, take
 from .eigen.parking import aside
@@ -25,6 +25,7 @@ from .eigen.verify import sound
 from .gpu.graphs import Run, direct
 from .journal import Once
 from .linalg import largest_entry, relative_off_diagonal
+from .ops import BasisChange, Operations, State
 from .precision import matmul_precision
 from .preconditioners.base import Rule
 
@@ -122,11 +123,12 @@ def refresh(
     beta2: float,
     tau: float,
     solver: Solver,
-    arithmetic: Arithmetic,
+    ops: Operations,
     lent: Sequence[Lent] = (),
     group: dist.ProcessGroup | None = None,
     run: Run = direct,
     mend: bool = True,
+    first: bool = False,
 ) -> bool:
     """Check the factors of the rows that are due, and give those that fail a new operator.
 
@@ -135,18 +137,19 @@ def refresh(
 
     Args:
         rows: id(stack) -> rows due now (t mod F = 0).
-        arithmetic: with which the rule takes what it keeps from one basis to the other; its
+        ops: with which the rule takes what it keeps from one basis to the other; its
             ``once`` lets a refresh that failed half-way go on (:mod:`.journal`).
         group: with replicas in a process group, rank 0's decision is broadcast, so that replicas
             cannot part over rounding near the threshold.
         lent: memory to work in; its free part is overwritten if the result is True.
         run: may record the check of all factors as a graph, see :mod:`.graphs`.
         mend: whether factors that are not finite start anew.
+        first: whether the rows start now (``Rule.starts``).
 
     Returns:
         Whether memory that is lent was worked in.
     """
-    once = arithmetic.once
+    once = ops.once
     due = [(s, indices) for s in factor_sets if (indices := s.due(rows))]
     if not due:
         return False
@@ -164,23 +167,29 @@ def refresh(
             jobs.append((factor_set, Job(factor_set.factors, factor_set.operators, failing)))
     if not jobs:
         return False
-    for factor_set, job in jobs:
-        _move(factor_set, job.indices, rule.leave, arithmetic)
+    changes = [_changes(factor_set, job.indices, ops, first) for factor_set, job in jobs]
+    moves = [
+        [rule.rebase(State([c.stack], rule.orthogonal), c, ops) for c, _ in mine]
+        for mine in changes
+    ]
+    for move in itertools.chain(*moves):
+        next(move)
     results: list[Result] = []
     for piece in _pieces([job for _, job in jobs]):
         found = once(_decompose, piece, solver, tau, lent)
         # Two pieces may be of one job.
         results += found
-    position = 0
-    for factor_set, job in jobs:
-        done = 0
+    left = iter(results)
+    for (factor_set, job), mine, generators in zip(jobs, changes, moves, strict=True):
+        done, parts = 0, []
         while done < len(job.indices):
-            result = results[position]
-            position += 1
+            parts.append(result := next(left))
             part = job.indices[done : done + len(result.converged)]
             done += len(part)
             _finish(factor_set, part, result, rule, beta2, once)
-        _move(factor_set, job.indices, rule.enter, arithmetic)
+        for (change, positions), move in zip(mine, generators, strict=True):
+            _tell(change, positions, parts)
+            next(move, None)
     return True
 
 
@@ -272,15 +281,27 @@ def _restore(job: Job, positions: Sequence[int], old: Tensor) -> None:
         put(job.operators, indices, part.to(job.operators.device))
 
 
-def _move(
-    factor_set: FactorSet,
-    indices: Sequence[int],
-    hook: Callable[[Stack, int, list[int], Arithmetic], None],
-    arithmetic: Arithmetic,
-) -> None:
-    """Call a rule's leave or enter hook for all blocks whose factors are among ``indices``."""
-    for span, rows, _ in factor_set.spans_of(indices):
-        arithmetic.once(hook, span.stack, span.mode, rows, arithmetic)
+def _changes(
+    factor_set: FactorSet, indices: Sequence[int], ops: Operations, first: bool
+) -> list[tuple[BasisChange, list[int]]]:
+    """What happens to the blocks whose factors are among ``indices``, and where they are there."""
+    return [
+        (BasisChange(span.stack, span.mode, rows, ops, first), positions)
+        for span, rows, positions in factor_set.spans_of(indices)
+    ]
+
+
+def _tell(change: BasisChange, positions: Sequence[int], results: Sequence[Result]) -> None:
+    """The change has happened: what of the results of its factor set is the change's."""
+    converged = [ok for result in results for ok in result.converged]
+    change.converged = [converged[p] for p in positions]
+    change.find_eigenvalues = lambda: take(torch.cat([r.values for r in results]), positions)
+
+    def permutation() -> Tensor | None:
+        found = [r.permutation for r in results if r.permutation is not None]
+        return take(torch.cat(found), positions) if found else None
+
+    change.find_permutation = permutation
 
 
 def _finish(

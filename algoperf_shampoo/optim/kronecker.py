@@ -15,15 +15,16 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from . import costs, gpu, settings, state
-from .arithmetic import Arithmetic, Hyper
 from .blocking import cut
 from .buckets import Layout, Stack
 from .eigen.solvers import Solver
 from .eigenbasis import FactorSet, build_factor_sets, refresh
 from .gpu.graphs import Recorder, Run, direct
-from .gpu.grouped import Grouped
+from .gpu.triton_ops import TritonOperations
 from .journal import Journal
 from .nonfinite import Guard, NonFiniteGradientError, Skipped
+from .ops import Hyper, Operations, State
+from .ops.torch_ops import TorchOperations
 from .precision import matmul_precision
 from .preconditioners import Adam, Rule
 from .replicas import Replicas
@@ -38,7 +39,7 @@ class Group:
     """One parameter group laid out in stacks: which rule takes which, and all their factors.
 
     state: as it stands in ``optimizer.state``.
-    recorder: on one GPU, runs steps in which all parameters take part; grouped: computes them,
+    recorder: on one GPU, runs steps in which all parameters take part; by_kernels: computes them,
     where our kernels work, and ``by_torch`` all others.
     guard: knows which gradients are not to be learnt from.
     options: those in use, but for the learning rate: whether they changed.
@@ -49,8 +50,8 @@ class Group:
     factor_sets: list[FactorSet]
     state: state.GroupState
     recorder: Recorder | None
-    grouped: Grouped | None
-    by_torch: Arithmetic
+    by_kernels: TritonOperations | None
+    by_torch: TorchOperations
     guard: Guard
     options: dict[str, Any]
 
@@ -137,19 +138,21 @@ class Kronecker(torch.optim.Optimizer):
         rules = list(by_rule.values())
         sets = build_factor_sets([s for rule, mine in rules if rule.has_factors for s in mine])
         moments = {id(s): rule.moments for rule, mine in rules for s in mine}
-        layout.allocate(lambda s: moments[id(s)], scratch=self.rule.has_factors)
+        vectors = {id(s): rule.vectors for rule, mine in rules for s in mine}
+        layout.allocate(lambda s: moments[id(s)], self.rule.work_buffers, lambda s: vectors[id(s)])
         kinds = {(s.device, s.dtype) for s in layout.stacks}
-        recorder = grouped = None
+        recorder = by_kernels = None
         once = self._journal.once
         if len(kinds) == 1:
             ((device, dtype),) = kinds
             if device.type == "cuda":
                 recorder = Recorder(device, self.cuda_graph, self._journal)
-                grouped = Grouped(layout.stacks, once) if gpu.multiplies(dtype, device) else None
+                if gpu.multiplies(dtype, device):
+                    by_kernels = TritonOperations(layout.stacks, once)
         group_state = state.GroupState(layout, sets)
-        by_torch, guard, seen = Arithmetic(once), Guard(layout), _changeable(options)
-        layout.tops = grouped.tops_of_gradients if grouped is not None else None
-        return Group(layout, rules, sets, group_state, recorder, grouped, by_torch, guard, seen)
+        by_torch, guard, seen = TorchOperations(once), Guard(layout), _changeable(options)
+        layout.tops = by_kernels.tops_of_gradients if by_kernels is not None else None
+        return Group(layout, rules, sets, group_state, recorder, by_kernels, by_torch, guard, seen)
 
     def _rule_for(self, shape: tuple[int, ...], one_dim: str) -> Rule:
         # A 1x1 factor has one direction: every rule of the family is Adam there.
@@ -180,9 +183,7 @@ class Kronecker(torch.optim.Optimizer):
             present = [group.layout.gather() for group in self._groups]
             self._check_options()
             worst = [
-                self._step_group(number, here)
-                for number, here in enumerate(present)
-                if any(here)
+                self._step_group(number, here) for number, here in enumerate(present) if any(here)
             ]
         if any(worst):
             self.check_gradients()
@@ -217,26 +218,33 @@ class Kronecker(torch.optim.Optimizer):
                 "finite; only a step with the same gradients finishes it"
             )
         fit = [here and i not in bad for i, here in enumerate(present)] if bad else present
+        h = self._hyper(options)
+        if self.rule.starts and any(new := section("new", lambda: _new(group, fit))):
+            section("start", lambda: self._start(group, new, h))
+            present = [here and not starts for here, starts in zip(present, new, strict=True)]
+            fit = [here and not starts for here, starts in zip(fit, new, strict=True)]
+            if not any(present):
+                group.state.publish()
+                return False
+            layout.gather()
         rows = {id(s): s.rows(None if all(fit) else fit) for s in layout.stacks}
         counted = {id(s): s.rows(present) for s in layout.stacks} if bad else rows
         section("count", functools.partial(self._count, group, counted, present, bad))
         with_factors = [s for rule, stacks in group.rules if rule.has_factors for s in stacks]
         frequency = options.get("precondition_frequency", 1)
         due = {id(s): s.due(counted[id(s)], frequency) for s in with_factors}
-        h = self._hyper(options)
         run: Run = direct
-        arithmetic = group.by_torch
+        ops: Operations = group.by_torch
         if group.recorder is not None and all(present):
             h, run = group.recorder.begin(layout, h)
-            arithmetic = group.grouped or arithmetic
-        if not layout.measured:
-            arithmetic.gradients_came(layout.stacks)
-        learn = functools.partial(self._statistics, group, rows, present, h, arithmetic)
-        change = functools.partial(self._update, group, rows, present, fit, h, arithmetic)
+            ops = group.by_kernels or ops
+        ops.gradients_came(layout.stacks, layout.measured)
+        learn = functools.partial(self._statistics, group, rows, present, h, ops)
+        change = functools.partial(self._update, group, rows, present, fit, h, ops)
         statistics = functools.partial(section, "statistics", lambda: run("statistics", learn))
         update = functools.partial(section, "update", lambda: run("update", change))
         tau = options.get("tau", 0.0)
-        check = functools.partial(self._refresh, group, due, h, tau, arithmetic, run)
+        check = functools.partial(self._refresh, group, due, h, tau, ops, run)
         worst = 0
         if not with_factors:
             update()
@@ -250,8 +258,7 @@ class Kronecker(torch.optim.Optimizer):
         else:
             update()
             layout.gather()
-            if not layout.measured:
-                arithmetic.gradients_came(layout.stacks)
+            ops.gradients_came(layout.stacks, layout.measured)
             statistics()
             if any(due.values()):
                 _, worst = section("refresh", check)
@@ -269,22 +276,52 @@ class Kronecker(torch.optim.Optimizer):
             stack.count(rows[id(stack)])
         group.guard.count(present, bad)
 
+    def _start(self, group: Group, new: list[bool], h: Hyper) -> None:
+        """The parameters marked start: their factors learn, and are decomposed."""
+        stacks = [s for rule, mine in group.rules if rule.starts for s in mine]
+        rows = {id(s): s.rows(new) for s in stacks}
+        ops = group.by_torch
+        ops.judge(group.guard, new)
+        for s in stacks:  # those with bad gradients start another time; the host asks, this once
+            bad = s.bad.tolist() if s.bad is not None else [0] * len(s)
+            rows[id(s)] = [r for r in rows[id(s)] if not bad[r]]
+        ops.begin()
+        with matmul_precision("highest"):
+            _act(_begin, self.rule, stacks, rows, h, ops)
+        refresh(
+            group.factor_sets,
+            rows,
+            self.rule,
+            h.beta2,
+            0.0,
+            Solver(workspace_mib=self.solver.workspace_mib),
+            ops,
+            group.layout.lent,
+            self.process_group,
+            mend=h.skip,
+            first=True,
+        )
+        for stack in stacks:
+            for row in rows[id(stack)]:
+                stack.ready[row] = True
+
     def _statistics(
         self,
         group: Group,
         rows: dict[int, list[int]],
         present: list[bool],
         h: Hyper,
-        arithmetic: Arithmetic,
+        ops: Operations,
     ) -> None:
         """The factors learn the gradients."""
         if self.rule.statistics_first:
-            arithmetic.judge(group.guard, present)
-        arithmetic.spare(group.layout.stacks)
+            ops.judge(group.guard, present)
+        ops.spare(group.layout.stacks)
+        ops.begin()
         with matmul_precision("highest"):
             for rule, stacks in group.rules:
                 if rule.has_factors:
-                    _act(rule.accumulate, stacks, rows, h, arithmetic)
+                    _act(_accumulate, rule, stacks, rows, h, ops)
 
     def _update(
         self,
@@ -293,16 +330,17 @@ class Kronecker(torch.optim.Optimizer):
         present: list[bool],
         fit: list[bool],
         h: Hyper,
-        arithmetic: Arithmetic,
+        ops: Operations,
     ) -> None:
         """Update directions from gathered gradients, and the parameters from those."""
         if not (self.rule.statistics_first and group.factor_sets):
-            arithmetic.judge(group.guard, present)
-        arithmetic.spare(group.layout.stacks)
+            ops.judge(group.guard, present)
+        ops.spare(group.layout.stacks)
+        ops.begin(h.matmul_precision)
         with matmul_precision(h.matmul_precision):
             for rule, stacks in group.rules:
-                _act(rule.update, stacks, rows, h, arithmetic)
-        group.layout.apply(fit, h.lr, h.weight_decay, arithmetic.once)
+                _act(_direction, rule, stacks, rows, h, ops)
+        group.layout.apply(fit, h.lr, h.weight_decay, ops.once)
 
     def _refresh(
         self,
@@ -310,7 +348,7 @@ class Kronecker(torch.optim.Optimizer):
         due: dict[int, list[int]],
         h: Hyper,
         tau: float,
-        arithmetic: Arithmetic,
+        ops: Operations,
         run: Run,
     ) -> tuple[bool, int]:
         """Check the factors that are due. Whether the gradients' memory was worked in, and the most
@@ -322,14 +360,14 @@ class Kronecker(torch.optim.Optimizer):
             h.beta2,
             tau,
             self.solver,
-            arithmetic,
+            ops,
             group.layout.lent,
             self.process_group,
             run,
             h.skip,
         )
         group.state.publish()
-        return overwritten, arithmetic.once(group.guard.worst)
+        return overwritten, ops.once(group.guard.worst)
 
     def _hyper(self, options: dict[str, Any]) -> Hyper:
         beta1, beta2 = options["betas"]
@@ -467,27 +505,53 @@ class Kronecker(torch.optim.Optimizer):
             yield from group.factor_sets
 
 
+def _new(group: Group, fit: Sequence[bool]) -> list[bool]:
+    """Which parameters that take part are of a rule that ``starts``, and have not started."""
+    new = [False] * len(fit)
+    for rule, stacks in group.rules:
+        for stack in stacks if rule.starts else ():
+            for member, ready in zip(stack.members, stack.ready, strict=True):
+                new[member.param] |= fit[member.param] and not ready
+    return new
+
+
+def _begin(rule: Rule, stacks: list[Stack], h: Hyper, ops: Operations) -> None:
+    state = State(stacks, rule.orthogonal)
+    rule.start(ops.gradients(stacks, kept=True), state, h, ops)
+
+
+def _accumulate(rule: Rule, stacks: list[Stack], h: Hyper, ops: Operations) -> None:
+    state = State(stacks, rule.orthogonal)
+    rule.accumulate(ops.gradients(stacks, kept=True), state, h, ops)
+
+
+def _direction(rule: Rule, stacks: list[Stack], h: Hyper, ops: Operations) -> None:
+    state = State(stacks, rule.orthogonal)
+    ops.deliver(rule.direction(ops.gradients(stacks, kept=False), state, h, ops))
+
+
 def _act(
-    action: Callable[[Sequence[Stack], Hyper, Arithmetic], None],
+    action: Callable[[Rule, list[Stack], Hyper, Operations], None],
+    rule: Rule,
     stacks: Sequence[Stack],
     rows: dict[int, list[int]],
     h: Hyper,
-    arithmetic: Arithmetic,
+    ops: Operations,
 ) -> None:
     """Let a rule act on the rows that take part: on stacks as they are, and where only some of a
     stack's rows do, on copies of those, which are written back."""
     if whole := [s for s in stacks if len(rows[id(s)]) == len(s)]:
-        action(whole, h, arithmetic)
+        action(rule, whole, h, ops)
     if some := [s for s in stacks if 0 < len(rows[id(s)]) < len(s)]:
 
         def on_copies() -> list[Stack]:
             parts = [s.select(rows[id(s)]) for s in some]
-            action(parts, h, Arithmetic())
+            action(rule, parts, h, Operations())
             return parts
 
-        for stack, part in zip(some, arithmetic.once(on_copies), strict=True):
+        for stack, part in zip(some, ops.once(on_copies), strict=True):
             stack.put(rows[id(stack)], part)
-        arithmetic.state_replaced()
+        ops.state_replaced()
 
 
 def _changeable(options: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from .buckets import Stack
 
 if TYPE_CHECKING:
-    from .arithmetic import Hyper
+    from .ops import Hyper
 
 POLICIES = ("drop", "keep")
 ROUNDED = 2.0**-11 / 4  # of inputs of 11 bits, beside eps_machine
@@ -51,12 +51,20 @@ def diagonal(stack: Stack) -> Tensor:
     return stack.factors[mode].diagonal(dim1=-2, dim2=-1)
 
 
-def of(stack: Stack, traces: Tensor, c1: float | Tensor, c2: float | Tensor, h: Hyper) -> Tensor:
+def of(
+    stack: Stack,
+    m: Tensor,
+    v: Tensor,
+    traces: Tensor,
+    c1: float | Tensor,
+    c2: float | Tensor,
+    h: Hyper,
+) -> Tensor:
     """Which coordinates are noise: bool [B, *shape].
 
-    traces: of the factors, [B]; c1, c2: the bias corrections, numbers or [B, 1, ..., 1].
+    m, v: M~ and D in the basis, [B, *shape]; traces: of the factors, [B]; c1, c2: the bias
+    corrections, numbers or [B, 1, ..., 1].
     """
-    m, v = stack.state["exp_avg"], stack.state["exp_avg_sq"]
     limit = stack.per_row(traces * square(stack, h))
     return (v < limit) & (m * m < limit * (c1 * c1 / c2))
 
@@ -67,10 +75,13 @@ class Watch:
     D falls by no more than beta2 a step. So the smallest entry of D at one look says up to which
     trace no coordinate of the row is noise, at any later step, and until the trace, which is cheap
     to know, exceeds that, nothing is looked at. The outcome is the same as if all were.
+
+    Args:
+        seconds: D of each stack.
     """
 
-    def __init__(self, stacks: Sequence[Stack]) -> None:
-        self._stacks = list(stacks)
+    def __init__(self, stacks: Sequence[Stack], seconds: Sequence[Tensor]) -> None:
+        self._stacks, self._seconds = list(stacks), list(seconds)
         self._diagonals = [diagonal(s) for s in stacks]
         rows = [len(s) for s in stacks]
         self.traces = stacks[0].factors[0].new_zeros(sum(rows))
@@ -95,7 +106,7 @@ class Watch:
         for number, stack in enumerate(self._stacks):
             if any(late[row : row + len(stack)]):
                 traces, limits = self._traces_of[number], self._limits_of[number]
-                least = stack.state["exp_avg_sq"].flatten(1).amin(1)
+                least = self._seconds[number].flatten(1).amin(1)
                 # A little less, for what rounds on the way.
                 torch.mul(least, 0.99 / square(stack, h), out=limits)
                 if bool((traces >= limits).any()):

@@ -8,6 +8,7 @@ parameter (:func:`.blocking.cut`) and its mode i:
 |---|---|
 | step | t, updates so far: int64 [] on the CPU |
 | j.exp_avg, j.exp_avg_sq, ... | what the rule keeps, shaped like the block |
+| j.eigenvalues_i, ... | [d_i]: what the rule keeps of each mode |
 | j.factor_i, j.operator_i | [d_i, d_i]: L or R; its eigenbasis, or its inverse root |
 | j.ready | 1 once any operator of the block was computed; until then they are the identity |
 | j.checks_i, j.refreshes_i, j.failures_i | how often it was due, got a new operator, could not |
@@ -17,6 +18,7 @@ No key holds a list or a string, because torch.distributed.checkpoint flattens n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -150,6 +152,9 @@ class GroupState:
                 x.zero_()
                 if name.startswith("operator_"):
                     x.fill_diagonal_(1)
+            for name, initial in stack.initial.items():
+                for x in stack.vectors[name]:
+                    x[row].fill_(initial)
             for _, counts, k in self._counters(stack, row):
                 counts[k] = 0
 
@@ -234,6 +239,9 @@ def _tensors(stack: Stack, row: int) -> Iterator[tuple[str, Tensor]]:
     """Names and live views of all tensors of one block."""
     for name, x in stack.state.items():
         yield name, x[row]
+    for name, vectors in stack.vectors.items():
+        for mode, x in enumerate(vectors):
+            yield f"{name}_{mode}", x[row]
     for mode, x in enumerate(stack.factors):
         yield f"factor_{mode}", x[row]
     for mode, x in enumerate(stack.operators):
@@ -242,7 +250,8 @@ def _tensors(stack: Stack, row: int) -> Iterator[tuple[str, Tensor]]:
 
 def _finite_rows(stack: Stack) -> list[bool]:
     """Per row, whether all that is kept of it is finite."""
-    tensors = [*stack.state.values(), *stack.factors, *stack.operators]
+    vectors = itertools.chain(*stack.vectors.values())
+    tensors = [*stack.state.values(), *vectors, *stack.factors, *stack.operators]
     fine = torch.ones(len(stack), dtype=torch.bool, device=stack.device)
     for x in tensors:
         # Not a sum: finite numbers may have one that is not.

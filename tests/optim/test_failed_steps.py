@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from algoperf_shampoo.optim import EShampoo, Solver, eigenbasis
 from algoperf_shampoo.optim.buckets import Layout
 from algoperf_shampoo.optim.eigen import direct
+from algoperf_shampoo.optim.ops import BasisChange
 from algoperf_shampoo.optim.preconditioners import EShampoo as Rule
 
 from .support import VARIANTS, gradients, make
@@ -131,12 +132,13 @@ PHASES = {
     "gather": (Layout, "gather"),
     "statistics": (Rule, "accumulate"),
     "check": (eigenbasis, "scores"),
-    "leave": (Rule, "leave"),
+    "rebase": (Rule, "rebase"),
+    "leave": (BasisChange, "leave"),
     "solve": (direct, "exact"),
     "verify": (eigenbasis, "sound"),
     "operators": (Rule, "operator"),
-    "enter": (Rule, "enter"),
-    "update": (Rule, "update"),
+    "enter": (BasisChange, "enter"),
+    "direction": (Rule, "direction"),
     "apply": (Layout, "apply"),
 }
 

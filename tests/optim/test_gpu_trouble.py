@@ -9,7 +9,7 @@ import torch
 
 from algoperf_shampoo.optim import EShampoo, Solver, nonfinite, state
 from algoperf_shampoo.optim.eigen import cusolver, direct
-from algoperf_shampoo.optim.gpu import grouped, tiles
+from algoperf_shampoo.optim.gpu import tiles, triton_ops
 from algoperf_shampoo.optim.gpu.graphs import Recorder
 from algoperf_shampoo.optim.gpu.graphs import direct as unrecorded
 from algoperf_shampoo.optim.nonfinite import NonFiniteGradientError, Skipped
@@ -54,7 +54,8 @@ def on_device(optimizer):
     """As on a GPU, where there is none."""
     for group in optimizer._groups if INTERPRETED else ():
         group.recorder = Unrecorded(torch.device("cpu"))
-        group.grouped = grouped.Grouped(group.layout.stacks, optimizer._journal.once)
+        once = optimizer._journal.once
+        group.by_kernels = triton_ops.TritonOperations(group.layout.stacks, once)
         group.guard._on_host, group.guard._flat = [], []
         group.guard._marks = [nonfinite.Marks(group.layout, torch.device("cpu"))]
     return optimizer

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from algoperf_shampoo.optim import linalg
-from algoperf_shampoo.optim.arithmetic import Hyper
 from algoperf_shampoo.optim.blocking import cut
 from algoperf_shampoo.optim.buckets import Layout
 from algoperf_shampoo.optim.eigenbasis import build_factor_sets
-from algoperf_shampoo.optim.gpu import grouped, tiles
+from algoperf_shampoo.optim.gpu import tiles
 from algoperf_shampoo.optim.gpu.graphs import Recorder, direct
+from algoperf_shampoo.optim.gpu.triton_ops import TritonOperations
+from algoperf_shampoo.optim.ops import Hyper, Operators, State
 
 from .support import VARIANTS, ReferenceParameter, bases_of, gradients, make
 
@@ -60,7 +61,7 @@ def layout():
     params = [torch.nn.Parameter(torch.zeros(s, device=DEVICE)) for s in SHAPES]
     layout = Layout(params, lambda p: cut(tuple(p.shape), 64))
     build_factor_sets(layout.stacks)
-    layout.allocate(lambda stack: ("exp_avg", "exp_avg_sq"), scratch=True)
+    layout.allocate(lambda stack: ("exp_avg", "exp_avg_sq"), 1)
     exponents = iter(torch.randint(-18, 12, (99,)).tolist())
     for stack in layout.stacks:
         for row in range(len(stack)):
@@ -70,7 +71,24 @@ def layout():
             stack.state["exp_avg_sq"][row] = scale**2 * torch.rand(stack.shape, device=DEVICE)
         for q in stack.operators:
             q.copy_(torch.linalg.qr(torch.randn(q.shape)).Q)
+        stack.ready = [True] * len(stack)
     return layout
+
+
+BASES = Operators()
+
+
+def start(layout, precision="highest", some=None):
+    """Our kernels' operations, and the gradients."""
+    ops = TritonOperations(layout.stacks)
+    return ops, again(ops, layout, precision, some)
+
+
+def again(ops, layout, precision="highest", some=None):
+    """A section of a step begins: its gradients."""
+    ops.gradients_came(layout.stacks)
+    ops.begin(precision)
+    return ops.gradients(some or layout.stacks, kept=False)
 
 
 def hyper(stacks=(), precision="highest"):
@@ -103,59 +121,59 @@ PRECISIONS = [("highest", 1e-6), ("high", 1e-3)]
 
 @pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
 def test_rotations_and_adam_between(layout, precision, tolerance):
-    stacks, arithmetic = layout.stacks, grouped.Grouped(layout.stacks)
-    h = hyper(stacks, precision)
-    arithmetic.gradients_came(stacks)
+    stacks, h, state = layout.stacks, hyper(layout.stacks, precision), State(layout.stacks)
     expected = [rotated(s.g, s.operators) for s in stacks]
-    xs = arithmetic.rotate(stacks, [s.g for s in stacks], h)
-    assert max(relative_errors(xs, expected)) < tolerance
+    ops, G = start(layout, precision)
+    X = ops.rotate(G, state.bases)
+    assert max(relative_errors(X.tensors(), expected)) < tolerance
     # Adam's own arithmetic is float32: on the same input.
-    copies = [exact(x) for x in xs]
+    copies = [exact(x) for x in X.tensors()]
     moments = [[exact(s.state[n]) for n in ("exp_avg", "exp_avg_sq")] for s in stacks]
-    arithmetic.adam(stacks, xs, h)
-    for s, x, copy, (m, v) in zip(stacks, xs, copies, moments, strict=True):
+    ops.adam(X, state["exp_avg"], state["exp_avg_sq"], h)
+    for s, x, copy, (m, v) in zip(stacks, X.tensors(), copies, moments, strict=True):
         m, v = 0.9 * m + 0.1 * copy, 0.99 * v + 0.01 * copy**2
         c1, c2 = (c.double().cpu() for c in h.corrections[id(s)])
         direction = (0.9 * m + 0.1 * copy) / c1 / ((v / c2).sqrt() + 1e-30)
         assert max(relative_errors([s.state["exp_avg"]], [m])) < 1e-6
         assert max(relative_errors([s.state["exp_avg_sq"]], [v])) < 1e-6
         assert max(relative_errors([x], [direction])) < 1e-6
-    expected = [rotated(x, s.operators, back=True) for s, x in zip(stacks, xs, strict=True)]
-    arithmetic.rotate_back(stacks, xs, h)
-    assert max(relative_errors([s.g for s in stacks], expected)) < tolerance
+    expected = [rotated(x, s.operators, back=True) for s, x in X.pairs()]
+    U = ops.rotate_back(X, state.bases)
+    assert all(place.number == 0 for place in U.places())  # in `g` already
+    assert max(relative_errors(U.tensors(), expected)) < tolerance
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS)
 def test_operators_that_are_not_orthogonal(layout, precision, tolerance):
-    stacks, arithmetic = layout.stacks, grouped.Grouped(layout.stacks)
+    stacks = layout.stacks
     for stack in stacks:
         for q in stack.operators:
             q.mul_(1e3)
+    ops, G = start(layout, precision)
     for _ in range(2):  # what is kept of a first call must not disturb a second
-        for stack in stacks:
-            stack.scratch.copy_(stack.g)
-        arithmetic.gradients_came(stacks)
-        xs = arithmetic.copy_of_gradients(stacks)
-        for x in xs:
-            x.mul_(0.01)  # by torch: nobody has told
-        expected = [rotated(x, s.operators) for s, x in zip(stacks, xs, strict=True)]
+        X = ops.copy(G)
+        with ops.write(X) as xs:
+            for x in xs:
+                x.mul_(0.01)
+        expected = [rotated(x, s.operators) for s, x in X.pairs()]
         kept = [s.g.clone() for s in stacks]
-        xs = arithmetic.rotate(stacks, xs, hyper(stacks, precision), orthogonal=False)
-        assert max(relative_errors(xs, expected)) < tolerance
+        X = ops.rotate(X, Operators(orthogonal=False))
+        assert max(relative_errors(X.tensors(), expected)) < tolerance
         for stack, g in zip(stacks, kept, strict=True):
             stack.g.copy_(g)
+        G = again(ops, layout, precision)
 
 
 def test_gram(layout):
     """Alone (beta = 0), and as an average; symmetric to rounding."""
-    stacks, arithmetic = layout.stacks, grouped.Grouped(layout.stacks)
-    arithmetic.gradients_came(stacks)
+    stacks = layout.stacks
+    ops, G = start(layout)
     grams = []
     for s in stacks:
         wide = [exact(s.g).movedim(i + 1, 1).reshape(len(s), d, -1) for i, d in enumerate(s.shape)]
         grams.append([x @ x.mT for x in wide])
     for beta, weight in ((0.0, 1.0), (0.9, 0.1)):
-        arithmetic.gram_ema(stacks, beta, weight)
+        ops.gram_ema(G, beta, weight)
         for s, expected in zip(stacks, grams, strict=True):
             assert max(relative_errors(s.factors, expected)) < 1e-6
             assert max(relative_errors([f.mT for f in s.factors], expected)) < 1e-6
@@ -165,7 +183,7 @@ def test_gram(layout):
 @pytest.mark.parametrize("first_row", [0, 1])
 def test_one_mode_of_some_rows_in_place(layout, back, first_row):
     """As moments leave and enter a basis; other rows stay as they are."""
-    arithmetic = grouped.Grouped(layout.stacks)
+    ops, _ = start(layout)
     for stack in layout.stacks:
         rows = list(range(first_row, len(stack)))
         for mode in range(len(stack.shape)):
@@ -174,25 +192,24 @@ def test_one_mode_of_some_rows_in_place(layout, back, first_row):
             q = exact(stack.operators[mode])
             expected = linalg.rotate_mode(before, q.mT if back else q, mode)
             if rows:
-                arithmetic.rotate_mode_(stack, x, mode, rows, back)
+                ops.rotate_mode_(stack, x, mode, rows, back)
                 assert max(relative_errors([x[rows]], [expected[rows]])) < 1e-6
             assert torch.equal(exact(x)[:first_row], before[:first_row])
 
 
 def test_one_bad_row_spares_the_others_and_zeros_stay_zero(layout):
-    stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper(layout.stacks)
+    stacks = layout.stacks
     bad = stacks[0]
     assert len(bad) == 2
     bad.g[0, 3, 4] = torch.nan
     stacks[1].g[1] = torch.inf
     stacks[2].g[0] = 0
     for precision in ("highest", "high"):
-        arithmetic.gradients_came(stacks)
+        ops, G = start(layout, precision)
         expected = [rotated(s.g, s.operators) for s in stacks]
         kept = [s.g.clone() for s in stacks]
-        arithmetic.gram_ema(stacks, 0.0, 1.0)
-        h = h._replace(matmul_precision=precision)
-        xs = arithmetic.rotate(stacks, [s.g for s in stacks], h)
+        ops.gram_ema(G, 0.0, 1.0)
+        xs = ops.rotate(G, BASES).tensors()
         for s, x, e in zip(stacks, xs, expected, strict=True):
             for row in range(len(s)):
                 fine = bool(e[row].isfinite().all())
@@ -222,20 +239,18 @@ def test_steps_against_the_reference(variant, shape, max_dim, nadam, monkeypatch
     if INTERPRETED:
         (group,) = optimizer._groups
         group.recorder = Unrecorded(torch.device("cpu"))
-        group.grouped = grouped.Grouped(group.layout.stacks)
+        group.by_kernels = TritonOperations(group.layout.stacks)
     expected = ReferenceParameter(variant, start, max_dim=max_dim, nadam=nadam)
     given = not variant.startswith("shampoo")
     by_ours = []
     (group,) = optimizer._groups
-    update = optimizer.rule.update
-    monkeypatch.setattr(
-        optimizer.rule,
-        "update",
-        lambda stacks, h, arithmetic: (
-            by_ours.append(arithmetic is group.grouped),
-            update(stacks, h, arithmetic),
-        ),
-    )
+    direction = optimizer.rule.direction
+
+    def watched(G, s, h, ops):
+        by_ours.append(ops is group.by_kernels)
+        return direction(G, s, h, ops)
+
+    monkeypatch.setattr(optimizer.rule, "direction", watched)
     for t, gradient in enumerate(gradients(shape, 24, dtype=torch.float32)):
         params[0].grad = gradient.to(DEVICE)
         other = next(gradients((9, 7), 1, seed=99 + t, dtype=torch.float32))
@@ -252,15 +267,15 @@ def test_steps_against_the_reference(variant, shape, max_dim, nadam, monkeypatch
 
 def test_entries_far_below_the_largest_keep_an_absolute_accuracy(layout):
     """Powers of ten down to 1e-10 of the top: what scaling to float16's range could lose."""
-    stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper(layout.stacks)
+    stacks = layout.stacks
     for s in stacks:
         decay = torch.logspace(0, -10, s.shape[-1], device=DEVICE)
         s.g.copy_(torch.randn(s.g.shape, device=DEVICE) * decay)
         for q in s.operators:  # permutations: entries pass unchanged
             q.copy_(torch.eye(q.shape[-1]).flip(0).expand_as(q))
-    arithmetic.gradients_came(stacks)
     expected = [rotated(s.g, s.operators) for s in stacks]
-    xs = arithmetic.rotate(stacks, [s.g for s in stacks], h)
+    ops, G = start(layout)
+    xs = ops.rotate(G, BASES).tensors()
     for s, x, e in zip(stacks, xs, expected, strict=True):
         top = e.flatten(1).abs().amax(1).reshape(-1, *[1] * len(s.shape))
         error = (exact(x) - e).abs()
@@ -269,14 +284,12 @@ def test_entries_far_below_the_largest_keep_an_absolute_accuracy(layout):
 
 def test_results_do_not_depend_on_what_else_steps(layout):
     """Rows are computed alike in a launch of all and in one of some."""
-    stacks, arithmetic, h = layout.stacks, grouped.Grouped(layout.stacks), hyper(layout.stacks)
-    arithmetic.gradients_came(stacks)
+    stacks = layout.stacks
+    ops, G = start(layout)
     kept = [s.g.clone() for s in stacks]
-    together = [x.clone() for x in arithmetic.rotate(stacks, [s.g for s in stacks], h)]
-    for s, g in zip(stacks, kept, strict=True):
-        s.g.copy_(g)
-    arithmetic.gradients_came(stacks)
+    together = [x.clone() for x in ops.rotate(G, BASES).tensors()]
     for some in (stacks[::2], stacks[1::2]):
-        xs = arithmetic.rotate(some, [s.g for s in some], h)
-        for s, x in zip(some, xs, strict=True):
+        for s, g in zip(stacks, kept, strict=True):
+            s.g.copy_(g)
+        for s, x in ops.rotate(again(ops, layout, some=some), BASES).pairs():
             assert torch.equal(x, together[stacks.index(s)])

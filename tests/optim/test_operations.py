@@ -1,10 +1,7 @@
 """Every operation that rules speak, on every back end, alone and composed at random.
 
-By torch on a CPU always; with the tests marked ``gpu`` by torch on a GPU, and by our kernels on a
-GPU or under Triton's interpreter (``TRITON_INTERPRET=1``).
-
-Two things that a rule may well write go wrong today without any error; they are strict xfails here,
-and the random rules are shown to find both.
+The defaults and torch's on a CPU always; with the tests marked ``gpu`` both on a GPU, and our
+kernels on a GPU or under Triton's interpreter (``TRITON_INTERPRET=1``).
 """
 
 import importlib.util
@@ -15,9 +12,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim import EShampoo, reference
+from algoperf_shampoo.optim import EShampoo, Kronecker, reference, reference_kl
 from algoperf_shampoo.optim.gpu import tiles
+from algoperf_shampoo.optim.gpu.graphs import Recorder, direct
+from algoperf_shampoo.optim.gpu.triton_ops import TritonOperations
 from algoperf_shampoo.optim.preconditioners import EShampoo as EShampooRule
+from algoperf_shampoo.optim.preconditioners import Rule
 
 from .operations import Machine
 from .support import gradients
@@ -28,24 +28,18 @@ NO_KERNELS = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
     reason="needs a CUDA device, or TRITON_INTERPRET=1",
 )
-TORCH = pytest.param(("cpu", False), id="torch")
-TORCH_ON_GPU = pytest.param(("cuda", False), id="torch-gpu", marks=[pytest.mark.gpu, NO_GPU])
-KERNELS = pytest.param(
-    ("cpu" if INTERPRETED else "cuda", True), id="kernels", marks=[pytest.mark.gpu, NO_KERNELS]
-)
-everywhere = pytest.mark.parametrize("back_end", [TORCH, TORCH_ON_GPU, KERNELS])
-
-STALE_MAXIMA = "kernels keep each row's largest entry and are not told of a write by torch"
-FOREIGN_TENSOR = "a tensor that is neither g nor scratch is taken for one that is"
-
-
-def known(back_end, bug):
-    """The same back end, expected to fail."""
-    return pytest.param(
-        *back_end.values,
-        id=back_end.id,
-        marks=[*back_end.marks, pytest.mark.xfail(strict=True, raises=AssertionError, reason=bug)],
-    )
+BACK_ENDS = [
+    pytest.param(("cpu", "defaults"), id="defaults"),
+    pytest.param(("cpu", "torch"), id="torch"),
+    pytest.param(("cuda", "defaults"), id="defaults-gpu", marks=[pytest.mark.gpu, NO_GPU]),
+    pytest.param(("cuda", "torch"), id="torch-gpu", marks=[pytest.mark.gpu, NO_GPU]),
+    pytest.param(
+        ("cpu" if INTERPRETED else "cuda", "kernels"),
+        id="kernels",
+        marks=[pytest.mark.gpu, NO_KERNELS],
+    ),
+]
+everywhere = pytest.mark.parametrize("back_end", BACK_ENDS)
 
 
 @pytest.fixture(autouse=True)
@@ -63,20 +57,19 @@ def small_tiles(monkeypatch):
 
 
 OPERATIONS = {
-    "gram": ["gram", "gram"],
+    "gram": ["gram", "gram", "copy", "gram"],
+    "gram of modes": ["gram_of_modes", "rotate", "gram_of_modes"],
+    "gram of state": ["averages", "gram_of_state", "gram"],
     "rotate": ["rotate"],
-    "there and back": ["rotate", "rotate_back", "rotate", "rotate_back"],
+    "roots": ["copy", "torch_scale", "rotate_by_roots", "gradient", "rotate_by_roots"],
+    "there and back": ["rotate", "rotate_back", "rotate", "rotate_back", "deliver"],
+    "but one": ["rotate_but_one", "adam", "rotate_but_one"],
     "adam": ["adam", "gradient", "adam"],
-    "a step": [
-        "gram",
-        "rotate",
-        "adam",
-        "rotate_back",
-        "gradient",
-        "rotate",
-        "adam",
-        "rotate_back",
-    ],
+    "uncorrected": ["adam_uncorrected", "rotate_back", "gradient", "adam"],
+    "averages": ["averages", "copy_state", "rotate", "scale_modes", "rotate_back", "deliver"],
+    "modes": ["rotate", "mean_square", "gradient", "rotate", "scale_modes", "mean_square"],
+    "norms": ["normalize", "rotate_back", "normalize"],
+    "a step": ["gram", "rotate", "adam", "rotate_back", "deliver", "gradient"] * 2,
     "moments": ["adam", "move_moments", "gradient", "adam", "move_moments"],
 }
 
@@ -89,7 +82,7 @@ def test_operations(back_end, program):
         getattr(machine, name)()
 
 
-@pytest.mark.parametrize("back_end", [TORCH, TORCH_ON_GPU, known(KERNELS, STALE_MAXIMA)])
+@everywhere
 def test_torch_may_write_between_operations(back_end):
     """``x.mul_(2**20)`` between Adam and the way back."""
     machine = Machine(*back_end)
@@ -99,28 +92,28 @@ def test_torch_may_write_between_operations(back_end):
     machine.rotate_back()
 
 
-@pytest.mark.parametrize(
-    "back_end",
-    [known(back_end, FOREIGN_TENSOR) for back_end in (TORCH, TORCH_ON_GPU, KERNELS)],
-)
-def test_any_tensor_may_be_rotated(back_end):
-    """A rule's own tensor, and another one of its shape after it."""
+@everywhere
+def test_any_value_may_be_rotated(back_end):
+    """One in a rule's own buffer, and then another one of its shapes in another."""
     machine = Machine(*back_end)
     for _ in range(2):
-        machine.gradient()
-        machine.torch_fresh()
+        machine.copy()
         machine.rotate()
+        machine.copy()
+        machine.rotate()
+        machine.rotate_back()
+        machine.gradient()
 
 
 # Rules composed at random: rounds of statistics, a way into the basis, something there, a way back.
-SAFE = ("adam",)
-INSIDE = {"safe": SAFE, "torch writes": (*SAFE, "torch_scale"), "fresh": (*SAFE, "torch_fresh")}
+STATISTICS = "gram", "gram_of_modes", "rotate_but_one", "averages"
+INSIDE = "adam", "copy", "torch_scale", "gram", "normalize", "scale_modes", "mean_square"
 
 
 def rules(inside):
     a_round = st.tuples(
-        st.lists(st.just("gram"), max_size=1),
-        st.lists(st.sampled_from(INSIDE[inside]), max_size=3),
+        st.lists(st.sampled_from(STATISTICS), max_size=1),
+        st.lists(st.sampled_from(inside), max_size=3),
         st.booleans(),
     )
     return st.lists(a_round, min_size=1, max_size=3)
@@ -129,7 +122,6 @@ def rules(inside):
 def run(back_end, rule):
     machine = Machine(*back_end)
     for statistics, inside, moments in rule:
-        machine.gradient()
         for name in statistics:
             getattr(machine, name)()
         machine.rotate()
@@ -137,11 +129,13 @@ def run(back_end, rule):
             scale = {"factor": 2.0**20} if name == "torch_scale" else {}
             getattr(machine, name)(**scale)
         machine.rotate_back()
+        machine.deliver()
         if moments:
             machine.move_moments()
+        machine.gradient()
 
 
-def agrees_for_random_rules(back_end, inside):
+def agrees_for_random_rules(back_end, inside=INSIDE):
     # Found once is enough: no database, no shrinking.
     @settings(
         max_examples=6 if INTERPRETED else 25,
@@ -160,20 +154,77 @@ def agrees_for_random_rules(back_end, inside):
 
 @everywhere
 def test_random_rules(back_end):
-    agrees_for_random_rules(back_end, "safe")
+    agrees_for_random_rules(back_end)
 
 
-@pytest.mark.parametrize("back_end", [TORCH, TORCH_ON_GPU, known(KERNELS, STALE_MAXIMA)])
-def test_random_rules_in_which_torch_writes(back_end):
-    agrees_for_random_rules(back_end, "torch writes")
+@pytest.mark.parametrize("back_end", BACK_ENDS[-1:])
+def test_random_rules_find_row_maxima_that_are_stale(back_end, monkeypatch):
+    """Kernels that are not told of a write by torch."""
+    monkeypatch.setattr(TritonOperations, "_measure", lambda self, stacks, places: None)
+    with pytest.raises(AssertionError):
+        agrees_for_random_rules(back_end, ("adam", "torch_scale"))
 
 
-@pytest.mark.parametrize(
-    "back_end",
-    [known(back_end, FOREIGN_TENSOR) for back_end in (TORCH, TORCH_ON_GPU, KERNELS)],
-)
-def test_random_rules_with_tensors_of_their_own(back_end):
-    agrees_for_random_rules(back_end, "fresh")
+@pytest.mark.parametrize("back_end", BACK_ENDS[-1:])
+def test_random_rules_find_buffers_that_share_a_launch_table(back_end, monkeypatch):
+    """All buffers that are not the gradients' go by one number."""
+    honest = TritonOperations.buffers
+
+    def confused(self, stack):
+        places = honest(self, stack)
+        for place in places[1:]:
+            place.number = 1
+        return places
+
+    monkeypatch.setattr(TritonOperations, "buffers", confused)
+    with pytest.raises(AssertionError):
+        agrees_for_random_rules(back_end, ("adam", "copy"))
+
+
+@everywhere
+def test_a_value_that_is_gone_says_so(back_end):
+    machine = Machine(*back_end)
+    machine.rotate()
+    before = machine.x
+    machine.rotate_back()
+    with pytest.raises(RuntimeError, match="used it up"):
+        machine.ops.gram_ema(before, 0.5, 0.5)
+    machine.gradient()
+    kept = machine.ops.gradients(machine.stacks, kept=True)
+    ops, moments = machine.ops, (machine.state["exp_avg"], machine.state["exp_avg_sq"])
+    for change in (
+        lambda x: ops.rotate(x, machine.state.bases),
+        lambda x: ops.scale(x, [2.0] * len(machine.stacks)),
+        lambda x: ops.adam(x, *moments, machine.h),
+    ):
+        with pytest.raises(RuntimeError, match="kept"):
+            change(kept)
+        with pytest.raises(RuntimeError, match="kept"):
+            change(machine.state["exp_avg"])
+    machine.ops.gram_ema(kept, 0.5, 0.5)
+
+
+def test_memory_that_serves_another_value_says_so():
+    machine = Machine("cpu", "torch")
+    first = machine.ops.copy(machine.x)
+    for _ in range(2):
+        machine.ops.copy(machine.x)
+    with pytest.raises(RuntimeError, match="work_buffers"):
+        first.tensors()
+
+
+class Unrecorded(Recorder):
+    """Stands in for ``Recorder`` where there is no GPU."""
+
+    def begin(self, layout, h):
+        return self.inputs(layout, h), direct
+
+
+def on_back_end(optimizer, back_end):
+    """Kernels are used where they can run by themselves, but under the interpreter."""
+    for group in optimizer._groups if back_end[1] == "kernels" and INTERPRETED else ():
+        group.recorder = Unrecorded(torch.device("cpu"))
+        group.by_kernels = TritonOperations(group.layout.stacks, optimizer._journal.once)
 
 
 class StatisticsAfter(EShampooRule):
@@ -208,9 +259,7 @@ class ReferenceStatisticsAfter(reference.EShampoo):
 @everywhere
 @pytest.mark.parametrize("shape", [(9, 6), (5, 4, 3)])
 def test_a_rule_whose_statistics_come_after_the_update(back_end, shape):
-    device, kernels = back_end
-    if kernels and INTERPRETED:
-        pytest.skip("a whole optimizer uses the kernels on a GPU only")
+    device, kernels = back_end[0], back_end[1] == "kernels"
     h = reference.Hyperparameters(alpha=0.01, beta1=0.9, beta2=0.95, weight_decay=0.01, F=4)
     dtype = torch.float32 if kernels else torch.float64
     start = next(gradients(shape, 1, seed=7))
@@ -219,6 +268,7 @@ def test_a_rule_whose_statistics_come_after_the_update(back_end, shape):
         [parameter], 0.01, (0.9, 0.95), weight_decay=0.01, precondition_frequency=4,
         max_preconditioner_dim=10,
     )  # fmt: skip
+    on_back_end(optimizer, back_end)
     (group,) = optimizer._groups
     rule = StatisticsAfter()
     group.rules = [(rule, stacks) for _, stacks in group.rules]
@@ -230,3 +280,96 @@ def test_a_rule_whose_statistics_come_after_the_update(back_end, shape):
         value = expected.step(value, gradient.double().reshape(value.shape))
     error = (parameter.detach().double().cpu().reshape(value.shape) - value).norm() / value.norm()
     assert error < (1e-4 if kernels else 1e-10)
+
+
+class ToyKL(Rule):
+    """KL-Shampoo with exact decompositions and without its clamp: state per mode, statistics after
+    the update, a first gradient that only starts."""
+
+    statistics_first = False
+    starts = True
+    moments = ("exp_avg",)
+    vectors = {"eigenvalues": 0.1}  # noqa: RUF012
+    work_buffers = 2
+
+    def direction(self, G, s, h, ops):
+        ops.ema(s["exp_avg"], G, h.beta1)
+        X = ops.rotate(ops.copy(s["exp_avg"]), s.bases, scale=self.roots(s))
+        return ops.rotate_back(X, s.bases)
+
+    def start(self, G, s, h, ops):
+        for i in s.modes:
+            ops.gram_ema(G, h.beta2, 1 - h.beta2, mode=i, mean=True)
+
+    def accumulate(self, G, s, h, ops):
+        roots = self.roots(s)
+        for i in s.modes:
+            X = ops.rotate(ops.copy(G), s.bases, skip=i, scale=roots)
+            ops.gram_ema(X, h.beta2, 1 - h.beta2, mode=i, mean=True)
+        P = ops.rotate(ops.copy(G), s.bases)
+        for i in s.modes:
+            new = ops.mean_square(P, i, scale=roots)
+            old = s.vectors("eigenvalues")
+            b = h.beta2
+            averages = [
+                None if x is None else b * v + (1 - b) * x
+                for v, x in zip(old.mode(i), new, strict=True)
+            ]
+            ops.assign(old, averages, mode=i)
+
+    @staticmethod
+    def roots(s):
+        return s.vectors("eigenvalues").map(lambda v: v**-0.5)
+
+    def operator(self, eigenvalues, eigenvectors, order, correction):
+        return eigenvectors.flip(-1)
+
+
+# Factors of full rank after one gradient: eigenvectors of a null space would be arbitrary.
+@everywhere
+@pytest.mark.parametrize("shape", [(7, 7), (5, 4, 3)])
+def test_a_rule_with_state_per_mode_that_only_starts_at_first(back_end, shape):
+    device, kernels = back_end[0], back_end[1] == "kernels"
+    dtype = torch.float32 if kernels else torch.float64
+    h = reference.Hyperparameters(
+        alpha=0.01, beta1=0.9, beta2=0.95, epsilon=0.0, weight_decay=0.0, F=4
+    )
+    start = next(gradients(shape, 1, seed=7))
+    params = [torch.nn.Parameter(start.to(device, dtype).clone()) for _ in range(2)]
+    optimizer = Kronecker(
+        params, ToyKL(), dict(lr=0.01, betas=(0.9, 0.95), eps=0.0, weight_decay=0.0, nadam=False,
+        precondition_frequency=4, max_preconditioner_dim=10),
+    )  # fmt: skip
+    on_back_end(optimizer, back_end)
+    shape = optimizer._groups[0].layout.blocks[0][0].merged
+    expected = [reference_kl.KLShampoo(h, max_clamp=None, exact=True) for _ in params]
+    values = [start.reshape(shape)] * 2
+    for t, gradient in enumerate(gradients(shape, 14, dtype=dtype)):
+        for i, p in enumerate(params):  # the other one starts later, and misses one
+            p.grad = None if i and t in (0, 1, 6) else (gradient * (1 + i)).view(p.shape).to(device)
+            if p.grad is not None:
+                exact = gradient.double() * (1 + i)
+                values[i] = expected[i].step(values[i], exact)
+        optimizer.step()
+    steps = [entry["step"].item() for entry in optimizer.state_dict()["state"].values()]
+    assert steps == [13, 10]
+    for p, value in zip(params, values, strict=True):
+        error = (p.detach().double().cpu().reshape(shape) - value).norm() / value.norm()
+        assert error < (1e-4 if kernels else 1e-10)
+    saved = optimizer.state_dict()
+    lam = expected[0].lam[1]
+    torch.testing.assert_close(
+        saved["state"][0]["0.eigenvalues_1"].double().cpu(), lam, rtol=1e-3, atol=0
+    )
+    optimizer.load_state_dict(saved)
+
+
+@everywhere
+def test_defaults_on_a_gpu_are_said_once(back_end, caplog):
+    machine = Machine(*back_end)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            machine.rotate_but_one()
+            machine.gram()
+    said = [r for r in caplog.records if "by torch here" in r.message]
+    assert len(said) == (2 if back_end[1] == "kernels" else 0)

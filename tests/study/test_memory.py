@@ -53,8 +53,8 @@ def test_the_formula_is_what_the_optimizer_allocates(variant, workload):
     entries = 0
     for group in optimizer._groups:
         for stack in group.layout.stacks:
-            held = [stack.g, stack.scratch, *stack.state.values(), *stack.factors, *stack.operators]
-            entries += sum(tensor.numel() for tensor in held if tensor is not None)
+            held = [stack.g, *stack.work, *stack.state.values(), *stack.factors, *stack.operators]
+            entries += sum(tensor.numel() for tensor in held)
     need = memory.need(memory.shapes(workload), point)
     workspace = complete._asdict().get("eigen_workspace_mib", 0) << 20
     assert need.optimizer == 4 * entries + workspace

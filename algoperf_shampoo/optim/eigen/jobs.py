@@ -32,11 +32,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """values: [len(indices), n] ascending; converged: per index. Where it is False the operator may
-    be anything."""
+    """values: [len(indices), n], in the order of the columns; converged: per index. Where it is
+    False the operator may be anything. permutation: [len(indices), n] int64, where a method has
+    permuted the old columns before it turned them: which of them stands where."""
 
     values: Tensor
     converged: list[bool]
+    permutation: Tensor | None = None
 
     @staticmethod
     def empty(job: Job) -> Result:

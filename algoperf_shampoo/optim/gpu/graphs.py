@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ..arithmetic import Hyper
 from ..buckets import Layout, Stack
 from ..journal import Journal
+from ..ops import Hyper
 
 log = logging.getLogger(__name__)
 

@@ -17,22 +17,26 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..arithmetic import Arithmetic, Hyper
 from ..buckets import Stack
 from ..eigen.jobs import runs
 from ..journal import Once, directly
 from ..nonfinite import Guard, bound_bits
+from ..ops import Hyper
+from ..ops.values import Place
 from . import kernels, tiles
 from .tiles import Tile
 
 Launches = list[Callable[..., None]]
 
 
-class Grouped(Arithmetic):
-    """:class:`~..arithmetic.Arithmetic` for float32 stacks on one GPU, all rows taking part.
+class Grouped:
+    """Our kernels on float32 stacks of one GPU, all rows taking part.
+
+    Tensors come as places (:class:`~..ops.values.Place`) of the stacks' buffers. What a kernel has
+    to know of them beside their entries is here, by the number of the buffer: no two have the same.
 
     Args:
-        stacks: all stacks there will be; ``scratch`` of each like its ``g``.
+        stacks: all stacks there will be.
         once: see :mod:`..journal`.
 
     Products are accurate to float32 (relative error 3e-7 of the result's norm), those of rotations
@@ -40,7 +44,7 @@ class Grouped(Arithmetic):
     """
 
     def __init__(self, stacks: Sequence[Stack], once: Once = directly) -> None:
-        super().__init__(once)
+        self.once = once
         module = kernels()
         assert module is not None
         self._kernels = module
@@ -53,10 +57,10 @@ class Grouped(Arithmetic):
         }
         count = sum(len(s) for s in stacks)
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
-        # The largest absolute entry of every row ("top"): of `g` and `scratch` kept up to date by
-        # whatever leaves gradients, directions or what is between there, of other tensors measured
-        # when they are needed; and a place for those that nobody will ask for.
-        self._tops = torch.zeros(4, count, dtype=torch.int32, device=self._device)
+        # The largest absolute entry of every row ("top"): of `g` and every work buffer; of state
+        # that is rotated; and a place for those that nobody will ask for.
+        buffers = 1 + max(len(s.work) for s in stacks)
+        self._tops = torch.zeros(buffers + 2, count, dtype=torch.int32, device=self._device)
         # Limits of noise, see :mod:`..noise`, and those that nothing is below.
         self._limits, self._no_limits = torch.zeros(2, count, device=self._device).unbind()
         self._no_marks = torch.zeros(count, dtype=torch.int32, device=self._device)
@@ -69,9 +73,6 @@ class Grouped(Arithmetic):
     def tops_of_gradients(self) -> Tensor:
         """Tops of all stacks' ``g``, which a gather may leave there (:mod:`.transfer`)."""
         return self._tops[0]
-
-    def gradients_came(self, stacks: Sequence[Stack]) -> None:
-        self._measure(stacks, [s.g for s in stacks])
 
     def judge(self, guard: Guard, present: Sequence[bool]) -> None:
         if not self._marked:
@@ -90,31 +91,33 @@ class Grouped(Arithmetic):
                 bound_bits(),
             )
 
-    def spare(self, stacks: Sequence[Stack]) -> None:
-        """Bad rows are left out where moments and factors are written."""
-
     def _marks_of(self, stack: Stack) -> Tensor:
         return self._no_marks if stack.bad is None else stack.bad
 
-    def gram_ema(self, stacks: Sequence[Stack], beta: float, weight: float) -> None:
+    def gram_ema(
+        self,
+        stacks: Sequence[Stack],
+        xs: Sequence[Place],
+        spares: Sequence[Place],
+        beta: float,
+        weight: float,
+    ) -> None:
         """In rounds: the first and the last mode of every stack and one of those between, which is
-        brought to the front in the scratch buffer, then another one of those."""
+        brought to the front in the spare place, then another one of those."""
         for number in range(max(1, max(len(s.shape) for s in stacks) - 2)):
-            some = [s for s in stacks if number == 0 or number + 2 < len(s.shape)]
-            for stack in some:
+            here = [i for i, s in enumerate(stacks) if number == 0 or number + 2 < len(s.shape)]
+            some = [stacks[i] for i in here]
+            mine, to = ([x[i] for i in here] for x in (xs, spares))
+            for stack, x, spare in zip(some, mine, to, strict=True):
                 if number + 2 < len(stack.shape):
-                    front = stack.g.movedim(number + 2, 1)
-                    _scratch(stack).view(front.shape).copy_(front)
-            build = functools.partial(self._gram_launches, some, number)
-            for launch in self._known(("gram", number), some, (), build):
+                    front = x.tensor.movedim(number + 2, 1)
+                    spare.tensor.view(front.shape).copy_(front)
+            build = functools.partial(self._gram_launches, some, mine, to, number)
+            for launch in self._known(("gram", number), some, [*mine, *to], build):
                 self.once(launch, beta, weight)
 
-    def adam(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
-        self._adam(stacks, xs, h, self._no_limits)
-
-    def adam_in_basis(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
-        if h.noise_level == 0:
-            return self.adam(stacks, xs, h)
+    def limits(self, stacks: Sequence[Stack], h: Hyper) -> None:
+        """What is noise in the stacks' bases, see :mod:`..noise`, for the next :meth:`adam`."""
 
         def build() -> Launches:
             groups = []
@@ -128,109 +131,106 @@ class Grouped(Arithmetic):
 
         for launch in self._known("limits", stacks, (), build):
             launch(*noise.levels(h, torch.float32, on_gpu=True))
-        return self._adam(stacks, xs, h, self._limits)
 
-    def _adam(
-        self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper, limits: Tensor
+    def adam(
+        self,
+        stacks: Sequence[Stack],
+        xs: Sequence[Place],
+        moments: Sequence[tuple[Tensor, Tensor]],
+        h: Hyper,
+        limited: Sequence[bool],
+        corrected: bool,
     ) -> None:
-        """h.corrections: tensors, where they were at the first call. limits: of noise, per row."""
+        """h.corrections: tensors, where they were at the first call. limited: which stacks' noise
+        is left out."""
         corrections = h.corrections
         assert corrections is not None
 
         def build() -> Launches:
             groups = []
-            for s, x in zip(stacks, xs, strict=True):
-                moments = s.state["exp_avg"], s.state["exp_avg_sq"]
-                tensors = x, *moments, self._top(s, x), *corrections[id(s)]
+            for s, x, mine, limit in zip(stacks, xs, moments, limited, strict=True):
+                rows = self._rows[id(s)]
+                ones = self._ones[rows]
+                c1, c2 = corrections[id(s)] if corrected else (ones, ones)
+                tensors = x.tensor, *mine, self._top(s, x), c1, c2
+                limits = (self._limits if limit else self._no_limits)[rows]
+                more = self._marks_of(s), limits
                 addresses = [t.data_ptr() for t in tensors]
-                more = self._marks_of(s), limits[self._rows[id(s)]]
                 groups.append([*addresses, math.prod(s.shape), *(t.data_ptr() for t in more)])
             return self._elementwise(self._kernels.adam, stacks, groups, 6)
 
         self._forget_tops(stacks, xs)
         numbers = h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps
-        for launch in self._known(("adam", limits is self._limits), stacks, xs, build):
+        state = tuple([t.data_ptr() for mine in moments for t in mine])
+        name = "adam", state, tuple(limited), corrected
+        for launch in self._known(name, stacks, xs, build):
             ran: list[bool] = []
             self.once(_run_and_note, ran, launch, *numbers, NADAM=h.nadam)
             if not ran:  # the moments have learnt already: the direction alone
                 launch(h.beta1, 0.0, 1.0, 0.0, h.eps, NADAM=h.nadam)
 
-    def copy_of_gradients(self, stacks: Sequence[Stack]) -> list[Tensor]:
-        copies = [_scratch(s) for s in stacks]
-        if copies:
-            torch._foreach_copy_(copies, [s.g for s in stacks])
-        return copies
-
-    def rotate(
-        self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper, orthogonal: bool = True
-    ) -> list[Tensor]:
-        if not orthogonal:
-            self._measure(stacks, xs)
-            self._measure_operators(stacks)
-        return self._products(stacks, xs, h, back=False, orthogonal=orthogonal)
-
-    def rotate_back(self, stacks: Sequence[Stack], xs: Sequence[Tensor], h: Hyper) -> None:
-        self._products(stacks, xs, h, back=True, orthogonal=True)
-
     def rotate_mode_(
-        self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int], back: bool
+        self,
+        stack: Stack,
+        x: Tensor,
+        mode: int,
+        rows: Sequence[int],
+        back: bool,
+        g: Tensor,
+        scratch: Tensor,
     ) -> None:
-        scratch = _scratch(stack)
         tops = torch.linalg.vector_norm(x.flatten(1), torch.inf, 1)
-        self._top(stack, x).copy_(tops.view(torch.int32))
-        source, target = x, scratch
+        self._tops[-2, self._rows[id(stack)]].copy_(tops.view(torch.int32))
+        whole, source, target = x, x, scratch
         if between := 0 < mode < len(stack.shape) - 1:  # as the first mode, by way of `g`
             x = x.movedim(mode + 1, 1)
-            source, target = scratch.view(x.shape).copy_(x), stack.g.view(x.shape)
+            source, target = scratch.view(x.shape).copy_(x), g.view(x.shape)
         build = functools.partial(self._one_rotation, stack, source, target, mode, between, rows)
-        key = "one rotation", x.data_ptr(), mode, tuple(rows)
-        for launch in self._known(key, [stack], [source], build, keep=len(rows) == len(stack)):
+        key = "one rotation", whole.data_ptr(), mode, tuple(rows)
+        for launch in self._known(key, [stack], (), build, keep=len(rows) == len(stack)):
             launch(back)
         for part in runs(rows):
             x[part].copy_(target[part])
 
-    def _products(
+    def products(
         self,
         stacks: Sequence[Stack],
-        xs: Sequence[Tensor],
-        h: Hyper,
+        xs: Sequence[Place],
+        others: Sequence[Place],
+        *,
         back: bool,
         orthogonal: bool,
-    ) -> list[Tensor]:
-        """One product per mode, to and fro between ``g`` and ``scratch``.
+        split: bool,
+    ) -> list[Place]:
+        """One product per mode, to and fro between ``xs`` and ``others``; where the results are.
 
         Each contracts the leading mode and appends it at the back (see :func:`..linalg.rotate`).
         """
-        xs, split = list(xs), h.matmul_precision == "highest"
+        sources, targets = list(xs), list(others)
         for mode in range(max(len(s.shape) for s in stacks)):
             here = [i for i, s in enumerate(stacks) if mode < len(s.shape)]
-            some, sources = [stacks[i] for i in here], [xs[i] for i in here]
-            targets = [
-                _scratch(s) if _is_gradient(s, x) else s.g
-                for s, x in zip(some, sources, strict=True)
-            ]
-            self._forget_tops(some, targets)
-            build = functools.partial(
-                self._rotations, some, sources, targets, mode, orthogonal, split
-            )
+            some = [stacks[i] for i in here]
+            a, b = ([x[i] for i in here] for x in (sources, targets))
+            self._forget_tops(some, b)
+            build = functools.partial(self._rotations, some, a, b, mode, orthogonal, split)
             name = "rotation", mode, orthogonal, split
-            for launch in self._known(name, some, sources, build):
+            for launch in self._known(name, some, [*a, *b], build):
                 launch(A_ROWS=False, B_ROWS=back)
-            for i, target in zip(here, targets, strict=True):
-                xs[i] = target
-        return xs
+            for i in here:
+                sources[i], targets[i] = targets[i], sources[i]
+        return sources
 
     def _known(
         self,
         name: Hashable,
         stacks: Sequence[Stack],
-        xs: Sequence[Tensor],
+        xs: Sequence[Place],
         build: Callable[[], Launches],
         keep: bool = True,
     ) -> Launches:
         """The launches of an operation, with their tables: made once, all addresses stay."""
-        buffers = tuple(_buffer(s, x) for s, x in zip(stacks, xs, strict=False))
-        key = name, tuple(id(s) for s in stacks), buffers, self._marked
+        numbers = tuple([x.number for x in xs])
+        key = name, tuple([id(s) for s in stacks]), numbers, self._marked
         launches = self._launches.get(key) or build()
         if keep:
             self._launches[key] = launches
@@ -241,23 +241,25 @@ class Grouped(Arithmetic):
         """Whether rows of bad gradients are marked."""
         return self._first.bad is not None
 
-    def _top(self, stack: Stack, x: Tensor) -> Tensor:
+    def _top(self, stack: Stack, x: Place) -> Tensor:
         """Tops of the rows of x."""
-        return self._tops[_buffer(stack, x), self._rows[id(stack)]]
+        assert x.number >= 0, "not in a buffer"
+        return self._tops[x.number, self._rows[id(stack)]]
 
-    def _forget_tops(self, stacks: Sequence[Stack], xs: Sequence[Tensor]) -> None:
+    def _forget_tops(self, stacks: Sequence[Stack], xs: Sequence[Place]) -> None:
         """Kernels raise tops: zeros first."""
         if len(xs) == len(self._rows):
-            buffers = {_buffer(s, x) for s, x in zip(stacks, xs, strict=True)}
+            buffers = {x.number for x in xs}
             if len(buffers) == 1:
                 self._tops[buffers.pop()].zero_()
                 return
         torch._foreach_zero_([self._top(s, x) for s, x in zip(stacks, xs, strict=True)])
 
-    def _measure(self, stacks: Sequence[Stack], xs: Sequence[Tensor]) -> None:
+    def measure(self, stacks: Sequence[Stack], xs: Sequence[Place]) -> None:
+        """Find the tops of places."""
         def build() -> Launches:
             groups = [
-                [x.data_ptr(), self._top(s, x).data_ptr(), math.prod(s.shape)]
+                [x.tensor.data_ptr(), self._top(s, x).data_ptr(), math.prod(s.shape)]
                 for s, x in zip(stacks, xs, strict=True)
             ]
             return self._elementwise(self._kernels.tops, stacks, groups, 2)
@@ -266,7 +268,8 @@ class Grouped(Arithmetic):
         for launch in self._known("tops", stacks, xs, build):
             launch()
 
-    def _measure_operators(self, stacks: Sequence[Stack]) -> None:
+    def measure_operators(self, stacks: Sequence[Stack]) -> None:
+        """Find the tops of operators that are not orthogonal."""
         modes = [(s, mode) for s in stacks for mode in range(len(s.shape))]
         for s, mode in modes:
             if (id(s), mode) not in self._operator_tops:
@@ -308,7 +311,7 @@ class Grouped(Arithmetic):
         """One mode of source into target, the first one if it is ``between`` others; each to be
         called with whether it is back."""
         d, rest = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
-        top, unused = self._tops[2:, self._rows[id(stack)]]
+        top, unused = self._tops[-2:, self._rows[id(stack)]]
         tensors = [(source, top), (stack.operators[mode], self._ones)]
         # In the first mode Q'x or Q x; in the last one, and for vectors, x Q or x Q'.
         first = between or (mode == 0 and rest > 1)
@@ -323,8 +326,8 @@ class Grouped(Arithmetic):
     def _rotations(
         self,
         stacks: Sequence[Stack],
-        sources: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        sources: Sequence[Place],
+        targets: Sequence[Place],
         mode: int,
         orthogonal: bool,
         split: bool,
@@ -333,7 +336,8 @@ class Grouped(Arithmetic):
         for stack, x, y in zip(stacks, sources, targets, strict=True):
             d, M = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
             top_q = self._ones if orthogonal else self._operator_tops[id(stack), mode]
-            tensors = x, stack.operators[mode], y, self._top(stack, x), top_q, self._top(stack, y)
+            tops = self._top(stack, x), top_q, self._top(stack, y)
+            tensors = x.tensor, stack.operators[mode], y.tensor, *tops
             groups.append([*(t.data_ptr() for t in tensors), M, d, d])
             sizes.append((range(len(stack)), M, d, d))
         return self._multiply(groups, sizes, split)
@@ -363,20 +367,22 @@ class Grouped(Arithmetic):
             launches.append(self._launch(self._kernels.product, groups, mine, **settings))
         return launches
 
-    def _gram_launches(self, stacks: Sequence[Stack], number: int) -> Launches:
+    def _gram_launches(
+        self, stacks: Sequence[Stack], xs: Sequence[Place], spares: Sequence[Place], number: int
+    ) -> Launches:
         """Each to be called with (beta, weight)."""
         groups: list[list[int]] = []
         sizes: list[tuple[int, int, int, bool]] = []
-        for stack in stacks:
+        for stack, place, spare in zip(stacks, xs, spares, strict=True):
             last = len(stack.shape) - 1
-            modes = [(0, stack.g, False)] if number == 0 else []
+            modes = [(0, place.tensor, False)] if number == 0 else []
             if number == 0 < last:
-                modes.append((last, stack.g, True))
+                modes.append((last, place.tensor, True))
             if number + 1 < last:
-                modes.append((number + 1, _scratch(stack), False))
+                modes.append((number + 1, spare.tensor, False))
             for mode, x, columns in modes:
                 d, K = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
-                tensors = x, stack.factors[mode], self._top(stack, stack.g)
+                tensors = x, stack.factors[mode], self._top(stack, place)
                 marks = self._marks_of(stack).data_ptr()
                 groups.append([*(t.data_ptr() for t in tensors), d, K, marks])
                 sizes.append((len(stack), d, K, columns))
@@ -441,20 +447,3 @@ def _run_and_note(
 ) -> None:
     launch(*numbers, **settings)
     ran.append(True)
-
-
-def _buffer(stack: Stack, x: Tensor) -> int:
-    """0 for the stack's ``g``, 1 for its ``scratch``, 2 for anything else."""
-    if x.data_ptr() == stack.g.data_ptr():
-        return 0
-    scratch = stack.scratch
-    return 1 if scratch is not None and x.data_ptr() == scratch.data_ptr() else 2
-
-
-def _is_gradient(stack: Stack, x: Tensor) -> bool:
-    return _buffer(stack, x) == 0
-
-
-def _scratch(stack: Stack) -> Tensor:
-    assert stack.scratch is not None
-    return stack.scratch

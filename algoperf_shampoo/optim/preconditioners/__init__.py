@@ -1,7 +1,8 @@
 """One file per rule."""
 
+from ..ops import Hyper
 from .adam import Adam
-from .base import Hyper, Rule
+from .base import Rule
 from .eshampoo import EShampoo
 from .shampoo import GraftedShampoo, UngraftedShampoo
 

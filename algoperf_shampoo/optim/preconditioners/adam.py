@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ..arithmetic import Arithmetic, Hyper
-from ..buckets import Stack
+from ..ops import Hyper, Operations, State, Value
 from .base import Rule
 
 
@@ -13,6 +10,8 @@ class Adam(Rule):
     """U = M^ / (sqrt(D^) + eps), no factors."""
 
     has_factors = False
+    work_buffers = 0
 
-    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
-        arithmetic.adam(stacks, [s.g for s in stacks], h)
+    def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
+        ops.adam(G, s["exp_avg"], s["exp_avg_sq"], h)
+        return G

@@ -1,41 +1,61 @@
-"""What a preconditioner rule is: a few functions on stacks of blocks.
+"""What a preconditioner rule is: the few lines in which the family's algorithms differ.
 
 The step loop (:mod:`algoperf_shampoo.optim.kronecker`) owns everything rules share: gathering
 gradients, deciding when to refresh, decomposing factors, weight decay, writing parameters. A rule
-says which statistics it keeps and how they turn a gradient into an update direction, in operations
-of :class:`~algoperf_shampoo.optim.arithmetic.Arithmetic`. The interface is wide enough for the
-relatives as well: SOAP and KL-Shampoo update their statistics after the parameters
-(``statistics_first = False``), and keep moments in the rotated basis, which :meth:`Rule.leave` and
-:meth:`Rule.enter` move when the basis changes.
+declares what it keeps and when its statistics come, and says in
+:class:`~algoperf_shampoo.optim.ops.Operations` how those turn a gradient into an update direction.
+It is right on every device as soon as it is written; what a back end does faster is the back end's
+affair.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..arithmetic import Arithmetic, Hyper
-from ..buckets import Stack
+from ..ops import BasisChange, Hyper, Operations, State, Value
 
 
 class Rule(ABC):
-    """Turns gradients into update directions for stacks of blocks of any order."""
+    """Turns gradients into update directions for stacks of blocks of any order.
 
-    statistics_first: bool = True
+    Attributes:
+        has_factors: whether blocks have factors L_i [d_i, d_i] and operators.
+        statistics_first: whether :meth:`accumulate` comes before :meth:`direction` in a step, with
+            a refresh between the two; else after it, and the refresh last (SOAP, KL-Shampoo).
+        orthogonal: whether operators are eigenbases, else something like inverse roots.
+        roots: whether operators are roots, which an all-zero factor has too.
+        moments: state shaped like the blocks, zero at first: ``s[name]``.
+        vectors: state of one vector per mode, [B, d_i], and what all its entries are at first:
+            ``s.vectors(name)``.
+        starts: whether the first gradient of a block only starts its factors and bases, by
+            :meth:`start` and an exact decomposition: no update, t stays 0 (SOAP, KL-Shampoo).
+        work_buffers: how many values live at a time besides the one in the gradient's place.
+    """
+
     has_factors: bool = True
-    roots: bool = False  # whether operators are roots, which an all-zero factor has too
-    # State tensors shaped like the blocks, zero at first: ``stack.state[name]``, [B, *shape].
+    statistics_first: bool = True
+    orthogonal: bool = True
+    roots: bool = False
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    vectors: ClassVar[Mapping[str, float]] = {}
+    starts: bool = False
+    work_buffers: int = 1
 
-    def accumulate(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
-        """Update the factors with the gradients ``g`` [B, *shape]: Eq. 15 unless overridden."""
-        arithmetic.gram_ema(stacks, h.beta2, 1 - h.beta2)
+    def accumulate(self, G: Value, s: State, h: Hyper, ops: Operations) -> None:
+        """The factors (and vectors) learn the gradient: Eq. 15 unless overridden. G is kept."""
+        ops.gram_ema(G, h.beta2, 1 - h.beta2)
+
+    def start(self, G: Value, s: State, h: Hyper, ops: Operations) -> None:
+        """The first gradient, where it only starts blocks (``starts``)."""
+        self.accumulate(G, s, h, ops)
 
     @abstractmethod
-    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
-        """Update ``state`` and replace ``g`` [B, *shape] by the direction U: W <- W - lr * U."""
+    def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
+        """The direction U of W <- W - lr * U; updates moments. G may be used up, and U be G."""
 
     def operator(
         self, eigenvalues: Tensor, eigenvectors: Tensor, order: Tensor, correction: Tensor
@@ -47,17 +67,12 @@ class Rule(ABC):
         """
         return eigenvectors
 
-    def leave(  # noqa: B027
-        self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic
-    ) -> None:
-        """Before the operators of ``rows`` and ``mode`` change: bring what is kept in their basis
-        back.
+    def rebase(self, s: State, change: BasisChange, ops: Operations) -> Iterator[None]:
+        """The operators of one mode change, for some rows of the one stack of s.
 
-        A rule that keeps nothing in a basis has nothing to do, nor has one for what stays by index
-        (D in Algorithm 2).
+        What comes before the ``yield`` is done while the old ones stand, what comes after it with
+        the new ones: there ``change`` has the eigenvalues and the permutation of columns. What is
+        kept in the old basis leaves it and enters the new one; what is not mentioned stays as it
+        is, by index (D in Algorithm 2).
         """
-
-    def enter(  # noqa: B027
-        self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic
-    ) -> None:
-        """After they changed: take it to the new basis."""
+        yield

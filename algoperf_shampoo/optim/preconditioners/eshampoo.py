@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
-from ..arithmetic import Arithmetic, Hyper
-from ..buckets import Stack
+from ..ops import BasisChange, Hyper, Operations, State, Value
 from .base import Rule
 
 
@@ -22,18 +21,14 @@ class EShampoo(Rule):
     (:mod:`..noise`).
     """
 
-    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
-        if first := [s for s in stacks if not any(s.ready)]:
-            arithmetic.adam(first, [s.g for s in first], h)
-        if turned := [s for s in stacks if any(s.ready)]:
-            xs = arithmetic.rotate(turned, [s.g for s in turned], h)
-            arithmetic.adam_in_basis(turned, xs, h)
-            arithmetic.rotate_back(turned, xs, h)
+    def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
+        X = ops.rotate(G, s.bases)  # line 10
+        ops.adam(X, s["exp_avg"], s["exp_avg_sq"], h, in_basis=True)  # lines 4, 11 and 12
+        return ops.rotate_back(X, s.bases)  # line 13
 
-    def leave(self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic) -> None:
-        """M leaves the old basis; D stays where it is, by index (Algorithm 2; D.2 finds that
-        rotating it hurts)."""
-        arithmetic.rotate_mode_(stack, stack.state["exp_avg"], mode, rows, back=True)
-
-    def enter(self, stack: Stack, mode: int, rows: list[int], arithmetic: Arithmetic) -> None:
-        arithmetic.rotate_mode_(stack, stack.state["exp_avg"], mode, rows, back=False)
+    def rebase(self, s: State, change: BasisChange, ops: Operations) -> Iterator[None]:
+        """M leaves the old basis and enters the new one; D stays where it is, by index (Algorithm
+        2; D.2 finds that rotating it hurts)."""
+        change.leave(s["exp_avg"])
+        yield
+        change.enter(s["exp_avg"])

@@ -3,14 +3,10 @@ without."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from ..arithmetic import Arithmetic, Hyper, bias_corrections
-from ..buckets import Stack
 from ..linalg import inverse_root
+from ..ops import Hyper, Operations, State, Value, bias_corrections
 from ..precision import matmul_precision
 from .base import Rule
 
@@ -24,6 +20,7 @@ class _InverseRoots(Rule):
     """
 
     roots = True
+    orthogonal = False
 
     def __init__(self, eps: float, grafting_eps: float, exponent_multiplier: float = 1.0) -> None:
         self.eps = eps
@@ -45,29 +42,28 @@ class GraftedShampoo(_InverseRoots):
     Pure Adam before the first roots.
     """
 
-    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
-        rooted = [s for s in stacks if any(s.ready)]
+    def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
         # NAdam's numerator needs the gradient, whose place Adam's direction A takes.
-        numerators = arithmetic.copy_of_gradients(rooted)
-        arithmetic.adam(stacks, [s.g for s in stacks], h._replace(eps=self.grafting_eps))
-        if not rooted:
-            return
-        for stack, x in zip(rooted, numerators, strict=True):
-            # The bias correction of M scales S alone, and the norm takes it out again.
-            m = stack.state["exp_avg"]
-            x.lerp_(m, h.beta1) if h.nadam else x.copy_(m)
-        lengths = [_norm(s.g) for s in rooted]
+        N = ops.copy(G, lambda stack: stack.based)
+        A = G
+        ops.adam(A, s["exp_avg"], s["exp_avg_sq"], h._replace(eps=self.grafting_eps))
+        if not N.stacks:
+            return A
+        # The bias correction of M scales S alone, and the norm takes it out again.
+        _numerator(N, s, h, ops)
+        some = [i for i, stack in enumerate(A.stacks) if stack.based]
+        lengths, tensors = ops.norm(A), A.tensors()
+        lengths = [lengths[i] for i in some]
         # Where some rows' first root is still to come, those stay with Adam.
-        adams = [None if all(s.ready) else s.g.clone() for s in rooted]
-        # Roots are symmetric: rotating, by the transpose, applies them as they are.
-        roots = arithmetic.rotate(rooted, numerators, h, orthogonal=False)
-        for stack, s, length, a in zip(rooted, roots, lengths, adams, strict=True):
-            s.mul_(length / (_norm(s) + 1e-16))
-            if a is None:
-                stack.g.copy_(s)
-            else:
-                rows = stack.ready_rows()
-                stack.g.copy_(a.index_copy_(0, rows, s[rows]))
+        adams = [None if all(A.stacks[i].ready) else tensors[i].clone() for i in some]
+        S = ops.rotate(N, s.roots)
+        ops.scale(S, [a / (b + 1e-16) for a, b in zip(lengths, ops.norm(S), strict=True)])
+        with ops.write(S) as tensors:
+            for stack, tensor, a in zip(S.stacks, tensors, adams, strict=True):
+                if a is not None:
+                    rows = stack.ready_rows()
+                    tensor.copy_(a.index_copy_(0, rows, tensor[rows]))
+        return S.over(A)
 
 
 class UngraftedShampoo(_InverseRoots):
@@ -78,23 +74,19 @@ class UngraftedShampoo(_InverseRoots):
 
     moments = ("exp_avg",)
 
-    def update(self, stacks: Sequence[Stack], h: Hyper, arithmetic: Arithmetic) -> None:
-        xs = arithmetic.copy_of_gradients(stacks)
-        arithmetic.average(stacks, xs, h)
-        for stack, x in zip(stacks, xs, strict=True):
-            m = stack.state["exp_avg"]
-            x.lerp_(m, h.beta1) if h.nadam else x.copy_(m)
-            c1, _ = bias_corrections(stack, h)
-            x.div_(c1)
-        # Roots are symmetric: rotating, by the transpose, applies them as they are.
-        rooted = [(s, x) for s, x in zip(stacks, xs, strict=True) if any(s.ready)]
-        some, numerators = [s for s, _ in rooted], [x for _, x in rooted]
-        roots = arithmetic.rotate(some, numerators, h, orthogonal=False) if some else []
-        results = {id(s): x for s, x in zip(some, roots, strict=True)}
-        for stack, x in zip(stacks, xs, strict=True):
-            stack.g.copy_(results.get(id(stack), x))
+    def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
+        ops.ema(s["exp_avg"], G, h.beta1)
+        _numerator(G, s, h, ops)
+        with ops.write(G) as tensors:
+            for stack, x in zip(G.stacks, tensors, strict=True):
+                x.div_(bias_corrections(stack, h)[0])
+        return ops.rotate(G, s.roots)
 
 
-def _norm(x: Tensor) -> Tensor:
-    """Frobenius norm of each row of [B, ...], as [B, 1, ..., 1]."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+def _numerator(x: Value, s: State, h: Hyper, ops: Operations) -> None:
+    """The gradient x becomes M, or beta1 M + (1 - beta1) G with ``nadam``."""
+    averages = {id(stack): m for stack, m in s["exp_avg"].pairs()}
+    with ops.write(x) as tensors:
+        for stack, tensor in zip(x.stacks, tensors, strict=True):
+            m = averages[id(stack)]
+            tensor.lerp_(m, h.beta1) if h.nadam else tensor.copy_(m)

@@ -1,0 +1,399 @@
+"""The operations of rules, each by plain torch: right on every device, for any value.
+
+A back end overrides those it does faster (:mod:`.torch_ops`, :mod:`..gpu.triton_ops`). What every
+one of them promises is tested on every back end alike, alone and composed at random.
+
+State (moments, factors, vectors of modes) is changed by :meth:`Operations.gram_ema`,
+:meth:`~Operations.ema`, :meth:`~Operations.adam` and :meth:`~Operations.assign` alone: these call
+what changes it through ``once``, so that a step that failed half-way can go on (:mod:`..journal`),
+and leave rows alone whose gradient is bad (``stack.bad``, :mod:`..nonfinite`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import linalg, noise
+from ..buckets import Stack
+from ..eigen.jobs import put, take
+from ..journal import Once, directly
+from ..nonfinite import Guard
+from ..precision import matmul_precision
+from .hyper import Hyper, bias_corrections
+from .values import GRADIENT, ModeVectors, Operators, Place, Value
+
+log = logging.getLogger(__name__)
+
+
+class Operations:
+    """What rules compute on values of some stacks.
+
+    Stacks in one call may be of different orders: where a mode is named, those that have no such
+    mode are left as they are. Operations that say they *use up* a value leave it unusable.
+
+    Args:
+        once: calls every operation that changes what it reads (:mod:`..journal`).
+    """
+
+    def __init__(self, once: Once = directly) -> None:
+        self.once = once
+
+    # What the step loop asks for, before and after a rule has its turn.
+
+    def begin(self, precision: str = "highest") -> None:
+        """A section of a step begins: no value lives but the gradients and what is kept."""
+
+    def gradients(self, stacks: Sequence[Stack], kept: bool) -> Value:
+        """``g`` of the stacks, as gathered. kept: they are needed once more in this step."""
+        return Value(stacks, [Place(s.g, GRADIENT) for s in stacks], kept)
+
+    def gradients_came(self, stacks: Sequence[Stack], measured: bool = False) -> None:
+        """``g`` of all stacks holds the gradients of this step. measured: the gather has measured
+        the rows."""
+
+    def judge(self, guard: Guard, present: Sequence[bool]) -> None:
+        """Mark the rows of bad gradients, where the host does not know them."""
+        guard.mark(present, self.once)
+
+    def spare(self, stacks: Sequence[Stack]) -> None:
+        """``g`` has just been gathered: rows that are marked as bad become zero."""
+        for stack in stacks:
+            _clear_bad_rows(stack, stack.g)
+
+    def deliver(self, x: Value) -> None:
+        """``g`` <- x, an update direction, which is used up."""
+        for stack, place in zip(x.stacks, x.writable(), strict=True):
+            if place.tensor is not stack.g:
+                stack.g.copy_(place.tensor)
+            place.holder = None
+
+    def state_replaced(self) -> None:
+        """State is other than what the last step left."""
+
+    # The operations of rules.
+
+    @contextlib.contextmanager
+    def write(self, x: Value) -> Iterator[list[Tensor]]:
+        """x's tensors, one of each stack, for torch to write to: ``with ops.write(x) as xs:``.
+
+        State is not written so, see :meth:`assign`.
+        """
+        places = x.writable()
+        yield [place.tensor for place in places]
+        for place in places:
+            place.absmax_known = False
+
+    def copy(self, x: Value, only: Callable[[Stack], bool] | None = None) -> Value:
+        """A value like x (a gradient, or state) in other memory; of ``only`` such stacks."""
+        kept = [
+            (stack, place)
+            for stack, place in zip(x.stacks, x.places(), strict=True)
+            if only is None or only(stack)
+        ]
+        stacks, sources = [stack for stack, _ in kept], [place for _, place in kept]
+        targets = [self._memory(s, place) for s, place in kept]
+        if targets:
+            tensors = [place.tensor for place in sources]
+            torch._foreach_copy_([place.tensor for place in targets], tensors)
+        for source, target in zip(sources, targets, strict=True):
+            self._copied(source, target)
+        return Value(stacks, targets)
+
+    def rotate(
+        self,
+        x: Value,
+        operators: Operators,
+        skip: int | None = None,
+        scale: ModeVectors | None = None,
+    ) -> Value:
+        """Q_1' x_1 ... Q_k' x_k with the stacks' operators Q (Algorithm 2, line 10); uses x up.
+
+        Stacks none of whose operators was computed yet are left as they are: theirs are the
+        identity.
+
+        Args:
+            skip: this mode is left out, and stacks that lack it are left alone.
+            scale: afterwards, entry j of every mode (but ``skip``) is multiplied by scale[j].
+        """
+        self._default("rotate")
+        for number, (stack, place) in enumerate(zip(x.stacks, x.writable(), strict=True)):
+            if skip is not None and skip >= len(stack.shape):
+                continue
+            y = place.tensor
+            if stack.based:
+                if skip is None:
+                    y = linalg.rotate(y, stack.operators)
+                else:
+                    for mode, q in enumerate(stack.operators):
+                        y = y if mode == skip else linalg.rotate_mode(y, q, mode)
+            if scale is not None:
+                y = _scaled(y, scale.vectors[number], skip)
+            if y is not place.tensor:
+                place.tensor.copy_(y)
+                place.absmax_known = False
+        return x.became(x.places())
+
+    def rotate_back(self, x: Value, operators: Operators, skip: int | None = None) -> Value:
+        """Q_1 x_1 ... Q_k x_k: the inverse of :meth:`rotate` for bases; uses x up."""
+        self._default("rotate_back")
+        for stack, place in zip(x.stacks, x.writable(), strict=True):
+            if (skip is not None and skip >= len(stack.shape)) or not stack.based:
+                continue
+            y = place.tensor
+            if skip is None:
+                y = linalg.rotate_back(y, stack.operators)
+            else:
+                for mode, q in enumerate(stack.operators):
+                    y = y if mode == skip else linalg.rotate_mode(y, q.mT, mode)
+            place.tensor.copy_(y)
+            place.absmax_known = False
+        return x.became(x.places())
+
+    def scale(
+        self, x: Value, factors: Sequence[Any] | ModeVectors, skip: int | None = None
+    ) -> None:
+        """x <- factors x, in place.
+
+        factors: a number or tensor [B, 1, ..., 1] of each stack; or vectors of modes, entry j of
+        mode i (but ``skip``) being multiplied by the mode's vector[j].
+        """
+        for number, place in enumerate(x.writable()):
+            if isinstance(factors, ModeVectors):
+                place.tensor.copy_(_scaled(place.tensor, factors.vectors[number], skip))
+            else:
+                place.tensor.mul_(factors[number])
+            place.absmax_known = False
+
+    def norm(self, x: Value) -> list[Tensor]:
+        """Frobenius norm of every block, [B, 1, ..., 1] of each stack."""
+        return [_norm(tensor) for tensor in x.tensors()]
+
+    def mean_square(
+        self, x: Value, mode: int, scale: ModeVectors | None = None
+    ) -> list[Tensor | None]:
+        """Mean over all other modes of x^2, [B, d_mode] of each stack; None of those that have no
+        such mode. scale: of all modes but this one, applied to x first (x stays as it is)."""
+        means: list[Tensor | None] = []
+        for number, (stack, tensor) in enumerate(x.pairs()):
+            if mode >= len(stack.shape):
+                means.append(None)
+                continue
+            y = tensor if scale is None else _scaled(tensor, scale.vectors[number], mode)
+            rows = y.movedim(mode + 1, 1).reshape(len(stack), stack.shape[mode], -1)
+            means.append(rows.square().mean(2))
+        return means
+
+    def gram_ema(
+        self, x: Value, beta: float, weight: float, mode: int | None = None, mean: bool = False
+    ) -> None:
+        """factor_i <- beta factor_i + weight X_i X_i', X_i the mode-i matricization of x (Eq. 15).
+
+        Args:
+            mode: of this mode alone; else of all.
+            mean: X_i X_i' is divided by the number of X_i's columns.
+        """
+        if mode is not None or mean:
+            self._default("gram_ema of one mode, or mean")
+        for stack, place in zip(x.stacks, x.places(), strict=True):
+            _clear_bad_rows(stack, place.tensor)
+            decay = beta if stack.bad is None else _unless_bad(stack, beta, 1.0)[..., None, None]
+            for i, factor in enumerate(stack.factors):
+                if mode is not None and i != mode:
+                    continue
+                rows = self._matricized(stack, place, i)
+                w = weight / rows.shape[1] if mean else weight
+                linalg.gram_ema_(factor, rows, decay, w, self.once)
+
+    def ema(self, state: Value, x: Value, beta: float, square: bool = False) -> None:
+        """state <- beta state + (1 - beta) x, or x^2 with ``square``; bad rows of x become zero."""
+        if square:
+            self._default("ema of squares")
+        for stack, old, tensor in zip(state.stacks, state.tensors(), x.tensors(), strict=True):
+            _clear_bad_rows(stack, tensor)
+            if square:
+                if stack.bad is None:
+                    self.once(old.mul_, beta)
+                else:
+                    self.once(old.mul_, stack.per_row(_unless_bad(stack, beta, 1.0)))
+                self.once(old.addcmul_, tensor, tensor, value=1 - beta)
+            else:
+                self._lerp(stack, old, tensor, beta)
+
+    def _lerp(self, stack: Stack, old: Tensor, new: Tensor, beta: float) -> None:
+        """Rows of ``new`` that are bad are zero."""
+        weight: float | Tensor = 1 - beta
+        if stack.bad is not None:
+            weight = stack.per_row(_unless_bad(stack, 1 - beta, 0.0))
+        self.once(old.lerp_, new, weight)
+
+    def assign(
+        self, state: Value | ModeVectors, new: Sequence[Any], mode: int | None = None
+    ) -> None:
+        """state <- new, a tensor of each stack (None: it stays), computed from state as it is.
+
+        state: vectors of modes with ``mode``, else a value.
+        """
+        if isinstance(state, ModeVectors):
+            assert mode is not None
+            olds: Sequence[Tensor | None] = state.mode(mode)
+        else:
+            olds = state.tensors()
+        for stack, old, tensor in zip(state.stacks, olds, new, strict=True):
+            if old is None or tensor is None:
+                continue
+            if stack.bad is not None:
+                kept = (stack.bad != 0).view(-1, *[1] * (old.ndim - 1))
+                tensor = torch.where(kept, old, tensor)
+            self.once(old.copy_, tensor)
+
+    def adam(
+        self,
+        x: Value,
+        m: Value,
+        v: Value,
+        h: Hyper,
+        *,
+        in_basis: bool = False,
+        corrected: bool = True,
+    ) -> None:
+        """Update the moments m and v with x, and replace x by Adam's direction.
+
+        Args:
+            in_basis: x are coordinates in a basis; those that are noise (:mod:`..noise`) get the
+                direction 0, where a basis was computed already.
+            corrected: with Adam's bias corrections, else M / (sqrt(D) + eps).
+        """
+        work: dict[tuple[bool, bool], list[tuple[Any, ...]]] = {}
+        places = x.writable()
+        for s, place, old_m, old_v in zip(
+            x.stacks, places, m.tensors(), v.tensors(), strict=True
+        ):
+            c1, c2 = bias_corrections(s, h) if corrected else (1.0, 1.0)
+            row = s, place.tensor, old_m, old_v, c1, c2
+            work.setdefault((isinstance(c1, Tensor), s.bad is None), []).append(row)
+        for (_, plain), rows in work.items():  # corrections are all tensors, or all numbers
+            some, ys, ms, vs, c1s, c2s = map(list, zip(*rows, strict=True))
+            if plain:
+                moments_(ys, ms, vs, h.beta1, h.beta2, self.once)
+            else:
+                for s, y, old_m, old_v in zip(some, ys, ms, vs, strict=True):
+                    beta2 = s.per_row(_unless_bad(s, h.beta2, 1.0))
+                    _clear_bad_rows(s, y)
+                    self._lerp(s, old_m, y, h.beta1)
+                    self.once(old_v.mul_, beta2)
+                    self.once(old_v.addcmul_, y, y, value=1 - h.beta2)
+            direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
+            for s, y in zip(some, ys, strict=True):
+                _clear_bad_rows(s, y)
+        for place in places:
+            place.absmax_known = False
+        if in_basis:
+            self._drop_noise(x, m, v, h)
+
+    def _drop_noise(self, x: Value, m: Value, v: Value, h: Hyper) -> None:
+        if h.noise_level == 0:
+            return
+        rows = zip(x.pairs(), m.tensors(), v.tensors(), strict=True)
+        for (stack, tensor), m_, v_ in rows:
+            if stack.based:
+                traces = noise.diagonal(stack).sum(1)
+                c1, c2 = bias_corrections(stack, h)
+                tensor.masked_fill_(noise.of(stack, m_, v_, traces, c1, c2, h), 0.0)
+
+    # For what is kept in a basis that changes, :class:`..eigenbasis.BasisChange`.
+
+    def rotate_mode_(
+        self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int], back: bool
+    ) -> None:
+        """x[rows] <- their product in one mode with Q' (with Q if ``back``), Q the stack's
+        operators. x: [B, *shape], state; ``g`` may be overwritten."""
+        q = take(stack.operators[mode], rows)
+        with matmul_precision("highest"):
+            rotated = linalg.rotate_mode(take(x, rows), q.mT if back else q, mode)
+            put(x, rows, rotated)
+
+    # What back ends with buffers override.
+
+    def _memory(self, stack: Stack, source: Place) -> Place:
+        """Memory for something new beside ``source``."""
+        return Place(torch.empty_like(source.tensor))
+
+    def _copied(self, source: Place, target: Place) -> None:
+        """A place has been copied to another."""
+        target.absmax_known = False
+
+    def _matricized(self, stack: Stack, place: Place, mode: int) -> Tensor:
+        return linalg.matricized(place.tensor, mode)
+
+    def _default(self, name: str) -> None:
+        """An operation is about to run by torch, operation by operation."""
+
+
+def moments_(
+    xs: list[Tensor], ms: list[Tensor], vs: list[Tensor], beta1: float, beta2: float, once: Once
+) -> None:
+    """Update both moments by x. xs, ms, vs: contiguous, of one shape [B, ...] and dtype each.
+
+    The order of operations, here and in :func:`direction_`, is torch.optim.AdamW's, so that the
+    two agree to rounding.
+    """
+    once(torch._foreach_mul_, vs, beta2)
+    once(torch._foreach_addcmul_, vs, xs, xs, value=1 - beta2)
+    once(torch._foreach_lerp_, ms, xs, 1 - beta1)
+
+
+def direction_(
+    xs: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    c1: list[Any],
+    c2: list[Any],
+    beta1: float,
+    eps: float,
+    nadam: bool,
+) -> None:
+    """Replace x by Adam's direction (NAdam's numerator with ``nadam``).
+
+    c1, c2 = 1 - beta1^t, 1 - beta2^t: all numbers, or all tensors [B, 1, ..., 1] on x's device.
+    """
+    if nadam:
+        torch._foreach_lerp_(xs, ms, beta1)
+    else:
+        torch._foreach_copy_(xs, ms)
+    denominators = torch._foreach_sqrt(vs)
+    torch._foreach_div_(denominators, [c**0.5 for c in c2])
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(denominators, c1)
+    torch._foreach_div_(xs, denominators)
+
+
+def _scaled(x: Tensor, vectors: Sequence[Tensor], skip: int | None) -> Tensor:
+    """x [B, *shape] times vectors[i][j] for entry j of every mode i but ``skip``."""
+    for mode, vector in enumerate(vectors):
+        if mode != skip:
+            shape = [len(x), *(-1 if i == mode else 1 for i in range(x.ndim - 1))]
+            x = x * vector.view(shape)
+    return x
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def _clear_bad_rows(stack: Stack, x: Tensor) -> None:
+    """Zeros in rows [B, *shape] whose gradient is bad."""
+    if stack.bad is not None:
+        x.masked_fill_(stack.kept(), 0.0)
+
+
+def _unless_bad(stack: Stack, value: float, otherwise: float) -> Tensor:
+    """Per row of the stack [B]: value, but ``otherwise`` for rows whose gradient is bad."""
+    assert stack.bad is not None
+    values = torch.full_like(stack.bad, value, dtype=stack.dtype)
+    return values.masked_fill_(stack.bad != 0, otherwise)

@@ -1,0 +1,177 @@
+"""What operations take and give.
+
+A :class:`Value` is one tensor of each of some stacks. It knows the memory it lies in and what is
+known of its entries there, so that no operation relies on what another one left behind: memory that
+was given to another value, or a value that an operation used up, is an error at once, on every
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..buckets import Stack
+
+# Numbers of buffers: the gradients', those a rule works in from 1 on, and memory of its own.
+GRADIENT, OWN = 0, -1
+
+
+class Place:
+    """Memory shaped like the blocks of one stack.
+
+    Attributes:
+        tensor: [B, *shape], contiguous.
+        number: of the buffer it is a part of.
+        holder: the value that is there.
+        absmax_known: whether the back end knows the largest absolute entry of every row.
+        given: when it was last given out, in a section of a step.
+    """
+
+    __slots__ = ("absmax_known", "given", "holder", "number", "tensor")
+
+    def __init__(self, tensor: Tensor, number: int = OWN) -> None:
+        self.tensor = tensor
+        self.number = number
+        self.holder: Value | None = None
+        self.absmax_known = False
+        self.given = 0
+
+    @property
+    def taken(self) -> bool:
+        """Whether what is there must not be lost."""
+        return self.holder is not None and self.holder.kept
+
+
+class Value:
+    """One tensor [B, *shape] of each of some stacks.
+
+    Made by operations and by the step loop alone. Read it by :meth:`tensors`; write to it by
+    operations, or by torch inside :meth:`.base.Operations.write`.
+
+    Args:
+        kept: of state, and of gradients that are needed once more: not to be written to or used up.
+    """
+
+    __slots__ = ("_places", "kept", "stacks")
+
+    def __init__(
+        self, stacks: Sequence[Stack], places: Sequence[Place], kept: bool = False
+    ) -> None:
+        self.stacks = list(stacks)
+        self.kept = kept
+        self._places = list(places)
+        for place in self._places:
+            place.holder = self
+
+    def places(self) -> list[Place]:
+        """
+        Raises:
+            RuntimeError: an operation has used the value up, or its memory serves another one.
+        """
+        for place in self._places:
+            if place.holder is not self:
+                raise RuntimeError(
+                    "this value is gone: an operation used it up, or its memory was needed for "
+                    "another one. Copy it before, or let the rule declare more work_buffers"
+                )
+        return self._places
+
+    def writable(self) -> list[Place]:
+        """
+        Raises:
+            RuntimeError: as :meth:`places`; or the value is kept.
+        """
+        if self.kept:
+            raise RuntimeError(
+                "this value is kept (state, or a gradient that the update needs): an operation "
+                "that changes it or uses it up wants a copy"
+            )
+        return self.places()
+
+    def tensors(self) -> list[Tensor]:
+        """To be read; one of each stack, in their order."""
+        return [place.tensor for place in self.places()]
+
+    def pairs(self) -> Iterator[tuple[Stack, Tensor]]:
+        return zip(self.stacks, self.tensors(), strict=True)
+
+    def became(self, places: Sequence[Place]) -> Value:
+        """What an operation made of it, which has used it up; in ``places``."""
+        for place in self._places:
+            place.holder = None
+        return Value(self.stacks, places)
+
+    def over(self, other: Value) -> Value:
+        """This value where it has a stack, and ``other`` elsewhere; uses both up."""
+        mine = dict(zip([id(s) for s in self.stacks], self.writable(), strict=True))
+        others = zip(other.stacks, other._places, strict=True)
+        rest = [(stack, place) for stack, place in others if id(stack) not in mine]
+        if any(place.holder is not other for _, place in rest):
+            other.places()  # raises
+        places = {id(stack): place for stack, place in rest} | mine
+        return Value(other.stacks, [places[id(s)] for s in other.stacks])
+
+
+class ModeVectors:
+    """One vector per mode of each of some stacks: tensors [B, d_i]."""
+
+    __slots__ = ("stacks", "vectors")
+
+    def __init__(self, stacks: Sequence[Stack], vectors: Sequence[Sequence[Tensor]]) -> None:
+        self.stacks = list(stacks)
+        self.vectors = [list(mine) for mine in vectors]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ModeVectors:
+        """function(vectors [B, d_i]) of every mode and stack, which must leave them as they are."""
+        return ModeVectors(self.stacks, [[function(v) for v in mine] for mine in self.vectors])
+
+    def mode(self, mode: int) -> list[Tensor | None]:
+        """Those of one mode, None for stacks that have not so many."""
+        return [mine[mode] if mode < len(mine) else None for mine in self.vectors]
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The stacks' eigenbases, or what a rule keeps in their place (``Rule.operator``).
+
+    orthogonal: False where they are no bases, such as inverse roots.
+    """
+
+    orthogonal: bool = True
+
+
+class State:
+    """What a rule keeps of some stacks, and their bases.
+
+    ``s["exp_avg"]`` is a :class:`Value`, ``s.vectors("eigenvalues")`` are :class:`ModeVectors`;
+    which there are, the rule declares. State is written by operations alone.
+    """
+
+    __slots__ = ("_values", "bases", "stacks")
+
+    def __init__(self, stacks: Sequence[Stack], orthogonal: bool = True) -> None:
+        self.stacks = list(stacks)
+        self.bases = Operators(orthogonal)
+        self._values: dict[str, Value] = {}
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._values:
+            places = [Place(s.state[name]) for s in self.stacks]
+            self._values[name] = Value(self.stacks, places, kept=True)
+        return self._values[name]
+
+    def vectors(self, name: str) -> ModeVectors:
+        return ModeVectors(self.stacks, [s.vectors[name] for s in self.stacks])
+
+    @property
+    def modes(self) -> range:
+        """Numbers of modes; stacks of a lower order have no part in what is done in the last."""
+        return range(max((len(s.shape) for s in self.stacks), default=0))
+
+    @property
+    def roots(self) -> Operators:
+        """:attr:`bases` by the name that suits operators which are roots."""
+        return self.bases
