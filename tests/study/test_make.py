@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -166,6 +167,23 @@ def test_version_is_a_word_of_the_command_line_alone(recorder):
     for target in ("submit-nadamw", "study", "status", "table1", "table3", "figures", "report"):
         assert "--version=2026" in called(recorder, target, "VERSION=2026")
         assert not any("version" in word for word in called(recorder, target, VERSION="1.2"))
+
+
+def test_every_script_that_signals_are_held_back_from_listens():
+    """scripts/in_venv.sh holds them back; command_line answers them, in scripts/data/ too."""
+    found = set(re.findall(r"scripts/[\w/]+\.py", (ROOT / "Makefile").read_text()))
+    others = {f"scripts/{name}.py" for name in ("install", "words", "container")}
+    assert len(found - others) > 8
+    for name in found - others:
+        assert "from command_line import" in (ROOT / name).read_text(), name
+    code = (
+        "import signal, sys; from pathlib import Path; sys.path.insert(0, 'scripts'); "
+        "sys.modules['__main__'].__file__ = str(Path('scripts/data/mini.py')); "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {2, 15}); import command_line; "
+        "assert signal.getsignal(2) is command_line.interrupt._handle; "
+        "assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_help_names_every_word(recorder):

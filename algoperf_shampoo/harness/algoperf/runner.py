@@ -32,6 +32,8 @@ def main() -> None:
     from absl import app, flags
 
     def run(arguments: Sequence[str]) -> None:
+        if on_cpu and flags.FLAGS.workload.startswith("ogbg"):
+            cpu_compat.evaluate_ogbg_in_numpy()
         _register_minidata(flags.FLAGS)
         _apply_version(flags.FLAGS, submission_runner)
         submission_runner.main(arguments)
