@@ -6,12 +6,16 @@ each, the launcher, torchrun, a worker, or the launcher's process group; then gi
 command again, every second time at once, without a look at what is left. Measured per kill: how
 long any process of the launch lived on (30 s are allowed), and whether one was alive when the next
 launch had got as far as torchrun. At the end each run is let to its end: its evaluations must be
-one curve, as the log reader sees it, and ``launches.json`` must say of every launch how it ended.
+one curve, as the log reader sees it, ``launches.json`` must say of every launch how it ended, and
+its parameters must be those of an unbroken run of as many steps, to the bit (resumed launches read
+past the batches already used: ``SHAMPOO_RESUME_DATA=replay``). ``--ruleset=self`` does it with the
+point built in.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +25,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from algoperf_shampoo.harness import run_lock
 from algoperf_shampoo.harness.algoperf import folder, processes
@@ -43,6 +49,7 @@ MOMENTS: tuple[tuple[str, str, int, float], ...] = (
 )
 ALLOWED = 30.0
 MARK = "ALGOPERF_SHAMPOO_KILL_CASE"
+REPLAY = {"SHAMPOO_RESUME_DATA": "replay"}
 
 
 def make_data(source: Path, target: Path) -> None:
@@ -66,17 +73,18 @@ class Launch:
 
     def __init__(self, args: argparse.Namespace, out: Path, number: int, steps: int) -> None:
         self.number, self.marker = number, f"{out.name}-{number}"
-        self.run_dir = out / "nadamw" / "study_1" / "ogbg_minidata_pytorch" / "trial_1"
+        label = "nadamw" if args.ruleset == "external" else "nadamw_self"
+        self.run_dir = out / label / "study_1" / "ogbg_minidata_pytorch" / "trial_1"
         self.console = self.run_dir / folder.CONSOLE
         self.from_byte = self.console.stat().st_size if self.console.exists() else 0
         command = [sys.executable, "scripts/submit.py", "--variant=nadamw", "--workload=ogbg"]
         command += ["--harness=algoperf", "--size=mini", "--processes=2", f"--steps={steps}"]
-        command += [f"--data_dir={args.work / 'data'}", f"--out={out}"]
+        command += [f"--data_dir={args.work / 'data'}", f"--out={out}", f"--ruleset={args.ruleset}"]
         with (args.work / f"{out.name}.log").open("a") as log:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, MARK: self.marker, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, MARK: self.marker, "PYTHONPATH": str(ROOT), **REPLAY},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -145,6 +153,15 @@ def command_of(pid: int) -> str:
         return ""
 
 
+def parameters(run_dir: Path, step: int) -> str:
+    """sha256 of the parameters in a checkpoint of the runner."""
+    content = torch.load(run_dir / f"checkpoint_{step}", map_location="cpu", weights_only=True)
+    total = hashlib.sha256()
+    for name, tensor in sorted(content["model_params"].items()):
+        total.update(name.removeprefix("module.").encode() + tensor.numpy().tobytes())
+    return total.hexdigest()
+
+
 def gone_after(launch: Launch, since: float) -> float | None:
     """Seconds until no process of the launch is left; None after twice the time allowed."""
     while launch.alive():
@@ -203,6 +220,12 @@ def accept(args: argparse.Namespace, whom: str) -> dict[str, Any]:
         "rows": len(rows),
         "holes": trial.holes,
     }
+    unbroken = Launch(args, args.work / f"unbroken_{whom}", 0, step + 5)
+    if unbroken.process.wait() != 0:
+        raise RuntimeError("the unbroken run failed")
+    hashes = [parameters(launch.run_dir, step + 5) for launch in (last, unbroken)]
+    result["parameters"], result["parameters_unbroken"] = hashes
+    result["same_parameters"] = hashes[0] == hashes[1]
     result["one_curve"] = (
         code == 0 and len(rows) == len(steps) and steps == sorted(set(steps)) and not trial.holes
     )
@@ -216,6 +239,12 @@ def accept(args: argparse.Namespace, whom: str) -> dict[str, Any]:
     return result
 
 
+def commit() -> str:
+    """Of the sources that ran."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> int:
     """Run the cases; 1 if one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -223,11 +252,14 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--whom", default=",".join(WHOM))
+    parser.add_argument("--ruleset", default="external", choices=("external", "self"))
     args = parser.parse_args()
     args.data, args.work, args.out = (p.resolve() for p in (args.data, args.work, args.out))
     make_data(args.data, args.work / "data")
     results: dict[str, Any] = {
         "what": "kill -9 of a two-process NAdamW run on ogbg_minidata under AlgoPerf's runner",
+        "commit": commit(),
+        "ruleset": args.ruleset,
         "machine": f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
         "boot_id_known": run_lock.boot_id() is not None,
         "killed": {},
@@ -237,7 +269,8 @@ def main() -> int:
         result = results["killed"][whom] = accept(args, whom)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
-        checks = ("one_curve", "no_orphan_after_30_s", "never_beside_another", "every_end_said")
+        checks = ("one_curve", "same_parameters", "no_orphan_after_30_s", "never_beside_another")
+        checks += ("every_end_said",)
         print(whom, {name: result[name] for name in checks}, flush=True)
         good = good and all(result[name] for name in checks)
     return 0 if good else 1
