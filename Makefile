@@ -5,9 +5,9 @@ words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
   PROCESSES WANDB KEEP_DIVERGED ALL_STEPS RULESET VERSION AGAINST PRICE DRY_RUN ALGOPERF_PYTHON
 words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
-  ALGOPERF_PYTHON VERSION PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
+  ALGOPERF_PYTHON RULESET VERSION PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
 words.claims := QUICK CLAIMS OUT JOBS DRY_RUN
-words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT VERSION AGAINST EVERY ONCE
+words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT RULESET VERSION AGAINST EVERY ONCE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
 words.table1 := RUNS TABLE VERSION
@@ -169,7 +169,7 @@ study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SI
 	  $(call flag,ACCOUNT,account) $(call flag,QOS,qos) $(call flag,TIME,time) $(call flag,MEM,mem) \
 	  $(call flag,CPUS,cpus) $(call flag,LIMIT,limit) $(call flag,SBATCH,sbatch) \
 	  $(call flag,CONTAINER,container) $(call given.flag,IMAGE,image) $(call flag,PRICE,price) \
-	  $(call flag,VERSION,version) $(call flag,DRY_RUN,dry_run)
+	  $(call flag,RULESET,ruleset) $(call flag,VERSION,version) $(call flag,DRY_RUN,dry_run)
 
 claims: words ## what the paper claims, on the minis, decided by a declared rule; QUICK=1: does it run?
 	$(IN_RUN) scripts/claims.py $(call flag,CLAIMS,claims) $(call flag,QUICK,quick) \
@@ -178,8 +178,8 @@ claims: words ## what the paper claims, on the minis, decided by a declared rule
 status: words ## how the runs of a study go, live on a terminal: STUDY=table3, or all in OUT=
 	$(IN_RUN) scripts/status.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \
 	  $(call flag,SIZE,size) $(call flag,HARNESS,harness) $(call given.flag,SEEDS,seeds) \
-	  $(call flag,STEPS,steps) $(call flag,OUT,out) $(call flag,VERSION,version) \
-	  $(call flag,AGAINST,against) $(call flag,EVERY,every) $(call flag,ONCE,once)
+	  $(call flag,STEPS,steps) $(call flag,OUT,out) $(call flag,RULESET,ruleset) \
+	  $(call flag,VERSION,version) $(call flag,AGAINST,against) $(call flag,EVERY,every) $(call flag,ONCE,once)
 
 export-%: words FORCE
 	$(IN_RUN) scripts/export.py --variant=$(call quoted,$*) $(call flag,OUT,out) \

@@ -21,6 +21,7 @@ _STEPS = flags.DEFINE_string("steps", None, "The STEPS= that the study was launc
 _OUT = flags.DEFINE_string("out", None, "Folder of the runs; results/runs/SIZE if left out.")
 _VERSION = flags.DEFINE_string("version", None, "The VERSION= that the study was launched with.")
 _AGAINST = flags.DEFINE_string("against", None, "A run, or a folder of runs, to stand against.")
+_RULESET = flags.DEFINE_string("ruleset", "external", "The RULESET= of the study, likewise.")
 _EVERY = flags.DEFINE_string("every", "2", "Seconds between two looks, on a terminal.")
 _ONCE = flags.DEFINE_bool("once", False, "Print the table once, on a terminal too.")
 
@@ -57,6 +58,7 @@ def _runs() -> tuple[str, list[RunSpec]]:
                 seeds=_SEEDS.value,
                 steps=_STEPS.value,
                 version=_VERSION.value,
+                ruleset=_RULESET.value,
                 out=_OUT.value,
             ),
         )

@@ -39,6 +39,7 @@ _CONTAINER = flags.DEFINE_string("container", None, "pyxis, apptainer or docker.
 _IMAGE = flags.DEFINE_string("image", None, "The container's image.")
 _PRICE = flags.DEFINE_string("price", None, "Of an hour of one GPU, for the preview of costs.")
 _VERSION = flags.DEFINE_string("version", None, "AlgoPerf's: v0.5, v0.6 or 2026.")
+_RULESET = flags.DEFINE_string("ruleset", "external", "external, or self: the point built in.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be launched, write nothing.")
 
 
@@ -89,6 +90,7 @@ def _costs(wanted: study.Study, missing: list[study.Job]) -> list[str]:
         price,
         gpus,
         version=_VERSION.value or versions.DEFAULT,
+        ruleset=_RULESET.value,
         records=own,
     )
 
@@ -107,6 +109,7 @@ def options() -> study.Options:
         processes=_PROCESSES.value,
         wandb=_WANDB.value,
         version=_VERSION.value,
+        ruleset=_RULESET.value,
     )
 
 
@@ -130,6 +133,7 @@ def _status_command() -> str:
     words = {"STUDY": _STUDY.value, "SIZE": _SIZE.value, "HARNESS": _HARNESS.value}
     words |= {"WORKLOAD": None if _WORKLOAD.value == "all" else _WORKLOAD.value}
     words |= {"SEEDS": _SEEDS.value, "STEPS": _STEPS.value, "VERSION": _VERSION.value}
+    words |= {"RULESET": _RULESET.value if _RULESET.value != "external" else None}
     words |= {"OUT": _OUT.value}
     given = [f"{name}={shlex.quote(value)}" for name, value in words.items() if value]
     return " ".join(["make status", *given])

@@ -95,6 +95,7 @@ class Options:
     processes: str | None = None
     wandb: bool = False
     version: str | None = None
+    ruleset: str = "external"
 
 
 def names() -> list[str]:
@@ -184,6 +185,7 @@ def _row(
         processes=o.processes,
         wandb=o.wandb,
         version=o.version,
+        ruleset=o.ruleset,
         all_steps=settings.get("all_steps", False),
     )
     shared = {
@@ -191,6 +193,7 @@ def _row(
         "SIZE": o.size,
         "HARNESS": made.harness,
         "VERSION": o.version,
+        "RULESET": o.ruleset if o.ruleset != "external" else None,
         **words,
         "GPUS": None if gpus is None else str(gpus),
         "PROCESSES": o.processes,

@@ -63,6 +63,18 @@ def test_a_version_reaches_every_run() -> None:
         study.lay_out(ROOT, "table1", Options(version="2026"))
 
 
+def test_a_study_of_self_tuning_entries() -> None:
+    options = Options(size="full", version="2026", ruleset="self")
+    made = study.lay_out(ROOT, "table3", options)
+    assert len(made.jobs) == 106 and len({job.run.run_dir for job in made.jobs}) == 106
+    for job in made.jobs:
+        assert job.run.ruleset == "self" and job.run.label.endswith("_2026_self")
+        assert {"--ruleset=self", "--version=2026"} <= set(job.flags)
+    rows = {row["precondition_frequency"] for row in paper("table3")}
+    assert {job.run.hparams["precondition_frequency"] for job in made.jobs} == rows
+    assert "RULESET" not in study.lay_out(ROOT, "table1", Options(size="full")).jobs[0].command
+
+
 def write(path: Path, **changes: Any) -> str:
     content = {
         "title": "A study",
