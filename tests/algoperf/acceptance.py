@@ -15,6 +15,8 @@ where neither the optimizers nor the submissions of our package can be imported:
 that start AlgoPerf's runner are copied beside it. With ``--ruleset=self`` it is the self-tuning
 export, its point built in, under ``--tuning_ruleset=self`` and without a search space.
 
+With ``--brief`` it is one process alone, killed half way and resumed, its batches AlgoPerf's.
+
 What it measured goes to ``<out>/<variant>_<workload>.json`` and ``.csv`` (losses by step).
 """
 
@@ -49,15 +51,8 @@ SETTINGS = {  # global batch, seconds between evaluations
 }
 PYTHON = os.environ.get("ALGOPERF_PYTHON", sys.executable)
 PACKAGE = "algoperf_shampoo"
-STARTERS = (
-    "__init__.py",
-    "errors.py",
-    "harness/__init__.py",
-    "harness/spec.py",
-    "harness/algoperf",
-    "json_input.py",
-    "versions.py",
-)
+STARTERS = ["harness.algoperf.runner", "harness.algoperf.worker"]
+
 
 
 class Case:
@@ -89,10 +84,14 @@ class Case:
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         folder = export.RULESETS[self.args.ruleset]
         self.submission = f"{folder}/{self.variant}/submission.py"
-        for name in STARTERS:
-            source, target = ROOT / PACKAGE / name, self.cwd / PACKAGE / name
+        package = ROOT / PACKAGE
+        for name in ["", *export.modules_needed(package, STARTERS)]:
+            file = package.joinpath(*name.split("."))
+            source = file.with_suffix(".py") if name else package
+            source = source if source.is_file() else file / "__init__.py"
+            target = self.cwd / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+            shutil.copy(source, target)
         self.tool = Path(shutil.copy(TOOL, self.cwd))
         for module in ("optim", "submission"):
             code = f"import {PACKAGE}.{module}"
@@ -255,6 +254,39 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
     return result
 
 
+def accept_briefly(args: argparse.Namespace, variant: str, workload: str) -> dict[str, Any]:
+    """One process, killed half way and resumed; what came of it."""
+    case = Case(args, variant, workload)
+    middle = args.steps // 2 + 1
+    codes = {"killed": case.run("one", 1, KILL_AT=str(middle)), "resumed": case.run("one", 1)}
+    trace = case.trace("one")
+    folder = case.folder("one")
+    losses = [entry["loss"] for _, entry in sorted(trace.items())]
+    result: dict[str, Any] = {
+        "variant": variant,
+        "workload": workload,
+        "submission": "exported, without the package" if args.exported else "in the package",
+        "ruleset": args.ruleset,
+        "commit": _commit(),
+        "point": case.point,
+        "steps": args.steps,
+        "killed_before_step": middle,
+        "global_batch_size": int(SETTINGS[workload][0]),
+        "model": _model(workload),
+        "exit_codes": codes,
+        "steps_seen": len(trace),
+        "losses": losses,
+        "all_finite": all(math.isfinite(loss) for loss in losses),
+        "eigenbasis": _last_counts(folder / "measurements.csv"),
+        "evaluations": _rows(folder / "eval_measurements.csv"),
+        "checkpoints": sorted(p.name for p in folder.glob("checkpoint_*")),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.prefix}{variant}_{workload}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
 def _model(workload: str) -> str:
     if "vit" in workload:
         return f"ViT {os.environ.get('VIT_VARIANT', 'S/16')} of AlgoPerf; the workload's is S/16"
@@ -298,6 +330,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--prefix", default="", help="of the names of the files in --out")
     parser.add_argument("--ruleset", default="external", choices=sorted(export.RULESETS))
+    parser.add_argument("--brief", action="store_true", help="one process, killed and resumed")
     parser.add_argument("--exported", action="store_true", help="the submission as exported")
     args = parser.parse_args()
     if args.ruleset == "self" and not args.exported:
@@ -307,13 +340,14 @@ def main() -> int:
     for workload in args.workloads.split(","):
         for variant in args.variants.split(","):
             try:
-                result = accept(args, variant, workload)
+                result = (accept_briefly if args.brief else accept)(args, variant, workload)
             except Exception as error:  # the other cases are still to be run
                 failed += 1
                 print(f"{variant} {workload}: {type(error).__name__}: {error}", flush=True)
                 continue
             shown = ("exit_codes", "loss_first_last_quarter", "replicas_equal_at_every_step")
-            print(variant, workload, {key: result[key] for key in shown}, flush=True)
+            shown += ("steps_seen", "all_finite", "checkpoints")
+            print(variant, workload, {k: result[k] for k in shown if k in result}, flush=True)
             print({k: v for k, v in result.items() if k.startswith(("distance", "resumed"))})
     return 1 if failed else 0
 

@@ -52,8 +52,8 @@ MARK = "ALGOPERF_SHAMPOO_KILL_CASE"
 REPLAY = {"SHAMPOO_RESUME_DATA": "replay"}
 
 
-def make_data(source: Path, target: Path) -> None:
-    """The same OGBG, with small batches and an evaluation every two seconds."""
+def make_data(source: Path, target: Path, period: int = 2) -> None:
+    """The same OGBG, with small batches and an evaluation every ``period`` seconds."""
     target.mkdir(parents=True, exist_ok=True)
     manifest = json.loads((source / "minidata.json").read_text())
     entry = manifest["workloads"]["ogbg"]
@@ -61,7 +61,7 @@ def make_data(source: Path, target: Path) -> None:
     entry["max_global_steps"] = 1_000_000
     small = {name: 16 for name in entry["properties"] if name.endswith("_examples")}
     small.pop("num_train_examples")
-    entry["properties"] |= {**small, "eval_batch_size": 16, "eval_period_time_sec": 2}
+    entry["properties"] |= {**small, "eval_batch_size": 16, "eval_period_time_sec": period}
     (target / "minidata.json").write_text(json.dumps({**manifest, "workloads": {"ogbg": entry}}))
     link = target / "ogbg"
     if not link.exists():

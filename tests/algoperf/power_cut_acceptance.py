@@ -30,7 +30,7 @@ from algoperf_shampoo.study.plan import Plan, make_plan
 from tests.algoperf import kill_acceptance
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60
+STEPS, PERIOD = 24, 6  # seconds between evaluations
 
 
 @dataclass
@@ -169,7 +169,7 @@ def main() -> int:
     args = parser.parse_args()
     args.data, args.work, args.out = (p.resolve() for p in (args.data, args.work, args.out))
     os.environ |= kill_acceptance.REPLAY
-    kill_acceptance.make_data(args.data, args.work / "data")
+    kill_acceptance.make_data(args.data, args.work / "data", PERIOD)
     made = plan(args, args.work / "unbroken")
     run_dir = made.runs[0].run_dir
     watch = Watch(run_dir, args.work / "store")
