@@ -33,6 +33,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo.harness import standalone
 from algoperf_shampoo.study import export
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +86,7 @@ class Case:
         folder = export.RULESETS[self.args.ruleset]
         self.submission = f"{folder}/{self.variant}/submission.py"
         package = ROOT / PACKAGE
-        for name in ["", *export.modules_needed(package, STARTERS)]:
+        for name in ["", *standalone.modules_needed(package, STARTERS)]:
             file = package.joinpath(*name.split("."))
             source = file.with_suffix(".py") if name else package
             source = source if source.is_file() else file / "__init__.py"
