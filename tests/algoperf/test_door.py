@@ -14,6 +14,7 @@ import pytest
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import gpus
 from algoperf_shampoo.harness.algoperf import console, data_check, door, env, folder, minidata
+from algoperf_shampoo.harness.algoperf.command import OWN_RUNNER, WORKER
 from algoperf_shampoo.study.plan import make_plan
 from tests.contract import record
 
@@ -157,7 +158,7 @@ def test_torchrun_and_visible_gpus(data: Path, tmp_path: Path, fake: dict[str, A
     one, two = (commands(plan(data, tmp_path, gpus=n, seeds="1"))[0] for n in ("1", "2"))
     assert "torch.distributed.run" not in one and "CUDA_VISIBLE_DEVICES=0 " in one
     assert "--nproc_per_node=2" in two and "CUDA_VISIBLE_DEVICES=0,1 " in two
-    assert all(f"-m {door._WORKER} submission_runner " in line for line in (one, two))
+    assert all(f"-m {WORKER} submission_runner " in line for line in (one, two))
 
 
 def test_gpus_given_by_a_scheduler_are_kept(
@@ -170,7 +171,7 @@ def test_gpus_given_by_a_scheduler_are_kept(
 def test_cpu_goes_through_our_runner(data: Path, tmp_path: Path, fake: dict[str, Any]) -> None:
     fake["environment"] = environment(gpus=0)
     line = commands(plan(data, tmp_path), {"processes": "2"})[0]
-    assert f"-m {door._WORKER} {door._OWN_RUNNER} " in line and "--nproc_per_node=2" in line
+    assert f"-m {WORKER} {OWN_RUNNER} " in line and "--nproc_per_node=2" in line
     assert "notorch_compile" in flags_of(line)
 
 
@@ -187,7 +188,7 @@ def test_a_version_goes_through_our_runner_and_previews_its_budget(
     data: Path, tmp_path: Path, fake: dict[str, Any]
 ) -> None:
     line = commands(plan(data, tmp_path, gpus="2", version="2026"))[0]
-    assert f"-m {door._WORKER} {door._OWN_RUNNER} " in line
+    assert f"-m {WORKER} {OWN_RUNNER} " in line
     assert "SHAMPOO_ALGOPERF_VERSION=2026 " in line and "CUDA_VISIBLE_DEVICES=0,1 " in line
     assert Path(flags_of(line)["experiment_dir"]).name == "eshampoo_adaptive_2026"
     assert "VERSION" not in commands(plan(data, tmp_path, gpus="2"))[0]
@@ -443,7 +444,7 @@ def test_a_dry_run_without_a_number_of_gpus_shows_the_gpu_command(
     fake["environment"] = environment(gpus=0)
     for words, own in (({}, False), ({"processes": "2"}, True)):
         line = commands(plan(data, tmp_path, seeds="1"), words)[-1]
-        assert (f" {door._OWN_RUNNER} " in line) == own
+        assert (f" {OWN_RUNNER} " in line) == own
         assert ("CUDA_VISIBLE_DEVICES=0 " in line) != own
 
 

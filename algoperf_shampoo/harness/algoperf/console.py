@@ -7,16 +7,13 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk
 from algoperf_shampoo.harness.algoperf import folder, processes
+from algoperf_shampoo.harness.algoperf.command import Command
 from algoperf_shampoo.harness.spec import Standing, no_standing
-
-if TYPE_CHECKING:
-    from algoperf_shampoo.harness.algoperf.door import Command
 
 # The runner's line on an evaluation: "Time since start: 9.87s, Step: 20, {'train/loss': nan, ...".
 _STEP = re.compile(r"\bStep: (\d+),")
