@@ -11,6 +11,7 @@ from typing import Any
 
 from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
+from algoperf_shampoo.study import files
 from algoperf_shampoo.study.logs import Trial
 
 F_KEY, TAU_KEY = "precondition_frequency", "tau"
@@ -71,6 +72,21 @@ def find(groups: Mapping[Key, Sequence[Trial]], root: Path) -> dict[Key, list[Di
                 for key in alike:
                     found[key].append(Difference(name, key[place]))
     return found
+
+
+def staleness(point: Mapping[str, Any]) -> float | None:
+    """F(1 - beta2): steps between two checks of the basis, over the averages' memory in steps.
+
+    The share of a factor that is new since its last check is 1 - beta2^F, about 1 - exp(-F(1 -
+    beta2)). None where the point has no F or no beta2 (published points have either spelling).
+    """
+    frequency, kept = files.finite(point.get(F_KEY)), files.finite(point.get("beta2"))
+    forgotten = files.finite(point.get("one_minus_beta2"))
+    if forgotten is None and kept is not None:
+        forgotten = 1.0 - kept
+    if frequency is None or forgotten is None:
+        return None
+    return files.finite(frequency * forgotten)
 
 
 def settings(point: Mapping[str, Any], differs: Sequence[Difference]) -> list[str]:

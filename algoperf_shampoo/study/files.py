@@ -143,7 +143,10 @@ def finite(value: Any) -> float | None:
     """A value from a JSON file as a finite float, None if it is none (true and false are none)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of more than 308 digits
+        return None
 
 
 def printable(text: str, most: int = 200) -> str:

@@ -71,6 +71,7 @@ def to_csv(tables: Sequence[Table]) -> str:
     ).split()
     columns = ["size", *of_row, "steps_mean", "steps_se", "seconds_mean", "seconds_se"]
     columns += [f"paper_{name}" for name in of_paper] + ["differs"]
+    columns += ["f_one_minus_beta2", "paper_f_one_minus_beta2"]
     columns += [f"reference_{name}" for name in compared]
     columns += ["paper_reference_steps_ratio", "paper_steps_ratio", "paper_time_ratio"]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -83,6 +84,8 @@ def to_csv(tables: Sequence[Table]) -> str:
                 if estimate is not None:
                     line |= {f"{name}_mean": estimate.mean, f"{name}_se": estimate.error}
             line |= {f"paper_{name}": (row.paper or {}).get(name) for name in of_paper}
+            line["f_one_minus_beta2"] = row.staleness
+            line["paper_f_one_minus_beta2"] = row.paper_staleness
             line["differs"] = "; ".join(difference.text() for difference in row.differs)
             if row.comparison is not None:
                 line |= {f"reference_{n}": getattr(row.comparison, n) for n in compared}
@@ -171,7 +174,7 @@ def _more_columns(table: Table) -> list[list[str]]:
 def _table_latex(table: Table) -> str:
     header, body = cells(table)
     more = _more_columns(table)
-    keep = [0, 1, *range(3, len(header))]  # all but the number of the row's runs
+    keep = [0, 1, 2, *range(4, len(header))]  # all but the number of the row's runs
     columns = [header[i] for i in keep] + more[0]
     lines = [f"% {table.caption}", rf"\begin{{tabular}}{{ll{'r' * (len(columns) - 2)}}}", r"\hline"]
     lines += [_tex_line(columns), r"\hline"]

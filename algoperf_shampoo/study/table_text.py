@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from algoperf_shampoo.study import comparisons
-from algoperf_shampoo.study.tables import Row, Table, cells, numbered
+from algoperf_shampoo.study.tables import Row, Table, cells, numbered, shown_staleness
 
 WIDEST, NARROWEST = 100, 80
 _GAP, _INDENT = "  ", " " * 6
@@ -32,9 +32,9 @@ def render(table: Table, width: int = WIDEST) -> str:
     texts = [line for line, (_, row) in zip(body, numbered(table), strict=True) if row.runs]
     titles = [f"[{number}] {row.title}" for number, row in listed]
     # Hits, steps, time of ours; then the paper's, whose name is in the settings' line.
-    ours = [line[3:6] for line in texts]
-    papers = [line[7:10] for line in texts]
-    heads = [header[3:6], ["paper's hits", *header[8:10]]]
+    ours = [line[4:7] for line in texts]
+    papers = [line[9:12] for line in texts]
+    heads = [header[4:7], ["paper's hits", *header[10:12]]]
     columns = _columns(["", *heads[0], *heads[1]], titles, ours, papers)
     beside = any(row.paper for _, row in listed) and sum(columns) + 2 * (len(columns) - 1) <= width
     count = len(columns) if beside else 4
@@ -67,8 +67,13 @@ def render(table: Table, width: int = WIDEST) -> str:
 
 def _below(row: Row, paper: list[str], beside: bool, width: int) -> list[str]:
     lines = []
-    if row.settings:
-        lines += _wrapped(_INDENT + ", ".join(row.settings), width, _INDENT)
+    settings = ", ".join(row.settings)
+    if row.staleness is not None:
+        settings += f"; F(1-beta2) = {shown_staleness(row.staleness)}"
+        if row.paper_staleness is not None:
+            settings += f", the paper's {shown_staleness(row.paper_staleness)}"
+    if settings:
+        lines += _wrapped(_INDENT + settings, width, _INDENT)
     if row.paper and not beside:
         text = f"paper, {row.paper['name']}: {paper[0]}, {paper[1]} steps, {paper[2]} min"
         lines += _wrapped(_INDENT + text, width, _INDENT)

@@ -34,6 +34,11 @@ _META = {
     "use_cosine_decay": True,
 }
 
+_STALENESS = (
+    "F(1-beta2): steps between checks of the basis, in units of the memory of the averages, "
+    "1/(1-beta2)."
+)
+
 # The embedded harness's small models, and AlgoPerf's models on little data.
 _WORKLOADS = {"fastmri": "FastMRI", "imagenet_vit": "ImageNet ViT", "ogbg": "OGBG"}
 
@@ -122,6 +127,9 @@ class Row:
     comparison: Comparison | None = None
     paper_implies: str = ""
     paper_steps_ratio: float | None = None
+    staleness: float | None = None
+    """F(1 - beta2) of the point; see :func:`differences.staleness`."""
+    paper_staleness: float | None = None
 
     @property
     def title(self) -> str:
@@ -175,7 +183,8 @@ def build(
 
     def row(title: str, key: tuple[Any, ...], entry: dict[str, Any] | None) -> Row:
         name = differences.name_of(key, groups[key], variants)
-        return _row(title, name, groups[key], key[1], entry, differs[key], root)
+        made = _row(title, name, groups[key], key[1], entry, differs[key], root)
+        return replace(made, paper_staleness=_paper_staleness(entry, root))
 
     tables = []
     for size in sizes:
@@ -199,7 +208,8 @@ def build(
                 if not matching:
                     absent = "" if f else "no counterpart at this size"
                     empty = Row(title, entry["variant"], "", None, 0, 0, None, None, entry)
-                    rows.append(replace(empty, absent=absent))
+                    of_paper = _paper_staleness(entry, root)
+                    rows.append(replace(empty, absent=absent, paper_staleness=of_paper))
             rows += [row(title, key, None) for key in sorted(here)]
         known = {base + suffix for base in _WORKLOADS}
         rows += [row(key[0], key, None) for key in sorted(own) if key[0] not in known]
@@ -277,6 +287,14 @@ def _is_published(trial: Trial, entry: dict[str, Any], root: Path) -> bool:
     return bool(shared) and all(own[name] == point[name] for name in shared)
 
 
+def _paper_staleness(entry: dict[str, Any] | None, root: Path) -> float | None:
+    """F(1 - beta2) of a row of the paper's, whose point is that of the full size."""
+    if entry is None:
+        return None
+    own = differences.own_point(root, entry["variant"], entry["workload"])
+    return differences.staleness({**(own or {}), F_KEY: entry[F_KEY]})
+
+
 def _row(
     title: str,
     name: str,
@@ -312,6 +330,7 @@ def _row(
         notes=notes,
         differs=differs,
         settings=settings,
+        staleness=differences.staleness(first.hparams or {}),
         ruleset=first.ruleset,
         framework=first.framework,
         values=[t.steps_to_target for t in group if t.outcome in ("hit", "miss")],
@@ -331,15 +350,15 @@ def _caption(name: str, size: str, rows: list[Row], own: dict[tuple[Any, ...], l
         return (
             f"{name}, mini: the suite's own small models and data, its own targets"
             f"{f' ({shown})' if shown else ''}. Steps and submission time to the validation "
-            "target, mean ± standard error over the runs that reach it. What is the paper's is "
-            "of the full size: compare the order of the variants, not the figures."
+            "target, mean ± standard error over the runs that reach it. What is the paper's is of "
+            f"the full size: compare the order of the variants, not the figures. {_STALENESS}"
         )
     versions = sorted({row.version for row in rows if row.version})
     return (
         f"{name}, full: steps and submission time to the validation target, mean ± standard error "
         "over the runs that reach it; benchmark version of targets and step hints: "
         f"{', '.join(f'AlgoPerf {v}' for v in versions) if versions else 'no runs yet'}. "
-        "The paper's version is not stated there."
+        f"The paper's version is not stated there. {_STALENESS}"
     )
 
 
@@ -351,11 +370,11 @@ def _left_out(past: int) -> str:
 
 
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text: name, runs, hits, steps, time, and the paper's."""
+    """Header and rows as text: name, F(1-beta2), runs, hits, steps, time, and the paper's."""
     unit, scale, digits = ("min", 60.0, 2) if table.size == "full" else ("s", 1.0, 1)
     header = [
-        *("Workload", "Variant", "Runs", "Hits", "Steps", f"Time [{unit}]"),
-        *("Paper's", "hits", "steps", "time [min]"),
+        *("Workload", "Variant", "F(1-beta2)", "Runs", "Hits", "Steps", f"Time [{unit}]"),
+        *("Paper's", "paper's F(1-beta2)", "hits", "steps", "time [min]"),
     ]
     body = []
     for number, row in numbered(table):
@@ -372,18 +391,25 @@ def cells(table: Table) -> tuple[list[str], list[list[str]]]:
                 (row.steps.text(0) if row.steps else "-") + _marked(row),
                 seconds.text(digits) if seconds else "-",
             ]
-        body.append([row.workload, row.name, *measured, *_paper_cells(row.paper)])
+        own = [row.workload, row.name, shown_staleness(row.staleness)]
+        body.append([*own, *measured, *_paper_cells(row.paper, row.paper_staleness)])
     return header, body
 
 
-def _paper_cells(paper: dict[str, Any] | None) -> list[str]:
+def shown_staleness(value: float | None) -> str:
+    """``2.51``; empty where there is no F."""
+    return "" if value is None else f"{value:.3g}"
+
+
+def _paper_cells(paper: dict[str, Any] | None, staleness: float | None) -> list[str]:
     if paper is None:
-        return ["", "", "", ""]
+        return ["", "", "", "", ""]
+    said = [paper["name"], shown_staleness(staleness)]
     if paper["hits"] is None:
-        return [paper["name"], "-", "-", "-"]
+        return [*said, "-", "-", "-"]
     steps = Estimate(paper["steps_mean"], paper["steps_se"], paper["hits"])
     time = Estimate(paper["time_min_mean"], paper["time_min_se"], paper["hits"])
-    return [paper["name"], f"{paper['hits']}/{paper['runs']}", steps.text(0), time.text(2)]
+    return [*said, f"{paper['hits']}/{paper['runs']}", steps.text(0), time.text(2)]
 
 
 def numbered(table: Table) -> list[tuple[int, Row]]:

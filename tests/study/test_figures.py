@@ -20,6 +20,7 @@ from tests.study.test_logs import made_trial
 
 ROOT = Path(__file__).parents[2]
 SEEDS = ROOT / "results/measured/mini/seeds"
+VARIANTS = ("shampoo_grafting", "eshampoo_fixed", "eshampoo_adaptive")
 
 
 def test_a_mean_goes_as_far_as_every_run_and_between_evaluations(tmp_path):
@@ -87,14 +88,17 @@ def test_every_link_of_a_report_leads_to_what_is_there(tmp_path):
     inner = {link[1:] for link in read.links if link.startswith("#")}
     outer = [link for link in read.links if not link.startswith("#")]
     assert inner and inner <= read.anchors
-    assert len(outer) >= 9 * 7  # nine runs, a folder and at least six files each
+    trials = logs.find_trials([SEEDS / "eshampoo_adaptive"])
+    assert len(trials) >= 9 and len(outer) >= len(trials) * 7  # a folder, and six files or more
     for link in outer:
         assert not urllib.parse.urlsplit(link).scheme
         assert (page.parent / urllib.parse.unquote(link)).exists(), link
     assert not read.tags & {"script", "link", "iframe"} and 'src="http' not in page.read_text()
     assert "A <title> & more" in read.text
     text = " ".join(read.text)
-    assert "9 runs: 9 reached their target" in text and "eshampoo_adaptive (F = 5" in text
+    hits = sum(trial.outcome == "hit" for trial in trials)
+    assert f"{len(trials)} runs: {hits} reached their target" in text
+    assert "eshampoo_adaptive (F = " in text
 
 
 def test_names_and_holes_are_text_in_the_page(tmp_path):
@@ -111,7 +115,7 @@ def test_names_and_holes_are_text_in_the_page(tmp_path):
 @pytest.fixture(scope="module")
 def drawn():
     pytest.importorskip("matplotlib", reason="the extra `figures` is not installed")
-    trials = logs.find_trials([SEEDS])
+    trials = logs.find_trials([SEEDS / name for name in VARIANTS])
     return figures.draw(tables.table1(trials, ROOT), trials, ROOT)
 
 
@@ -133,10 +137,16 @@ def test_figures_are_whole_and_the_same_when_made_again(drawn, tmp_path):
     texts = [e.text for e in ET.fromstring(curves["svg"]).iter("{http://www.w3.org/2000/svg}text")]
     trial = logs.read_trial(SEEDS / "eshampoo_fixed/study_1/ogbg_mini_pytorch/trial_1")
     assert f"target {trial.target:g}" in texts
-    assert any("eshampoo_adaptive (F = 5, tau = 0.1), n = 3" in (text or "") for text in texts)
+    rows = tables.table1(logs.find_trials([SEEDS / name for name in VARIANTS]), ROOT)[0].rows
+    names = [f"{row.name}, n = {len(row.runs)}" for row in rows if row.workload == "OGBG"]
+    assert len(names) == 3 and all(
+        any(name in (text or "") for text in texts) for name in names
+    )
     times = ET.fromstring(drawn[3].files["svg"])
     shown = [e.text for e in times.iter("{http://www.w3.org/2000/svg}text")]
-    assert "2/3" in shown and shown.count("3/3") == 8
+    fractions = [f"{row.hits}/{row.ended}" for row in rows]
+    assert len(fractions) == 9
+    assert all(shown.count(text) >= fractions.count(text) for text in fractions)
 
 
 def test_no_colour_carries_meaning(drawn):
@@ -169,7 +179,7 @@ def test_a_browser_shows_the_page_without_a_network(tmp_path):
         text=True,
         timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and "eshampoo_fixed (F = 10)" in done.stdout, done.stderr[-500:]
+    assert done.returncode == 0 and "eshampoo_fixed (F = " in done.stdout, done.stderr[-500:]
     assert done.stdout.count("<tr") == 1 + 9 + 1 + 9  # the paper's rows, and a row a run
 
 

@@ -165,8 +165,6 @@ def mini_runs(folder: Path, label: str, steps: list[int | None], workload="fastm
     """Runs that reach 0.5 at these steps (None: never), at a variant's mini point but for some."""
     variant = next(name for name in POINTS if label.startswith(name))
     point = POINTS[variant]
-    if isinstance(point, dict):
-        point = point[workload]
     for seed, hit in enumerate(steps, start=1):
         rows = [(1, 0.1, 0.1)] + ([(hit, float(hit), 0.6)] if hit else [(400, 400.0, 0.2)])
         made = made_trial(folder / "made", rows, {"workload.max_allowed_runtime_sec": 450.0})

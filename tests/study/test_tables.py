@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from algoperf_shampoo.study import logs, table_files, table_text, tables
+from algoperf_shampoo.study import differences, logs, table_files, table_text, tables
 from tests.study.test_logs import SHAMPOO, made_trial
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +140,7 @@ def _embedded(folder: Path, label: str, point: dict, seed: int = 1, trial: int =
 def test_every_field_that_differs_is_said_in_every_format(tmp_path):
     """Three points of one variant, and a fourth of another trial: four rows told apart."""
     space = json.loads((ROOT / "search_spaces/mini/eshampoo_adaptive.json").read_text())
-    point = space["ogbg"][0]
+    (point,) = space
     changes = [{}, {"learning_rate": 0.02}, {"learning_rate": 0.5, "one_dim": "adam", "tau": 0.3}]
     for number, change in enumerate(changes):
         folder = tmp_path / f"{number}"
@@ -149,11 +150,11 @@ def test_every_field_that_differs_is_said_in_every_format(tmp_path):
     rows = [row for row in mini.rows if row.runs]
     own = point["learning_rate"]
     names = {
-        "eshampoo_adaptive (F = 5, tau = 0.1)",
-        f"eshampoo_adaptive (F = 5, tau = 0.1, learning_rate = 0.02 ({own}))",
-        f"eshampoo_adaptive (F = 5, tau = 0.3 (0.1), learning_rate = 0.5 ({own}), "
+        "eshampoo_adaptive (F = 10, tau = 0.1)",
+        f"eshampoo_adaptive (F = 10, tau = 0.1, learning_rate = 0.02 ({own}))",
+        f"eshampoo_adaptive (F = 10, tau = 0.3 (0.1), learning_rate = 0.5 ({own}), "
         "one_dim = adam (full))",
-        f"eshampoo_adaptive trial 2 (F = 5, tau = 0.1, weight_decay = 0 "
+        f"eshampoo_adaptive trial 2 (F = 10, tau = 0.1, weight_decay = 0 "
         f"({point['weight_decay']:.6g}))",
     }
     assert {row.name for row in rows} == names
@@ -166,6 +167,50 @@ def test_every_field_that_differs_is_said_in_every_format(tmp_path):
     ]
     text = table_text.render(mini)
     assert text.count("[2]") == 2 and "[2] 1/eshampoo_adaptive/study_1" in text
+
+
+@pytest.mark.parametrize(
+    ("point", "value"),
+    [
+        ({"precondition_frequency": 100, "one_minus_beta2": 0.025}, 2.5),
+        ({"precondition_frequency": 100, "beta2": 0.975}, 2.5),
+        ({"precondition_frequency": 1, "one_minus_beta2": 0.5, "beta2": 0.1}, 0.5),
+        ({"one_minus_beta2": 0.025}, None),
+        ({"precondition_frequency": 100}, None),
+        ({"precondition_frequency": "100", "one_minus_beta2": 0.1}, None),
+        ({"precondition_frequency": True, "one_minus_beta2": 0.1}, None),
+        ({"precondition_frequency": 10**400, "one_minus_beta2": 0.1}, None),
+        ({"precondition_frequency": 1e300, "one_minus_beta2": 1e300}, None),
+        ({}, None),
+    ],
+)
+def test_staleness_of_a_point(point, value):
+    assert differences.staleness(point) == (value if value is None else pytest.approx(value))
+
+
+def test_f_over_the_memory_of_the_averages_is_in_every_format(tmp_path):
+    (point,) = json.loads((ROOT / "search_spaces/mini/eshampoo_adaptive.json").read_text())
+    _embedded(tmp_path, "eshampoo_adaptive_F2", point | {"precondition_frequency": 2})
+    made = tables.table1([*logs.find_trials([tmp_path]), *published_trials(tmp_path / "p")], ROOT)
+    mini, full = made
+    (row,) = [row for row in mini.rows if row.runs]
+    assert row.staleness == pytest.approx(2 * point["one_minus_beta2"]) and row.paper is None
+    of_paper = {row.paper["name"]: row.paper_staleness for row in full.rows if row.paper}
+    assert of_paper == {
+        "Adam grafting (F = 100)": pytest.approx(2.508024),
+        "EShampoo (F = 100)": pytest.approx(2.508024),
+        "EShampoo (tau = 0.1, F = 50)": pytest.approx(1.254012),
+    }
+    assert "F(1-beta2) = 0.251" in table_text.render(mini)
+    assert "F(1-beta2) = 2.51, the paper's 2.51" in " ".join(table_text.render(full).split())
+    name = "eshampoo_adaptive (F = 2 (10), tau = 0.1)"
+    assert f"| {name} | 0.251 |" in table_files.to_markdown([mini])
+    assert name.replace("_", r"\_") + " & 0.251 &" in table_files.to_latex([mini])
+    lines = csv.DictReader(table_files.to_csv([mini]).splitlines())
+    (value,) = {line["f_one_minus_beta2"] for line in lines} - {""}
+    assert float(value) == row.staleness
+    header, body = tables.cells(full)
+    assert all(len(line) == len(header) for line in body)
 
 
 def test_rows_of_labels_that_are_no_variants_are_told_apart(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from algoperf_shampoo import workloads
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.study import targets
+from algoperf_shampoo.study import differences, study, targets
 from algoperf_shampoo.study.logs import find_trials
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,6 +49,31 @@ def test_a_missing_run_is_named(tmp_path):
         targets.measured_targets(logs / "grid" / "nadamw", logs / "targets", {"mnist_mini": 500})
     with pytest.raises(UserError, match="the rule wants 3"):
         targets.measured_targets(logs / "grid" / "nadamw", tmp_path, {"ogbg_mini": 500})
+
+
+def test_a_minis_point_is_the_papers_with_its_time_compressed_by_five():
+    """One point for all workloads; what counts steps, or is the inverse of steps, by five."""
+    own = {"learning_rate": 0.004, "step_hint_factor": 1.0, "max_preconditioner_dim": 128}
+    for path in sorted((REPOSITORY / "search_spaces" / "mini").glob("*.json")):
+        (full,) = json.loads((REPOSITORY / "search_spaces" / path.name).read_text())
+        (mini,) = json.loads(path.read_text())
+        assert mini.keys() == full.keys()
+        for name, value in full.items():
+            if name.startswith("one_minus_beta"):
+                assert mini[name] == pytest.approx(5 * value, rel=1e-15)
+            elif name == "precondition_frequency":
+                assert mini[name] * 5 == value
+                kept = differences.staleness(full)
+                assert differences.staleness(mini) == pytest.approx(kept, rel=1e-15)
+            else:
+                assert mini[name] == own.get(name, value)
+    for name in ("table1", "table3"):
+        content = json.loads((study.STUDIES / f"{name}.json").read_text())
+        asked = {row["F"] for row in content["rows"]}
+        mapped = content["mini"]["F"]
+        assert {int(f) for f in mapped} == asked
+        for f, mini_f in mapped.items():
+            assert mini_f is None if int(f) < 5 else 5 * mini_f == int(f)
 
 
 def test_targets_that_no_run_reaches(tmp_path):
