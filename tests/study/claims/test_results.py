@@ -22,7 +22,8 @@ def run_all(made: study.Study, leave_out: int = 0) -> None:
     for job in made.jobs[leave_out:]:
         rate = 0.05 if job.run.variant == "eshampoo_fixed" else 0.0005
         submission = {"init_optimizer_state": starting_with(rate)}
-        fakes.execute(job.run, fakes.FakeWorkload(validation_target_value=0.2), **submission)
+        workload = fakes.FakeWorkload(validation_target_value=0.2, eval_period_steps=40)
+        fakes.execute(job.run, workload, **submission)
 
 
 def starting_with(rate: float):
