@@ -4,8 +4,8 @@
 in place of ``rows``::
 
     {"title": "...",
-     "mini": {"seeds": "101,102,103", "all_steps": true, "set": {"learning_rate": 0.004}},
-     "quick": {"seeds": "101,102", "steps": 100},
+     "mini": {"seeds": "201,202,203", "all_steps": true, "set": {"learning_rate": 0.004}},
+     "quick": {"seeds": "201,202", "steps": 100},
      "arms": {"grafting": {"variant": "shampoo_grafting", "F": 20}, ...},
      "claims": [{"name": "eshampoo_grafting", "source": "Fig. 2", "hypothesis": "...",
                  "parts": [{"statistic": "loss", "low": ["eshampoo"], "high": ["grafting"],
