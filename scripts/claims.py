@@ -12,7 +12,8 @@ from algoperf_shampoo import interrupt
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk
 from algoperf_shampoo.study import busy, local, plan, progress, status, study
-from algoperf_shampoo.study.claims import file, results, rule
+from algoperf_shampoo.study import figures as runs_figures
+from algoperf_shampoo.study.claims import figures, file, results, rule
 
 _CLAIMS = flags.DEFINE_string("claims", "claims", "A study of claims: its name, or a file.json.")
 _QUICK = flags.DEFINE_bool("quick", False, "Few seeds and steps, no verdicts: does it run?")
@@ -63,8 +64,20 @@ def main() -> int:
         ("json", results.to_json(after, ROOT)),
     ):
         disk.write_atomically(Path(f"{stem}.{ending}"), content.encode())
-    print(f"\nwritten: results/{stem.name}.md, results/{stem.name}.json")
+    written = [f"results/{stem.name}.md", f"results/{stem.name}.json", *_figures(after)]
+    print(f"\nwritten: {', '.join(written)}")
     return 1 if failed else 0
+
+
+def _figures(found: results.Outcome) -> list[str]:
+    """Draw them beside the page, where there is matplotlib; what was written."""
+    try:
+        drawn = figures.draw(found)
+    except ModuleNotFoundError:
+        print("note: no figures: no matplotlib in this Python: pip install -e '.[figures]'")
+        return []
+    paths = runs_figures.write(drawn, ROOT / "results" / "figures")
+    return [path.relative_to(ROOT).as_posix() for path in paths]
 
 
 def _jobs() -> int:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
-_WIDTH, _DPI = 6.5, 200  # inches of a page's text, dots an inch
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREYS = ("0.0", "0.35", "0.55")
-_SETTINGS: Any = {
+WIDTH, DPI = 6.5, 200  # inches of a page's text, dots an inch
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+GREYS = ("0.0", "0.35", "0.55")
+SETTINGS: Any = {
     "font.size": 8.0,
     "axes.titlesize": 8.0,
     "axes.spines.top": False,
@@ -63,7 +63,7 @@ def draw(tables: Sequence[Table], trials: Sequence[Trial], root: Path) -> list[D
         raise UserError("no matplotlib in this Python: pip install -e '.[figures]'") from None
     by_name = {run_name(trial.path, root): trial for trial in trials}
     drawn = []
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         for table in tables:
             rows = [row for row in table.rows if row.runs]
             for workload in dict.fromkeys(row.workload for row in rows):
@@ -71,14 +71,14 @@ def draw(tables: Sequence[Table], trials: Sequence[Trial], root: Path) -> list[D
                 figure = _curves(own, by_name)
                 if figure is not None:
                     name = f"{table.size}_{_file_name(workload)}_curves"
-                    drawn.append(_saved(figure, name, _curves_caption(workload, table.size)))
+                    drawn.append(saved(figure, name, _curves_caption(workload, table.size)))
             figure = _times(rows, by_name)
             if figure is not None:
                 caption = (
                     f"{table.size}: submission time to the validation target; a mark is a run, the "
                     "bar mean ± standard error over the runs that hit, beside it hits over runs."
                 )
-                drawn.append(_saved(figure, f"{table.size}_time_to_target", caption))
+                drawn.append(saved(figure, f"{table.size}_time_to_target", caption))
     return drawn
 
 
@@ -129,8 +129,8 @@ def _curves(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
     figure, axes = _new(2.8 + 0.16 * len(groups))
     for number, (row, group) in enumerate(groups):
         style: dict[str, Any] = {
-            "linestyle": _STYLES[number % len(_STYLES)],
-            "color": _GREYS[number // len(_STYLES) % len(_GREYS)],
+            "linestyle": STYLES[number % len(STYLES)],
+            "color": GREYS[number // len(STYLES) % len(GREYS)],
         }
         for trial in group:
             points = [(e.step, e.value) for e in trial.evaluations if math.isfinite(e.value)]
@@ -139,11 +139,11 @@ def _curves(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
             if trial.steps_to_target is not None:
                 value = next(e.value for e in trial.evaluations if e.step == trial.steps_to_target)
                 axes.plot(
-                    [trial.steps_to_target], [value], _MARKERS[number % len(_MARKERS)],
+                    [trial.steps_to_target], [value], MARKERS[number % len(MARKERS)],
                     markersize=4, color=style["color"], markerfacecolor="white",
                 )  # fmt: skip
         axes.plot(
-            *mean_curve(group), linewidth=1.4, marker=_MARKERS[number % len(_MARKERS)],
+            *mean_curve(group), linewidth=1.4, marker=MARKERS[number % len(MARKERS)],
             markersize=2.5, markevery=0.15, label=f"{row.name}, n = {len(group)}", **style,
         )  # fmt: skip
     _leave_out_the_first(axes, [trial for _, group in groups for trial in group])
@@ -182,7 +182,7 @@ def _times(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
     from matplotlib.figure import Figure
 
     counts = [sum(row.workload == w for row in shown) for w in workloads]
-    figure = Figure(figsize=(_WIDTH, 0.6 * len(workloads) + 0.34 * len(shown)), dpi=_DPI)
+    figure = Figure(figsize=(WIDTH, 0.6 * len(workloads) + 0.34 * len(shown)), dpi=DPI)
     grid = figure.subplots(
         len(workloads), 1, squeeze=False, gridspec_kw={"height_ratios": [c + 0.6 for c in counts]}
     )
@@ -225,7 +225,7 @@ def _curves_caption(workload: str, size: str) -> str:
 def _new(height: float) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
     return figure, figure.subplots()
 
 
@@ -237,7 +237,8 @@ def _legend(figure: Figure, axes: Any) -> None:
     figure.tight_layout(rect=(0, (0.18 * lines + 0.05) / height, 1, 1))
 
 
-def _saved(figure: Figure, name: str, caption: str) -> Drawn:
+def saved(figure: Figure, name: str, caption: str) -> Drawn:
+    """A figure in every format, under a name and with a caption."""
     files = {}
     for ending in FORMATS:
         content = io.BytesIO()

@@ -31,6 +31,7 @@ class Run:
     """
 
     arm: str
+    variant: str
     mini: str
     seed: int
     steps: int
@@ -38,6 +39,7 @@ class Run:
     values: Mapping[str, float]
     wall: float | None
     diverged: bool
+    point: Mapping[str, Any]
     session: Mapping[str, Any]
 
 
@@ -267,6 +269,7 @@ def _run(arm: str, mini: str, job: Job, trial: logs.Trial, names: Sequence[str])
     wall = last.row.get("total_duration", math.nan) if last else math.nan
     return Run(
         arm=arm,
+        variant=job.run.variant,
         mini=mini,
         seed=job.run.seed,
         steps=steps,
@@ -274,6 +277,7 @@ def _run(arm: str, mini: str, job: Job, trial: logs.Trial, names: Sequence[str])
         values={name: of_run(trial, name, steps) for name in names},
         wall=wall if math.isfinite(wall) else None,
         diverged=trial.diverged,
+        point=job.run.hparams,
         session=record["sessions"][-1],
     )
 

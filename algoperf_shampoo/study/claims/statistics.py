@@ -65,6 +65,14 @@ def refresh_late_less_early(folder: Path, steps: int) -> float:
     return _share(counts, steps - quarter, steps) - _share(counts, 0, quarter)
 
 
+def shares_between(folder: Path) -> dict[float, float]:
+    """Eigendecompositions over checks between two evaluations, by the step of the later one."""
+    counts = _counts(folder)
+    steps = sorted(counts)
+    found = {b: _share(counts, a, b) for a, b in zip(steps, steps[1:], strict=False)}
+    return {step: share for step, share in found.items() if math.isfinite(share)}
+
+
 def _counts(folder: Path) -> dict[int, tuple[float, float]]:
     """Checks and refreshes up to a step, as the submission logs them at evaluations."""
     header, rows, _ = files.read_csv(folder / MEASUREMENTS)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from algoperf_shampoo.study import logs, study
-from algoperf_shampoo.study.claims import file, results, rule, statistics
+from algoperf_shampoo.study.claims import figures, file, results, rule, statistics
 from tests.harness import fakes
 from tests.study.claims.test_file import ROOT, write
 
@@ -65,6 +65,42 @@ def test_from_folders_to_a_verdict(tmp_path):
     quick = results.outcome(declared, made, quick=True)
     assert quick.verdicts == () and "no verdict" in results.markdown(quick)
     assert "supported" not in results.markdown(quick) + results.to_json(quick, ROOT)
+
+
+def test_figures_on_the_papers_axes(tmp_path):
+    arms = {
+        "one": {"variant": "eshampoo_adaptive", "F": 7, "tau": 0.1},
+        "two": {"variant": "eshampoo_adaptive", "F": 7, "tau": 0.1, "set": {"learning_rate": 0.5}},
+    }
+    part = {"statistic": "loss", "low": ["one"], "high": ["two"], "rule": "less"}
+    claims = [{"name": "c", "source": "", "hypothesis": "", "parts": [part]}]
+    path = write(tmp_path / "mine.json", "arms", value=arms)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "claims": claims}))
+    declared = file.read(path)
+    made = study.lay_out(ROOT, str(path), study.Options(seeds="5,", out=str(tmp_path / "runs")))
+
+    def logging(**given):  # counts as a submission with factors logs them
+        step = given["global_step"]
+        given["workload"].metrics_logger.append_scalar_metrics(
+            {"eigenbasis_checks": 2 * step, "eigenbasis_refreshes": step}, step
+        )
+        return fakes._prepare_for_eval(**given)
+
+    for job in made.jobs:
+        fakes.execute(job.run, prepare_for_eval=logging)
+    found = results.outcome(declared, made, quick=True)
+    (name,) = figures.families(found.runs)
+    assert name == "eshampoo_adaptive (F = 7, tau = 0.1)"
+    shares = statistics.shares_between(found.runs[0].folder)
+    assert shares == dict.fromkeys((1, 10, 20, 30, 40), 0.5)
+    pytest.importorskip("matplotlib")
+    drawn = {figure.name: figure for figure in figures.draw(found)}
+    assert set(drawn) == {"claims_rates", "claims_refreshes"}
+    for figure in drawn.values():
+        assert figure.files["png"].startswith(b"\x89PNG") and "Imagewoof" in figure.caption
+        text = figure.files["svg"].decode()
+        assert all(mini in text for mini in ("fastmri", "imagenet_vit", "ogbg"))
+    assert "learning rate" in drawn["claims_rates"].files["svg"].decode()
 
 
 def test_a_run_whose_files_were_changed_is_not_counted(tmp_path):

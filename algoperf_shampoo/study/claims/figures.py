@@ -1,0 +1,147 @@
+"""Figures of a study of claims, on the axes of the paper's, each caption saying what ours are.
+
+The paper's Figures 1 to 7 are Imagewoof, 100 epochs; these are the minis.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics as stat
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from algoperf_shampoo.harness.hparams import F_KEY, TAU_KEY
+from algoperf_shampoo.study.claims.results import Outcome, Run
+from algoperf_shampoo.study.claims.statistics import shares_between
+from algoperf_shampoo.study.figures import DPI, MARKERS, SETTINGS, STYLES, WIDTH, Drawn, saved
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_RATE = "learning_rate"
+
+
+def draw(found: Outcome) -> list[Drawn]:
+    """Loss against learning rate, and refreshes against steps, as far as there are runs.
+
+    Raises:
+        ModuleNotFoundError: no matplotlib.
+    """
+    import matplotlib
+
+    drawn = []
+    with matplotlib.rc_context(SETTINGS):
+        for name, figure, caption in (
+            ("claims_rates", _rates(found), _RATES),
+            ("claims_refreshes", _refreshes(found), _REFRESHES),
+        ):
+            if figure is not None:
+                quick = " Quick: few seeds and steps, no verdicts." if found.quick else ""
+                drawn.append(saved(figure, name, caption + quick))
+    return drawn
+
+
+_RATES = (
+    "Mean training loss of the last tenth of the steps against the learning rate, the axes of the "
+    "paper's Figure 2 (there: Imagewoof, final loss after 100 epochs; here: the minis). A mark is "
+    "a run, the line the mean over seeds; a run that diverged is left out."
+)
+_REFRESHES = (
+    "Eigendecompositions over checks, of all factors between two evaluations, the axes of the "
+    "paper's Figure 4 (there: Imagewoof ViT, tau = 0.1, F = 1; here: the minis). Mean over seeds."
+)
+
+
+def families(runs: Sequence[Run]) -> dict[str, dict[float, list[Run]]]:
+    """Runs that differ in the learning rate alone: by their name, and then by the rate.
+
+    Families of one rate are left out.
+    """
+    found: dict[tuple[str, str], dict[float, list[Run]]] = {}
+    for run in runs:
+        rest = {name: value for name, value in run.point.items() if name != _RATE}
+        key = run.variant, json.dumps(rest, sort_keys=True)
+        found.setdefault(key, {}).setdefault(run.point[_RATE], []).append(run)
+    named = {}
+    for (variant, others), by_rate in found.items():
+        if len(by_rate) > 1:
+            point = json.loads(others)
+            words = [
+                f"{short} = {point[name]:g}"
+                for short, name in (("F", F_KEY), ("tau", TAU_KEY))
+                if name in point
+            ]
+            named[variant + (f" ({', '.join(words)})" if words else "")] = by_rate
+    return named
+
+
+def _rates(found: Outcome) -> Figure | None:
+    lines = families([run for run in found.runs if "loss" in run.values])
+    if not lines:
+        return None
+    figure, grid = _panels(found.minis, len(lines))
+    for mini, axes in zip(found.minis, grid, strict=True):
+        for number, (name, by_rate) in enumerate(lines.items()):
+            points = {
+                rate: [r.values["loss"] for r in runs if r.mini == mini]
+                for rate, runs in sorted(by_rate.items())
+            }
+            finite = {rate: [v for v in vs if math.isfinite(v)] for rate, vs in points.items()}
+            _line(axes, number, name, finite)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+    grid[0].set_ylabel("training loss, last tenth")
+    return _with_legend(figure, grid[0], len(lines))
+
+
+def _refreshes(found: Outcome) -> Figure | None:
+    by_arm: dict[str, list[Run]] = {}
+    for run in found.runs:
+        if run.point.get(TAU_KEY):
+            by_arm.setdefault(run.arm, []).append(run)
+    if not by_arm:
+        return None
+    figure, grid = _panels(found.minis, len(by_arm))
+    for mini, axes in zip(found.minis, grid, strict=True):
+        for number, (arm, runs) in enumerate(by_arm.items()):
+            shares: dict[float, list[float]] = {}
+            for run in (r for r in runs if r.mini == mini and not r.diverged):
+                for step, share in shares_between(run.folder).items():
+                    shares.setdefault(step, []).append(share)
+            _line(axes, number, arm, shares)
+        axes.set_xlabel("steps")
+        axes.set_ylim(0, 1)
+    grid[0].set_ylabel("eigendecompositions / checks")
+    return _with_legend(figure, grid[0], len(by_arm))
+
+
+def _line(axes: Any, number: int, name: str, points: Mapping[float, Sequence[float]]) -> None:
+    """The mean over runs at each place, and a small mark for each run."""
+    known = {place: values for place, values in points.items() if values}
+    style: dict[str, Any] = {"color": "0.0" if number % 2 == 0 else "0.45"}
+    marker = MARKERS[number % len(MARKERS)]
+    axes.plot(
+        list(known), [stat.fmean(values) for values in known.values()], marker=marker,
+        markersize=4, markerfacecolor="white", linestyle=STYLES[number % len(STYLES)],
+        linewidth=1.2, label=name, **style,
+    )  # fmt: skip
+    for place, values in known.items():
+        axes.plot([place] * len(values), values, marker, markersize=2, linestyle="none", **style)
+
+
+def _panels(minis: Sequence[str], lines: int) -> tuple[Figure, Sequence[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 2.4 + 0.18 * lines), dpi=DPI)
+    grid = figure.subplots(1, len(minis), squeeze=False)[0]
+    for mini, axes in zip(minis, grid, strict=True):
+        axes.set_title(mini, loc="left")
+    return figure, grid
+
+
+def _with_legend(figure: Figure, axes: Any, lines: int) -> Figure:
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower left", ncols=1, handlelength=4)
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, (0.18 * lines + 0.05) / height, 1, 1))
+    return figure
