@@ -219,6 +219,8 @@ class Kronecker(torch.optim.Optimizer):
             )
         fit = [here and i not in bad for i, here in enumerate(present)] if bad else present
         h = self._hyper(options)
+        if policy == "skip":
+            h = h._replace(gradient_square=guard.square)
         if self.rule.starts and any(new := section("new", lambda: _new(group, fit))):
             section("start", lambda: self._start(group, new, h))
             present = [here and not starts for here, starts in zip(present, new, strict=True)]

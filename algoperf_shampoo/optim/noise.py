@@ -18,6 +18,7 @@ constant one. Coordinates of the minis in training stand above 256, but for OGBG
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -72,9 +73,11 @@ def of(
 class Watch:
     """Which stacks may have a coordinate that is noise; on a CPU, where looking costs something.
 
-    D falls by no more than beta2 a step. So the smallest entry of D at one look says up to which
-    trace no coordinate of the row is noise, at any later step, and until the trace, which is cheap
-    to know, exceeds that, nothing is looked at. The outcome is the same as if all were.
+    D falls by no more than beta2 a step, so the smallest entry of D at one look says up to which
+    trace no coordinate of the row is noise at later steps: a limit that falls by beta2 a step. The
+    trace becomes beta2 trace + (1 - beta2) ||G||^2, so the distance between the two falls by beta2
+    and by (1 - beta2) ||G||^2, which is no more than that of all gradients. Until that may have
+    used the distance up, nothing is looked at. The outcome is the same as if all were.
 
     Args:
         seconds: D of each stack.
@@ -83,33 +86,36 @@ class Watch:
     def __init__(self, stacks: Sequence[Stack], seconds: Sequence[Tensor]) -> None:
         self._stacks, self._seconds = list(stacks), list(seconds)
         self._diagonals = [diagonal(s) for s in stacks]
-        rows = [len(s) for s in stacks]
-        self.traces = stacks[0].factors[0].new_zeros(sum(rows))
-        self._limits = torch.zeros_like(self.traces)
-        self._traces_of, self._limits_of = self.traces.split(rows), self._limits.split(rows)
+        self._traces = [s.factors[0].new_zeros(len(s)) for s in stacks]
         self._settings: object = None
+        self.forget()
 
     def forget(self) -> None:
         """D has been replaced."""
-        self._limits.zero_()
+        # What the gradients may have added to a trace, and per stack up to where that does no harm.
+        self._added = 0.0
+        self._harmless = [0.0] * len(self._stacks)
 
     def noisy(self, h: Hyper) -> list[tuple[int, Tensor]]:
         """(number, traces) of the stacks that may have such coordinates in this step."""
         if self._settings != (settings := (h.noise_level, h.beta2)):
             self._settings = settings
             self.forget()
-        for entries, traces in zip(self._diagonals, self._traces_of, strict=True):
-            torch.sum(entries, 1, out=traces)
-        self._limits.mul_(h.beta2)
-        late = (self.traces >= self._limits).tolist()
-        found, row = [], 0
+        # A little more, for what rounds on the way.
+        self._added = h.beta2 * self._added + 1.01 * (1 - h.beta2) * h.gradient_square
+        if not math.isfinite(self._added):
+            self.forget()
+        found = []
         for number, stack in enumerate(self._stacks):
-            if any(late[row : row + len(stack)]):
-                traces, limits = self._traces_of[number], self._limits_of[number]
-                least = self._seconds[number].flatten(1).amin(1)
-                # A little less, for what rounds on the way.
-                torch.mul(least, 0.99 / square(stack, h), out=limits)
-                if bool((traces >= limits).any()):
-                    found.append((number, traces))
-            row += len(stack)
+            self._harmless[number] *= h.beta2
+            if self._added < self._harmless[number]:
+                continue
+            traces = torch.sum(self._diagonals[number], 1, out=self._traces[number])
+            least = self._seconds[number].flatten(1).amin(1)
+            distance = float(least.mul_(0.99 / square(stack, h)).sub_(traces).amin())
+            if distance > 0:
+                self._harmless[number] = self._added + distance
+            else:
+                self._harmless[number] = 0.0
+                found.append((number, traces))
         return found

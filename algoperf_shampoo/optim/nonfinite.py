@@ -42,6 +42,10 @@ class Guard:
 
     Parameters of a GPU are marked on the device, in ``stack.bad`` of all rows and ``layout.bad``;
     of others the host is told. Counts are of this process: no part of the saved state.
+
+    Attributes:
+        square: sum of squares of the gradients last looked at; infinite where the host does not
+            know it, or one is bad.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -50,6 +54,7 @@ class Guard:
         self._flat = [x for x in layout.flat(GRADIENT) if x.device.type == "cpu"]
         self._counts = [Skipped(0, 0)] * len(layout.params)  # of parameters on the host
         self._bad_lately = False
+        self.square = math.inf
         devices = dict.fromkeys(s.device for s in layout.stacks if s.device.type != "cpu")
         self._marks = [Marks(layout, device) for device in devices]
 
@@ -63,7 +68,12 @@ class Guard:
 
         One pass over the gradients while all is well.
         """
-        if all(_sum_of_squares(x) < BOUND[x.dtype] ** 2 for x in self._flat):
+        self.square = math.inf
+        squares = [_sum_of_squares(x) for x in self._flat]
+        fine = [s < BOUND[x.dtype] ** 2 for s, x in zip(squares, self._flat, strict=True)]
+        if all(fine):
+            everywhere = len(self._on_host) == len(self._layout.stacks)
+            self.square = sum(squares) if everywhere else math.inf
             return []
         bad = set()
         for stack in self._on_host:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ class Hyper(NamedTuple):
     corrections: Mapping[int, tuple[Tensor, Tensor]] | None = None
     skip: bool = False  # whether gradients that are not finite are left out
     noise_level: float = 0.0  # see :mod:`..noise`; 0: nothing is left out
+    # sum of squares of all gradients of the group, where the host knows it, on a CPU
+    gradient_square: float = math.inf
 
 
 def bias_corrections(stack: Stack, h: Hyper) -> tuple[float | Tensor, float | Tensor]:
