@@ -217,7 +217,7 @@ test-slurm: words ## a study on a real Slurm of two nodes on this machine (root;
 test-kernels: words ## the GPU kernels without a GPU: compiled, and interpreted (Linux)
 	@exec sh scripts/in_venv.sh dev-kernels -m pytest -n auto tests/optim/test_kernels_compile.py
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 exec sh scripts/in_venv.sh dev-kernels \
-	  -m pytest -n auto -m gpu tests/optim/test_grouped.py tests/optim/test_gpu_trouble.py tests/optim/test_operations.py
+	  -m pytest -n auto -m gpu tests/optim/test_triton_ops.py tests/optim/test_gpu_trouble.py tests/optim/test_operations.py
 
 lint: words ## ruff: rules and formatting of imports
 	$(IN_DEV) -m ruff check .

@@ -21,10 +21,10 @@ from optimizer_step import parameters
 from peers import Build, adaptive_contenders
 
 from algoperf_shampoo.optim import Kronecker
-from algoperf_shampoo.optim.eigen import solvers
-from algoperf_shampoo.optim.eigenbasis import chunks
-from algoperf_shampoo.optim.linalg import relative_off_diagonal
-from algoperf_shampoo.optim.precision import matmul_precision
+from algoperf_shampoo.optim.blocks.rows import chunks
+from algoperf_shampoo.optim.criterion import relative_off_diagonal
+from algoperf_shampoo.optim.eigen import solver
+from algoperf_shampoo.optim.ops.precision import matmul_precision
 
 
 class SweepCounter:
@@ -32,18 +32,18 @@ class SweepCounter:
 
     def __init__(self) -> None:
         self.matrices = 0
-        self._sweep = solvers.sweep_
+        self._sweep = solver.sweep_
 
     def __enter__(self) -> SweepCounter:
         def counting(a: torch.Tensor, *rest: Any) -> Any:
             self.matrices += len(a)
             return self._sweep(a, *rest)
 
-        solvers.sweep_ = counting
+        solver.sweep_ = counting
         return self
 
     def __exit__(self, *_: Any) -> None:
-        solvers.sweep_ = self._sweep
+        solver.sweep_ = self._sweep
 
 
 def criterion(optimizer: Kronecker, refreshed: list[list[int]] | None) -> float:

@@ -17,9 +17,9 @@ import torch
 from measure import machine, seconds, spread, table, write
 
 from algoperf_shampoo.optim.eigen import cusolver
-from algoperf_shampoo.optim.eigen.jobs import Job
-from algoperf_shampoo.optim.eigen.solvers import Solver
-from algoperf_shampoo.optim.eigen.warm import ORTHOGONALIZATIONS
+from algoperf_shampoo.optim.eigen.orthogonal_iteration import ORTHOGONALIZATIONS
+from algoperf_shampoo.optim.eigen.problem import Job
+from algoperf_shampoo.optim.eigen.solver import Solver
 
 Run = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 

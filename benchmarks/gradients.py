@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from algoperf_shampoo.optim.blocking import merge_dims
+from algoperf_shampoo.optim.blocks.partition import merge_dims
 
 
 class TurningGradients:

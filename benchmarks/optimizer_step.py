@@ -20,7 +20,7 @@ from measure import machine, seconds, spread, table, write
 from peers import BLOCKS, contenders
 
 from algoperf_shampoo.harness import prng
-from algoperf_shampoo.optim.blocking import cut
+from algoperf_shampoo.optim.blocks.partition import cut
 from algoperf_shampoo.optim.eigen import cusolver
 from algoperf_shampoo.workloads import load
 

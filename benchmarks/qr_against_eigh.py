@@ -26,7 +26,7 @@ from torch import Tensor
 from algoperf_shampoo.contract import ForwardPassMode
 from algoperf_shampoo.harness import prng
 from algoperf_shampoo.optim import EShampoo
-from algoperf_shampoo.optim.blocking import cut
+from algoperf_shampoo.optim.blocks.partition import cut
 from algoperf_shampoo.optim.reference import matricize
 from algoperf_shampoo.workloads import load
 

@@ -29,6 +29,15 @@ def directly(operation: Callable[..., T], *arguments: Any, **more: Any) -> T:
     return operation(*arguments, **more)
 
 
+# Runs a named section of a step: Run(name, section) is section(), or a replay of its recording.
+Run = Callable[[str, Callable[[], Any]], Any]
+
+
+def directly_run(name: str, section: Callable[[], Any]) -> Any:
+    """The :data:`Run` that records nothing."""
+    return section()
+
+
 class Journal:
     """One step's operations, in sections. Empty while no step is under way or has failed."""
 

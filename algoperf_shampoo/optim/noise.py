@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .buckets import Stack
+from .blocks.layout import Stack
 
 if TYPE_CHECKING:
     from .ops import Hyper

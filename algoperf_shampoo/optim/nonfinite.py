@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .buckets import GRADIENT, Layout
+from .blocks.layout import GRADIENT, Layout
 from .journal import Once, directly
 
 POLICIES = ("skip", "propagate")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import noise
-from .blocking import SMALL_MATRICES
+from .blocks.partition import SMALL_MATRICES
 from .nonfinite import POLICIES
-from .precision import MATMUL_PRECISIONS
+from .ops.precision import MATMUL_PRECISIONS
 
 ONE_DIM = ("full", "adam")
 GRAFTING = ("adam", None)

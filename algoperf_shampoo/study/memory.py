@@ -109,18 +109,18 @@ def _state(shape: tuple[int, ...], point: Mapping[str, Any]) -> int:
         return 3 * entries  # M, D and gradients in stack order
     one_dim = point.get("one_dim", "full")
     factors = 0
-    for block in _blocking().cut(shape, point["max_preconditioner_dim"]):
+    for block in _partition().cut(shape, point["max_preconditioner_dim"]):
         plain = block.shape == (1,) or (len(block.shape) == 1 and one_dim == "adam")
         factors += 0 if plain else 2 * sum(d * d for d in block.shape)
     return 4 * entries + factors
 
 
 @functools.cache
-def _blocking() -> ModuleType:
-    """``optim/blocking.py`` by its file: it needs the standard library alone, while its package
-    imports torch, which takes seconds and which a login node may lack."""
-    name = f"{__name__}.blocking"
-    path = Path(__file__).parents[1] / "optim" / "blocking.py"
+def _partition() -> ModuleType:
+    """``optim/blocks/partition.py`` by its file: it needs the standard library alone, while its
+    package imports torch, which takes seconds and which a login node may lack."""
+    name = f"{__name__}.partition"
+    path = Path(__file__).parents[1] / "optim" / "blocks" / "partition.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # the file is part of the package
     module = importlib.util.module_from_spec(spec)

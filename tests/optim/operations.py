@@ -7,9 +7,9 @@ operation the two must agree.
 
 import torch
 
-from algoperf_shampoo.optim.blocking import cut
-from algoperf_shampoo.optim.buckets import Layout
-from algoperf_shampoo.optim.eigenbasis import build_factor_sets
+from algoperf_shampoo.optim.blocks.factors import build_factor_sets
+from algoperf_shampoo.optim.blocks.layout import Layout
+from algoperf_shampoo.optim.blocks.partition import cut
 from algoperf_shampoo.optim.gpu.triton_ops import TritonOperations
 from algoperf_shampoo.optim.ops import Hyper, Operations, State
 from algoperf_shampoo.optim.ops.torch_ops import TorchOperations

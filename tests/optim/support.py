@@ -2,8 +2,9 @@
 
 import torch
 
-from algoperf_shampoo.optim import AdamW, EShampoo, Shampoo, reference, reference_shampoo, state
-from algoperf_shampoo.optim.blocking import cut
+from algoperf_shampoo.optim import AdamW, EShampoo, Shampoo, reference, reference_shampoo
+from algoperf_shampoo.optim.blocks import state_dict
+from algoperf_shampoo.optim.blocks.partition import cut
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
 
@@ -59,7 +60,7 @@ class ReferenceParameter:
 
 def blocks_of(optimizer, index=0):
     """The canonical state of one parameter's blocks."""
-    return state.blocks_of(optimizer.state_dict()["state"][index])
+    return state_dict.blocks_of(optimizer.state_dict()["state"][index])
 
 
 def bases_of(optimizer, index=0):

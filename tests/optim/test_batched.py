@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim.buckets import Lent
-from algoperf_shampoo.optim.eigen import batched, cusolver, lanes, parking
-from algoperf_shampoo.optim.eigen.jobs import Job, consecutive, longest_run, put, take
+from algoperf_shampoo.optim.blocks.layout import Lent
+from algoperf_shampoo.optim.blocks.rows import consecutive, longest_run, put, take
+from algoperf_shampoo.optim.eigen import batch_plan, batched, cusolver, host_offload
+from algoperf_shampoo.optim.eigen.problem import Job
 
 
 def span(x):
@@ -89,11 +90,11 @@ def solver(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     monkeypatch.setattr(cusolver, "workspace_bytes", chosen.workspace_bytes)
     monkeypatch.setattr(cusolver, "eigh_", chosen.eigh_)
-    monkeypatch.setattr(lanes, "LARGE", 20)
-    for cached in (lanes.schedule, batched._stream):
+    monkeypatch.setattr(batch_plan, "LARGE", 20)
+    for cached in (batch_plan.schedule, batched._stream):
         cached.cache_clear()
     yield chosen
-    for cached in (lanes.schedule, batched._stream):
+    for cached in (batch_plan.schedule, batched._stream):
         cached.cache_clear()
 
 
@@ -142,7 +143,7 @@ def test_only_operators_that_are_replaced_are_memory(indices, run):
     job = make_job(16, 90, indices)  # a matrix is a multiple of the alignment
     old = job.operators.clone()
     memory = batched._operator_memory(job)
-    assert len(memory) > 4 * 16 * 16 * run - parking.ALIGNMENT
+    assert len(memory) > 4 * 16 * 16 * run - host_offload.ALIGNMENT
     memory.fill_(0)
     others = [i for i in range(90) if i not in indices]
     assert torch.equal(job.operators[others], old[others])
@@ -163,7 +164,7 @@ def test_an_error_is_raised_and_lent_memory_is_as_it_was(solver, n):
 
 def test_parked_contents_come_back_after_an_error():
     x, y = torch.arange(10.0), torch.arange(7)
-    with pytest.raises(KeyError), parking.parked([x[3:], y, y[7:]]):
+    with pytest.raises(KeyError), host_offload.parked([x[3:], y, y[7:]]):
         x.fill_(-1)
         y.fill_(-1)
         raise KeyError
@@ -171,18 +172,18 @@ def test_parked_contents_come_back_after_an_error():
 
 
 def test_lent_memory_is_used_as_far_as_it_may_be_parked(monkeypatch):
-    monkeypatch.setattr(parking, "PARKED_BYTES", 40)
+    monkeypatch.setattr(host_offload, "PARKED_BYTES", 40)
     x = torch.zeros(100)
-    assert [parking.usable(Lent(x, free)) for free in (0, 50, 95, 100)] == [10, 60, 100, 100]
+    assert [host_offload.usable(Lent(x, free)) for free in (0, 50, 95, 100)] == [10, 60, 100, 100]
 
 
 @given(st.integers(0, 300), st.sampled_from([torch.float32, torch.float64, torch.uint8]))
 def test_lanes_start_aligned_and_end_with_their_memory(start, dtype):
     x = torch.empty(1000, dtype=dtype)[start:]
-    lane = parking.as_bytes(x)
+    lane = host_offload.as_bytes(x)
     low, high = span(x)
-    assert span(lane)[1] == high and lane.data_ptr() - low < parking.ALIGNMENT
-    assert lane.data_ptr() % parking.ALIGNMENT == 0
+    assert span(lane)[1] == high and lane.data_ptr() - low < host_offload.ALIGNMENT
+    assert lane.data_ptr() % host_offload.ALIGNMENT == 0
 
 
 @given(st.sets(st.integers(0, 30), min_size=1).map(sorted))

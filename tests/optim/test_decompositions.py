@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
-from algoperf_shampoo.optim import EShampoo, Shampoo, Solver, eigenbasis, reference, state
-from algoperf_shampoo.optim.eigen import direct
+from algoperf_shampoo.optim import EShampoo, Shampoo, Solver, criterion, reference, refresh
+from algoperf_shampoo.optim.blocks import state_dict
+from algoperf_shampoo.optim.eigen import exact
 from algoperf_shampoo.optim.eigen.verify import sound
 
 from .support import VARIANTS, ReferenceParameter, gradients, make
@@ -65,21 +66,21 @@ def test_finite_garbage_is_noticed_and_the_old_operator_stays(build, kind, caplo
         for i, p in enumerate(params):
             p.grad = next(gradients(p.shape, 1, seed=10 * t + i)).float()
         if t == 10:
-            blocks = [state.blocks_of(optimizer.state_dict()["state"][i])[0] for i in range(2)]
+            blocks = [state_dict.blocks_of(optimizer.state_dict()["state"][i])[0] for i in range(2)]
             optimizer.solver = Garbage()
             object.__setattr__(optimizer.solver, "kind", kind)
         with caplog.at_level(logging.WARNING):
             optimizer.step()
         if t == 10:
             optimizer.solver = solver
-            now = [state.blocks_of(optimizer.state_dict()["state"][i])[0] for i in range(2)]
+            now = [state_dict.blocks_of(optimizer.state_dict()["state"][i])[0] for i in range(2)]
             assert "no eigendecomposition" in caplog.text
             for name in ("operator_0", "operator_1"):  # index 0 of either size is parameter 0's
                 assert torch.equal(now[0][name], blocks[0][name])
                 assert not torch.equal(now[1][name], blocks[1][name])
             assert [now[0][f"{c}_0"] for c in ("checks", "refreshes", "failures")] == [2, 1, 1]
             assert [now[1][f"{c}_0"] for c in ("checks", "refreshes", "failures")] == [2, 2, 0]
-    last = state.blocks_of(optimizer.state_dict()["state"][0])[0]
+    last = state_dict.blocks_of(optimizer.state_dict()["state"][0])[0]
     assert last["refreshes_0"] == 2 and not torch.equal(last["operator_0"], now[0]["operator_0"])
     assert all(p.isfinite().all() and p.abs().max() < 5 for p in params)
 
@@ -94,10 +95,10 @@ def test_moments_stay_in_the_basis_that_stays(monkeypatch):
             params[0].grad = next(gradients((12, 10), 1, seed=t))
             with monkeypatch.context() as patch:
                 if t == 10 and fails:
-                    patch.setattr(direct, "exact", lambda a: (a[..., 0], a, [False] * len(a)))
+                    patch.setattr(exact, "exact", lambda a: (a[..., 0], a, [False] * len(a)))
                 elif t == 10:
-                    patch.setattr(eigenbasis, "refresh", lambda *a, **k: False)
-                    patch.setattr("algoperf_shampoo.optim.kronecker.refresh", lambda *a: False)
+                    patch.setattr(refresh, "refresh", lambda *a, **k: False)
+                    patch.setattr("algoperf_shampoo.optim.optimizer.refresh", lambda *a: False)
                 optimizer.step()
         optimizers.append(optimizer)
         moved.append(params[0])
@@ -111,7 +112,7 @@ def test_what_is_sound_passes(n, scale, dtype):
     g = torch.Generator().manual_seed(n)
     x = torch.randn(5, n, max(1, n // 3), generator=g, dtype=dtype)
     a = scale * (x @ x.mT)
-    values, vectors, _ = direct.exact(a)
+    values, vectors, _ = exact.exact(a)
     assert sound(a, vectors, [0, 2, 4], values[[0, 2, 4]], 0.0).all()
     for kind in KINDS:
         if n < 9 and kind in ("other vectors", "permuted values", "one column"):
@@ -128,7 +129,7 @@ def test_a_check_costs_less_than_one_of_eq_11():
     with FlopCounterMode(display=False) as mine:
         sound(a, a, [0, 1, 2, 3], torch.ones(4, 256), 0.0)
     with FlopCounterMode(display=False) as theirs:
-        eigenbasis.relative_off_diagonal(a, a)
+        criterion.relative_off_diagonal(a, a)
     assert mine.get_total_flops() < 0.2 * theirs.get_total_flops()
 
 

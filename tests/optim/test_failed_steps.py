@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from algoperf_shampoo.optim import EShampoo, Solver, eigenbasis
-from algoperf_shampoo.optim.buckets import Layout
-from algoperf_shampoo.optim.eigen import direct
+from algoperf_shampoo.optim import EShampoo, Solver, criterion, refresh
+from algoperf_shampoo.optim.blocks.layout import Layout
+from algoperf_shampoo.optim.eigen import exact
+from algoperf_shampoo.optim.eshampoo import EShampooRule as Rule
 from algoperf_shampoo.optim.ops import BasisChange
-from algoperf_shampoo.optim.preconditioners import EShampoo as Rule
 
 from .support import VARIANTS, gradients, make
 
@@ -131,11 +131,11 @@ class SolverError(Exception):
 PHASES = {
     "gather": (Layout, "gather"),
     "statistics": (Rule, "accumulate"),
-    "check": (eigenbasis, "scores"),
+    "check": (criterion, "scores"),
     "rebase": (Rule, "rebase"),
     "leave": (BasisChange, "leave"),
-    "solve": (direct, "exact"),
-    "verify": (eigenbasis, "sound"),
+    "solve": (exact, "exact"),
+    "verify": (refresh, "sound"),
     "operators": (Rule, "operator"),
     "enter": (BasisChange, "enter"),
     "direction": (Rule, "direction"),
@@ -155,7 +155,7 @@ BOUNDARIES = [
 @pytest.mark.parametrize(("phase", "after", "method"), BOUNDARIES)
 def test_an_error_at_every_boundary(phase, after, method, monkeypatch):
     """Before or after the first, second and third call of a phase's function."""
-    monkeypatch.setattr(eigenbasis, "CHUNK_ENTRIES", 300)  # solved in many pieces
+    monkeypatch.setattr(refresh, "CHUNK_ENTRIES", 300)  # solved in many pieces
     if method == "warm":
         monkeypatch.setitem(globals(), "SHAPES", [(70, 66), (66, 70)])
     optimizer, params = prepared(
@@ -202,7 +202,7 @@ def half_a_step():
     saved = optimizer.state_dict()
     give(params, 5)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SolverError):
-        patch.setattr(direct, "exact", lambda a: (_ for _ in ()).throw(SolverError()))
+        patch.setattr(exact, "exact", lambda a: (_ for _ in ()).throw(SolverError()))
         optimizer.step()
     return optimizer, params, saved
 
@@ -241,7 +241,7 @@ def test_a_closure_is_not_called_again():
         return torch.tensor(float(len(calls)))
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SolverError):
-        patch.setattr(direct, "exact", lambda a: (_ for _ in ()).throw(SolverError()))
+        patch.setattr(exact, "exact", lambda a: (_ for _ in ()).throw(SolverError()))
         optimizer.step(closure)
     assert optimizer.step(closure) == 1 and len(calls) == 1
     assert optimizer.step(closure) == 2
@@ -259,7 +259,7 @@ def test_after_an_interrupt_or_a_device_error_nobody_knows_the_state(error, why)
     saved = optimizer.state_dict()
     give(params, 5)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
-        patch.setattr(direct, "exact", lambda a: (_ for _ in ()).throw(error))
+        patch.setattr(exact, "exact", lambda a: (_ for _ in ()).throw(error))
         optimizer.step()
     for refused in (optimizer.state_dict, optimizer.step):
         with pytest.raises(RuntimeError, match=why):
@@ -278,7 +278,7 @@ def test_groups_that_are_done_are_not_done_again():
     for t in range(3):
         give(params, t)
         give(twins, t)
-        honest, calls = direct.exact, []
+        honest, calls = exact.exact, []
 
         def fails(a, honest=honest, calls=calls):
             calls.append(1)
@@ -287,7 +287,7 @@ def test_groups_that_are_done_are_not_done_again():
             return honest(a)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SolverError):
-            patch.setattr(direct, "exact", fails)
+            patch.setattr(exact, "exact", fails)
             optimizer.step()
         optimizer.step()
         twin.step()

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from algoperf_shampoo.optim import EShampoo
-from algoperf_shampoo.optim.buckets import Lent
-from algoperf_shampoo.optim.eigen import batched, cusolver, direct, lanes
-from algoperf_shampoo.optim.eigen.jobs import Job
-from algoperf_shampoo.optim.eigen.solvers import Solver
-from algoperf_shampoo.optim.eigen.warm import ORTHOGONALIZATIONS
-from algoperf_shampoo.optim.linalg import gram_ema_, matricized, relative_off_diagonal
+from algoperf_shampoo.optim.blocks.layout import Lent
+from algoperf_shampoo.optim.criterion import relative_off_diagonal
+from algoperf_shampoo.optim.eigen import batch_plan, batched, cusolver, exact
+from algoperf_shampoo.optim.eigen.orthogonal_iteration import ORTHOGONALIZATIONS
+from algoperf_shampoo.optim.eigen.problem import Job
+from algoperf_shampoo.optim.eigen.solver import Solver
+from algoperf_shampoo.optim.ops.linalg import gram_ema_, matricized
 
 from .support import SETTINGS, VARIANTS, ReferenceParameter, bases_of, gradients, make
 
@@ -68,11 +69,11 @@ def test_back_ends_against_float64(n, dtype, method):
     if method == "torch":
         values, vectors = torch.linalg.eigh(a)
     elif method == "exact":
-        values, vectors, _ = direct.exact(a)
+        values, vectors, _ = exact.exact(a)
     elif method == "cusolver":
         vectors = a.clone()
         values, _ = cusolver.eigh_(vectors, cusolver.workspace(n, dtype, a.device, 8))
-    else:  # as a refresh does: several batches in two lanes, in place or through copies
+    else:  # as a refresh does: several batches in two batch_plan, in place or through copies
         indices = list(range(8)) if method == "lanes" else [0, 1, 3, 4, 6, 7]
         operators = torch.zeros_like(a)
         job = Job(a, operators, indices)
@@ -147,7 +148,7 @@ def test_sizes_in_two_phases(chosen, mib, monkeypatch):
     schedules = []
 
     def schedule(*arguments):
-        schedules.append(lanes.schedule(*arguments))
+        schedules.append(batch_plan.schedule(*arguments))
         return schedules[-1]
 
     monkeypatch.setattr(batched, "schedule", schedule)

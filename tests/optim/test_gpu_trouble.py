@@ -7,11 +7,12 @@ import os
 import pytest
 import torch
 
-from algoperf_shampoo.optim import EShampoo, Solver, nonfinite, state
-from algoperf_shampoo.optim.eigen import cusolver, direct
+from algoperf_shampoo.optim import EShampoo, Solver, nonfinite
+from algoperf_shampoo.optim.blocks import state_dict
+from algoperf_shampoo.optim.eigen import cusolver, exact
 from algoperf_shampoo.optim.gpu import tiles, triton_ops
 from algoperf_shampoo.optim.gpu.graphs import Recorder
-from algoperf_shampoo.optim.gpu.graphs import direct as unrecorded
+from algoperf_shampoo.optim.journal import directly_run
 from algoperf_shampoo.optim.nonfinite import NonFiniteGradientError, Skipped
 
 from .support import VARIANTS, gradients, make
@@ -47,7 +48,7 @@ def small_tiles(monkeypatch):
 
 class Unrecorded(Recorder):
     def begin(self, layout, h):
-        return self.inputs(layout, h), unrecorded
+        return self.inputs(layout, h), directly_run
 
 
 def on_device(optimizer):
@@ -258,12 +259,12 @@ def test_garbage_of_cusolver_keeps_the_old_basis(monkeypatch):
     for t in range(1, 16):
         give(params, t)
         if t == 10:
-            old = [dict(b) for b in state.blocks_of(optimizer.state_dict()["state"][0])][0]
+            old = [dict(b) for b in state_dict.blocks_of(optimizer.state_dict()["state"][0])][0]
             monkeypatch.setattr(cusolver, "eigh_", spoiled)
-            monkeypatch.setattr(direct, "_one_by_one", None)
+            monkeypatch.setattr(exact, "_one_by_one", None)
         optimizer.step()
         monkeypatch.undo()
-    new = state.blocks_of(optimizer.state_dict()["state"][0])[0]
+    new = state_dict.blocks_of(optimizer.state_dict()["state"][0])[0]
     assert new["checks_0"] == 3 and new["failures_0"] + new["failures_1"] >= 1
     assert new["refreshes_0"] + new["failures_0"] == 3
     assert not torch.equal(new["operator_0"], old["operator_0"])

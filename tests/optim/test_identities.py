@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from algoperf_shampoo import optim
-from algoperf_shampoo.optim.reference import (
-    AdamW,
-    EShampoo,
-    Hyperparameters,
-    relative_off_diagonal,
-)
+from algoperf_shampoo.optim.reference import AdamW, EShampoo, Hyperparameters, relative_off_diagonal
 from algoperf_shampoo.optim.reference_eshampoo import (
     EShampooAblation,
     preconditioned,

@@ -74,13 +74,14 @@ def compiled(name, arguments, settings, tile, capability, tables=TABLES):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from algoperf_shampoo.optim.gpu import triton_kernels
+    from algoperf_shampoo.optim.gpu import kernels
+
 
     tile = dict(tile)
     options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
     constants = {**settings, **tile}
     signature = {**tables, **arguments}
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(kernels, name)
     if "constants" in inspect.signature(ASTSource.__init__).parameters:  # up to Triton 3.1
         source = ASTSource(fn=kernel, signature=signature, constants=constants)
     else:

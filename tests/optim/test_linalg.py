@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim import linalg, reference
-from algoperf_shampoo.optim.eigen.direct import exact
-from algoperf_shampoo.optim.eigen.jobs import Job
-from algoperf_shampoo.optim.eigen.solvers import Solver
-from algoperf_shampoo.optim.eigen.warm import ORTHOGONALIZATIONS
+from algoperf_shampoo.optim import reference
+from algoperf_shampoo.optim.eigen.exact import exact
+from algoperf_shampoo.optim.eigen.orthogonal_iteration import ORTHOGONALIZATIONS
+from algoperf_shampoo.optim.eigen.problem import Job
+from algoperf_shampoo.optim.eigen.solver import Solver
+from algoperf_shampoo.optim.ops import linalg
 
 SHAPES = [(5,), (4, 6), (3, 4, 5), (2, 3, 2, 4), (64, 64, 3), (3, 4096), (8, 2, 512)]
 

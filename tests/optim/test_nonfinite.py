@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 
-from algoperf_shampoo.optim import nonfinite, state
+from algoperf_shampoo.optim import nonfinite
+from algoperf_shampoo.optim.blocks import state_dict
 from algoperf_shampoo.optim.nonfinite import BOUND, NonFiniteGradientError, Skipped
 
 from .support import VARIANTS, ReferenceParameter, gradients, make
@@ -97,7 +98,7 @@ def test_a_check_that_is_due_takes_place_without_the_gradient(variant):
     for t in range(1, 6):
         give(params, t, bad=(0,) if t == 5 else ())
         optimizer.step()
-    block = state.blocks_of(optimizer.state_dict()["state"][0])[0]
+    block = state_dict.blocks_of(optimizer.state_dict()["state"][0])[0]
     assert block["checks_0"] == block["refreshes_0"] == 1 and block["failures_0"] == 0
 
 
@@ -199,7 +200,7 @@ def test_a_factor_that_is_not_finite_starts_anew_at_the_next_check():
     for t in range(5, 11):
         give(params, t)
         optimizer.step()
-        block = state.blocks_of(optimizer.state_dict()["state"][0])[0]
+        block = state_dict.blocks_of(optimizer.state_dict()["state"][0])[0]
         if t == 5:
             assert block["failures_0"] == 1 and not block["factor_0"].any()
             assert torch.equal(block["operator_0"], torch.eye(16))

@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from algoperf_shampoo.optim import EShampoo, Kronecker, reference, reference_kl
+from algoperf_shampoo.optim.eshampoo import EShampooRule
 from algoperf_shampoo.optim.gpu import tiles
-from algoperf_shampoo.optim.gpu.graphs import Recorder, direct
+from algoperf_shampoo.optim.gpu.graphs import Recorder
 from algoperf_shampoo.optim.gpu.triton_ops import TritonOperations
-from algoperf_shampoo.optim.preconditioners import EShampoo as EShampooRule
-from algoperf_shampoo.optim.preconditioners import Rule
+from algoperf_shampoo.optim.journal import directly_run
+from algoperf_shampoo.optim.rule import Rule
 
 from .operations import Machine
 from .support import gradients
@@ -217,7 +218,7 @@ class Unrecorded(Recorder):
     """Stands in for ``Recorder`` where there is no GPU."""
 
     def begin(self, layout, h):
-        return self.inputs(layout, h), direct
+        return self.inputs(layout, h), directly_run
 
 
 def on_back_end(optimizer, back_end):

@@ -18,7 +18,8 @@ from unittest import mock
 import pytest
 import torch
 
-from algoperf_shampoo.optim import EShampoo, eigenbasis, kronecker
+from algoperf_shampoo.optim import EShampoo, criterion
+from algoperf_shampoo.optim import optimizer as optimizer_
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,7 +49,7 @@ def measure(switch: str, local_switch: bool, own_kernels: bool) -> dict[str, flo
     nothing: Any = lambda setting: contextlib.nullcontext()  # noqa: E731
     with contextlib.ExitStack() as stack:
         if not local_switch:
-            for module in (kronecker, eigenbasis):
+            for module in (optimizer_, criterion):
                 stack.enter_context(mock.patch.object(module, "matmul_precision", nothing))
         if not own_kernels:
             stack.enter_context(
@@ -76,7 +77,7 @@ def measure(switch: str, local_switch: bool, own_kernels: bool) -> dict[str, flo
         for factor_set in sets:
             vectors = torch.linalg.eigh(factor_set.factors[0].double())[1]
             factor_set.operators[0].copy_(vectors)
-            score = float(eigenbasis.scores(factor_set, [0], 0.1)[0])
+            score = float(criterion.scores(factor_set, [0], 0.1)[0])
             errors["criterion"] = max(errors["criterion"], score)
     return errors
 

@@ -10,6 +10,7 @@ import pytest
 
 from algoperf_shampoo import submission
 from algoperf_shampoo.harness import submission_loader
+from algoperf_shampoo.optim.blocks import partition
 from algoperf_shampoo.study import memory
 
 ROOT = Path(__file__).parents[2]
@@ -59,11 +60,10 @@ def test_other_doors(tmp_path, name):
 
 
 def test_what_is_read_without_torch_is_what_is_read_with_it(monkeypatch):
-    from algoperf_shampoo.optim import blocking
 
     for shape, _ in memory.shapes("fastmri"):
-        theirs = memory._blocking().cut(shape, 1024)
-        assert [block.shape for block in theirs] == [b.shape for b in blocking.cut(shape, 1024)]
+        theirs = memory._partition().cut(shape, 1024)
+        assert [block.shape for block in theirs] == [b.shape for b in partition.cut(shape, 1024)]
     with_torch = submission_loader.batch_size(ROOT, "nadamw", "imagenet_vit")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert submission_loader.batch_size(ROOT, "nadamw", "imagenet_vit") == with_torch == 1024

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..buckets import Lent
+from ..blocks.layout import Lent
+from ..blocks.rows import consecutive, longest_run
 from . import cusolver
-from .direct import mend, scale_of
-from .jobs import Job, Result, consecutive, longest_run
-from .lanes import Batch, Plan, Room, Task, schedule
-from .parking import ALIGNMENT, as_bytes, parked, usable
+from .batch_plan import Batch, Plan, Room, Task, schedule
+from .exact import mend, scale_of
+from .host_offload import ALIGNMENT, as_bytes, parked, usable
+from .problem import Job, Result
 
 
 def decompose(jobs: Sequence[Job], workspace: int, lent: Sequence[Lent] = ()) -> list[Result]:

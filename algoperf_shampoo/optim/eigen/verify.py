@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import largest_entry
-from ..precision import matmul_precision
-from .jobs import chunks, take
+from ..blocks.rows import chunks, take
+from ..ops.linalg import largest_entry
+from ..ops.precision import matmul_precision
 
 PROBES = 8
 # Of ||Q Q' - I|| / sqrt(n), and of ||A - Q Lambda Q'|| / ||A|| beyond what the method leaves. The

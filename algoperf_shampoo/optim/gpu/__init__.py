@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 
 @functools.cache
-def kernels() -> ModuleType | None:
-    """:mod:`.triton_kernels`, or None where Triton is missing. Compiled at their first launch."""
+def triton_kernels() -> ModuleType | None:
+    """:mod:`.kernels`, or None where Triton is missing. Compiled at their first launch."""
     try:
-        from . import triton_kernels
+        from . import kernels
     except ImportError:
         if torch.cuda.is_available():
             log.warning("no Triton: steps go by torch's operations, several times slower")
         return None
-    return triton_kernels
+    return kernels
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
@@ -34,5 +34,5 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
         and dtype == torch.float32
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
-        and kernels() is not None
+        and triton_kernels() is not None
     )

@@ -16,20 +16,11 @@ from typing import Any
 
 import torch
 
-from ..buckets import Layout, Stack
-from ..journal import Journal
+from ..blocks.layout import Layout, Stack
+from ..journal import Journal, Run
 from ..ops import Hyper
 
 log = logging.getLogger(__name__)
-
-# Runs a named section of a step: Run(name, section) is section() or its replay.
-Run = Callable[[str, Callable[[], Any]], Any]
-
-
-def direct(name: str, section: Callable[[], Any]) -> Any:
-    """The :data:`Run` that records nothing."""
-    return section()
-
 
 class Recorder:
     """Runs a section directly the first time, records it the second, then replays.

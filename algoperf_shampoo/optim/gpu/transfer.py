@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..blocking import Block
-from . import kernels
+from ..blocks.partition import Block
+from . import triton_kernels
 
 TILE = 4096  # entries copied by one program
 GRADIENT_TABLES = 4
@@ -55,7 +55,7 @@ class Transfer:
             for offset, inside, run, stride, entries in runs(block):
                 tiles += [(len(pieces), start) for start in range(0, entries, TILE)]
                 pieces.append((param, offset, position + inside, run, stride, entries, row))
-        module = kernels()
+        module = triton_kernels()
         assert module is not None
         self._kernels = module
         self._buffer = buffer
@@ -71,7 +71,7 @@ class Transfer:
     @staticmethod
     def fits(params: Sequence[Tensor]) -> bool:
         """Whether the parameters are such that this class can serve."""
-        return bool(params) and kernels() is not None and all(
+        return bool(params) and triton_kernels() is not None and all(
             p.is_cuda
             and p.device == params[0].device
             and p.dtype == torch.float32

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..buckets import Stack
+from ..blocks.layout import Stack
 from ..journal import Once, directly
 from ..nonfinite import Guard
 from ..ops import Hyper, ModeVectors, Operators, Value
 from ..ops.torch_ops import TorchOperations
 from ..ops.values import GRADIENT, OWN, Place
-from .grouped import Grouped
+from .launches import Grouped
 
 log = logging.getLogger(__name__)
 

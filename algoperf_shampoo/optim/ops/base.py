@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import linalg, noise
-from ..buckets import Stack
-from ..eigen.jobs import put, take
+from .. import noise
+from ..blocks.layout import Stack
+from ..blocks.rows import put, take
 from ..journal import Once, directly
 from ..nonfinite import Guard
-from ..precision import matmul_precision
+from . import linalg
 from .hyper import Hyper, bias_corrections
+from .precision import matmul_precision
 from .values import GRADIENT, ModeVectors, Operators, Place, Value
 
 log = logging.getLogger(__name__)

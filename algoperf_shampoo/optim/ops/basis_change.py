@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..buckets import Stack
-from ..eigen.jobs import put, take
+from ..blocks.layout import Stack
+from ..blocks.rows import put, take
 from .base import Operations
 from .values import Value
 

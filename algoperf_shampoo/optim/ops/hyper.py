@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..buckets import Stack
+from ..blocks.layout import Stack
 
 
 class Hyper(NamedTuple):

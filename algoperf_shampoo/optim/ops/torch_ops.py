@@ -10,9 +10,10 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from .. import linalg, noise
-from ..buckets import Stack
+from .. import noise
+from ..blocks.layout import Stack
 from ..journal import Once, directly
+from . import linalg
 from .base import Operations
 from .hyper import Hyper, bias_corrections
 from .values import GRADIENT, ModeVectors, Operators, Place, Value

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..buckets import Stack
+from ..blocks.layout import Stack
 
 # Numbers of buffers: the gradients', those a rule works in from 1 on, and memory of its own.
 GRADIENT, OWN = 0, -1

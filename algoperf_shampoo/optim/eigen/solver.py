@@ -23,11 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..buckets import Lent
-from . import batched, cusolver, direct
-from .jobs import Job, Result, consecutive, put, take
-from .parking import ALIGNMENT, parked, usable
-from .warm import ORTHOGONALIZATIONS, sweep_
+from ..blocks.layout import Lent
+from ..blocks.rows import consecutive, put, take
+from . import batched, cusolver, exact
+from .host_offload import ALIGNMENT, parked, usable
+from .orthogonal_iteration import ORTHOGONALIZATIONS, sweep_
+from .problem import Job, Result
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Solver:
                 done = batched.decompose(mine, limit, lent)
             else:
                 _say_once("torch.linalg.eigh")
-                done = [direct.decompose(job, limit) for job in mine]
+                done = [exact.decompose(job, limit) for job in mine]
             results.update(zip(here, done, strict=True))
         return [results[k] for k in range(len(jobs))]
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gpu import kernels
-from .journal import directly
+from ..journal import directly
 
 
 def rotate(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
@@ -102,44 +101,6 @@ def gram_ema_(
 def largest_entry(a: Tensor) -> Tensor:
     """max |a_ij| of positive semi-definite a: [N, n, n] -> [N]. It stands on the diagonal."""
     return a.diagonal(dim1=-2, dim2=-1).amax(-1)
-
-
-def relative_off_diagonal(a: Tensor, q: Tensor) -> Tensor:
-    """Left side of Eq. 11, ||Q'AQ - diag(Q'AQ)||_F / ||A||_F, for stacks: [N, n, n] x2 -> [N].
-
-    Uses ||Q'AQ - Lambda|| = ||AQ - Q Lambda|| with Lambda = diag(Q'AQ): one product instead of two,
-    and no difference of two large norms (sqrt(|B|^2 - |diag B|^2) reads 0 for a true 1e-3 in
-    float32). Entries are divided by the largest first, so that tiny gradients do not underflow when
-    squared. 0 for an all-zero factor, nan for one that is not finite.
-
-    No eps * I is added to the factor (facebookresearch/optimizers does): with small gradients eps
-    would dominate, the criterion would always hold and the basis would never move.
-    """
-    scale = largest_entry(a)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    off, norm = off_diagonal_and_norm(a, q, a @ q, scale)
-    return torch.where(norm > 0, off / norm, norm)
-
-
-def off_diagonal_and_norm(a: Tensor, q: Tensor, aq: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """||AQ - Q diag(Q'AQ)||_F / scale and ||A||_F / scale of stacks: two tensors [N].
-
-    a, q, aq = a @ q: [N, n, n], aq may be overwritten; scale: [N]. On a GPU our kernel passes over
-    memory 5 times, torch's operations 14 times.
-    """
-    contiguous = a.is_contiguous() and q.is_contiguous() and aq.is_contiguous()
-    fits = a.is_cuda and a.dtype == torch.float32 and contiguous
-    if fits and (module := kernels()) is not None:
-        n = a.shape[-1]
-        off, norm = a.new_empty(2, len(a), n)
-        with torch.cuda.device(a.device):
-            grid = (len(a), (n + 31) // 32)
-            module.criterion[grid](a, q, aq, scale.contiguous(), off, norm, n, R=64, C=32)
-        return off.sum(-1).sqrt(), norm.sum(-1).sqrt()
-    rayleigh = (q * aq).sum(-2, keepdim=True)  # [N, 1, n]
-    scale = scale[:, None, None]
-    off = torch.linalg.vector_norm(aq.sub_(q * rayleigh).div_(scale), dim=(-2, -1))
-    return off, torch.linalg.vector_norm(a / scale, dim=(-2, -1))
 
 
 def inverse_root(

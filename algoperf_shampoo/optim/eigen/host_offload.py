@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..buckets import Lent
-from .jobs import chunks, take
+from ..blocks.layout import Lent
+from ..blocks.rows import chunks, take
 
 # At most so much of a piece of lent memory is parked: the host memory for it is kept.
 PARKED_BYTES = 2**29

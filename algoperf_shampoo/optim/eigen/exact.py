@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..blocks.rows import put, take
 from . import cusolver
-from .jobs import Job, Result, put, take
+from .problem import Job, Result
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim.blocking import cut, merge_dims
+from algoperf_shampoo.optim.blocks.partition import cut, merge_dims
 
 
 @pytest.mark.parametrize(

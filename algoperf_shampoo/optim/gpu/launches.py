@@ -2,7 +2,7 @@
 
 A model has stacks of many shapes, some of a single small block. One after the other they leave most
 of a GPU idle. Here the tiles of all stacks' products stand in one table, so that an ordinary step
-of any model is about fifteen launches (of :mod:`.triton_kernels`), and its temporary memory one
+of any model is about fifteen launches (of :mod:`.kernels`), and its temporary memory one
 scratch buffer as large as the gradients (and with convolutions the pieces of long sums).
 """
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..buckets import Stack
-from ..eigen.jobs import runs
+from ..blocks.layout import Stack
+from ..blocks.rows import runs
 from ..journal import Once, directly
 from ..nonfinite import Guard, bound_bits
 from ..ops import Hyper
 from ..ops.values import Place
-from . import kernels, tiles
+from . import tiles, triton_kernels
 from .tiles import Tile
 
 Launches = list[Callable[..., None]]
@@ -45,7 +45,7 @@ class Grouped:
 
     def __init__(self, stacks: Sequence[Stack], once: Once = directly) -> None:
         self.once = once
-        module = kernels()
+        module = triton_kernels()
         assert module is not None
         self._kernels = module
         self._device = stacks[0].device

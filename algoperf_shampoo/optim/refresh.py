@@ -11,108 +11,24 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .buckets import Lent, Stack
-from .eigen.jobs import CHUNK_ENTRIES, Job, Result, chunks, put, take
-from .eigen.parking import aside
-from .eigen.solvers import Solver
+from .blocks.factors import FactorSet
+from .blocks.layout import Lent
+from .blocks.rows import CHUNK_ENTRIES, chunks, put, take
+from .criterion import read_scores
+from .eigen.host_offload import aside
+from .eigen.problem import Job, Result
+from .eigen.solver import Solver
 from .eigen.verify import sound
-from .gpu.graphs import Run, direct
-from .journal import Once
-from .linalg import largest_entry, relative_off_diagonal
+from .journal import Once, Run, directly_run
 from .ops import BasisChange, Operations, State
-from .precision import matmul_precision
-from .preconditioners.base import Rule
+from .rule import Rule
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Rows start:stop of a factor set are mode ``mode`` of all rows of ``stack``."""
-
-    stack: Stack
-    mode: int
-    start: int
-
-
-@dataclass
-class FactorSet:
-    """All factors of one size n (and dtype and device).
-
-    factors, operators: [N, n, n]; spans: whose they are; checks, refreshes, failures: per factor,
-    how often it was due, got a new operator, or could not (not finite, or no back end converged).
-    """
-
-    n: int
-    factors: Tensor
-    operators: Tensor
-    spans: list[Span]
-    checks: list[int] = field(default_factory=list)
-    refreshes: list[int] = field(default_factory=list)
-    failures: list[int] = field(default_factory=list)
-
-    def due(self, rows: Mapping[int, Sequence[int]]) -> list[int]:
-        """Indices of the factors of given rows; rows: id(stack) -> row numbers."""
-        return [s.start + r for s in self.spans for r in rows.get(id(s.stack), ())]
-
-    def spans_of(self, indices: Sequence[int]) -> Iterable[tuple[Span, list[int], list[int]]]:
-        """(span, its rows among indices, their positions in indices)."""
-        for span in self.spans:
-            stop = span.start + len(span.stack)
-            inside = [(i - span.start, p) for p, i in enumerate(indices) if span.start <= i < stop]
-            if inside:
-                yield span, [r for r, _ in inside], [p for _, p in inside]
-
-
-def build_factor_sets(stacks: Sequence[Stack]) -> list[FactorSet]:
-    """Allocate factors (zero) and operators (identity) of the stacks, and set their slices."""
-    modes: dict[tuple[int, torch.dtype, torch.device], list[tuple[Stack, int]]] = {}
-    for stack in stacks:
-        for mode, n in enumerate(stack.shape):
-            modes.setdefault((n, stack.dtype, stack.device), []).append((stack, mode))
-        stack.factors = [torch.empty(0)] * len(stack.shape)
-        stack.operators = [torch.empty(0)] * len(stack.shape)
-    sets = []
-    for (n, dtype, device), users in modes.items():
-        total = sum(len(stack) for stack, _ in users)
-        factors = torch.zeros(total, n, n, dtype=dtype, device=device)
-        operators = torch.eye(n, dtype=dtype, device=device).repeat(total, 1, 1)
-        spans, start = [], 0
-        for stack, mode in users:
-            stop = start + len(stack)
-            stack.factors[mode] = factors[start:stop]
-            stack.operators[mode] = operators[start:stop]
-            spans.append(Span(stack, mode, start))
-            start = stop
-        sets.append(FactorSet(n, factors, operators, spans, *([0] * total for _ in range(3))))
-    return sets
-
-
-@torch.no_grad()
-def scores(factor_set: FactorSet, indices: Sequence[int], tau: float) -> Tensor:
-    """Per factor, a number that exceeds tau when it needs a new operator: [len(indices)], float64.
-
-    With tau > 0 the left side of Eq. 11. With tau = 0 (fixed frequency) infinity. Never for a
-    factor that is all zero (no direction to prefer) or not finite (nan compares false).
-    """
-    parts = []
-    for chunk in chunks(indices, factor_set.n):
-        a = take(factor_set.factors, chunk)
-        if tau > 0:
-            with matmul_precision("highest"):
-                part = relative_off_diagonal(a, take(factor_set.operators, chunk))
-        else:
-            top = largest_entry(a)
-            part = torch.where(top > 0, top + math.inf, top)
-            part = torch.where(torch.isfinite(top), part, torch.full_like(part, math.nan))
-        parts.append(part.double())
-    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -126,7 +42,7 @@ def refresh(
     ops: Operations,
     lent: Sequence[Lent] = (),
     group: dist.ProcessGroup | None = None,
-    run: Run = direct,
+    run: Run = directly_run,
     mend: bool = True,
     first: bool = False,
 ) -> bool:
@@ -153,7 +69,7 @@ def refresh(
     due = [(s, indices) for s in factor_sets if (indices := s.due(rows))]
     if not due:
         return False
-    read = iter(once(_read_scores, factor_sets, due, tau, group, run))
+    read = iter(once(read_scores, factor_sets, due, tau, group, run))
     jobs: list[tuple[FactorSet, Job]] = []
     for factor_set, indices in due:
         score = {i: next(read) for i in indices}
@@ -191,25 +107,6 @@ def refresh(
             _tell(change, positions, parts)
             next(move, None)
     return True
-
-
-def _read_scores(
-    factor_sets: Sequence[FactorSet],
-    due: Sequence[tuple[FactorSet, list[int]]],
-    tau: float,
-    group: dist.ProcessGroup | None,
-    run: Run,
-) -> list[float]:
-    """:func:`scores` of all that is due, by the one host read; rank 0's in a group."""
-    device = max((s.factors.device for s, _ in due), key=str)
-    everything = sum(len(i) for _, i in due) == sum(len(s.factors) for s in factor_sets)
-    values = (run if everything else direct)(
-        "scores" if tau > 0 else "finite",
-        lambda: torch.cat([scores(s, i, tau).to(device) for s, i in due]),
-    )
-    if group is not None:
-        dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
-    return values.tolist()
 
 
 def _count_checks(factor_set: FactorSet, indices: Sequence[int], spoiled: Sequence[int]) -> None:

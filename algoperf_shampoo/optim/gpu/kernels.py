@@ -1,4 +1,5 @@
-"""GPU kernels (Triton) for all stacks of a model at once; imported by the package's ``kernels()``.
+"""GPU kernels (Triton) for all stacks of a model at once; imported by the package's
+``triton_kernels()``.
 
 A launch takes two tables. ``groups`` (int64, WORDS words a row) says where a stack's tensors are:
 addresses and sizes. ``tiles`` (int32, 4 or 6 words a row) says what each program does: which group,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocking import Block
-from .gpu.transfer import Transfer
-from .journal import Once, directly
+from ..gpu.transfer import Transfer
+from ..journal import Once, directly
+from .partition import Block
 
 GRADIENT, WORK = "gradient", "work"
 _grad = operator.attrgetter("grad")

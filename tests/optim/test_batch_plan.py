@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from algoperf_shampoo.optim.eigen.batch_plan import LARGE, Batch, Room, Task, plan, schedule
 from algoperf_shampoo.optim.eigen.cusolver import better_alone, milliseconds
-from algoperf_shampoo.optim.eigen.lanes import LARGE, Batch, Room, Task, plan, schedule
 
 MIB = 2**20
 SIZES = [9, 128, 256, 288, 384, 512, 768, 1000, 1024]

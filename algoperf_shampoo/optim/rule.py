@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..ops import BasisChange, Hyper, Operations, State, Value
+from .ops import BasisChange, Hyper, Operations, State, Value
 
 
 class Rule(ABC):
@@ -76,3 +76,14 @@ class Rule(ABC):
         is, by index (D in Algorithm 2).
         """
         yield
+
+
+class AdamRule(Rule):
+    """U = M^ / (sqrt(D^) + eps), no factors."""
+
+    has_factors = False
+    work_buffers = 0
+
+    def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
+        ops.adam(G, s["exp_avg"], s["exp_avg_sq"], h)
+        return G

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import largest_entry, off_diagonal_and_norm
-from ..precision import matmul_precision
+from ..criterion import off_diagonal_and_norm
+from ..ops.linalg import largest_entry
+from ..ops.precision import matmul_precision
 from . import cusolver
 
 ORTHOGONALIZATIONS = ("cholesky", "householder")

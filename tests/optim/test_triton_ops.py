@@ -10,14 +10,14 @@ import os
 import pytest
 import torch
 
-from algoperf_shampoo.optim import linalg
-from algoperf_shampoo.optim.blocking import cut
-from algoperf_shampoo.optim.buckets import Layout
-from algoperf_shampoo.optim.eigenbasis import build_factor_sets
+from algoperf_shampoo.optim.blocks.factors import build_factor_sets
+from algoperf_shampoo.optim.blocks.layout import Layout
+from algoperf_shampoo.optim.blocks.partition import cut
 from algoperf_shampoo.optim.gpu import tiles
-from algoperf_shampoo.optim.gpu.graphs import Recorder, direct
+from algoperf_shampoo.optim.gpu.graphs import Recorder
 from algoperf_shampoo.optim.gpu.triton_ops import TritonOperations
-from algoperf_shampoo.optim.ops import Hyper, Operators, State
+from algoperf_shampoo.optim.journal import directly_run
+from algoperf_shampoo.optim.ops import Hyper, Operators, State, linalg
 
 from .support import VARIANTS, ReferenceParameter, bases_of, gradients, make
 
@@ -224,7 +224,7 @@ class Unrecorded(Recorder):
     """Stands in for ``Recorder`` where there is no GPU."""
 
     def begin(self, layout, h):
-        return self.inputs(layout, h), direct
+        return self.inputs(layout, h), directly_run
 
 
 @pytest.mark.parametrize("nadam", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from .buckets import Layout
+from .layout import Layout
 
 # Warned of are factors that take this many times what AdamW keeps of their parameter, and so much
 # at all.

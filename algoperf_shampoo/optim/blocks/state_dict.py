@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import settings
-from .buckets import Layout, Stack
-from .eigenbasis import FactorSet
+from .. import settings
+from ..blocks.factors import FactorSet
+from .layout import Layout, Stack
 
 Entry = dict[str, Any]  # of one parameter
 COUNTERS = ("checks", "refreshes", "failures")

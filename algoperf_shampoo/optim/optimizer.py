@@ -5,58 +5,39 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
-from . import costs, gpu, settings, state
-from .blocking import cut
-from .buckets import Layout, Stack
-from .eigen.solvers import Solver
-from .eigenbasis import FactorSet, build_factor_sets, refresh
-from .gpu.graphs import Recorder, Run, direct
+from . import gpu, settings
+from .blocks import costs
+from .blocks.factors import FactorSet, build_factor_sets
+from .blocks.layout import Layout, Stack
+from .blocks.partition import cut
+from .blocks.state_dict import GroupState
+from .eigen.solver import Solver
+from .gpu.graphs import Recorder
 from .gpu.triton_ops import TritonOperations
-from .journal import Journal
+from .group import Group
+from .journal import Journal, Run, directly_run
 from .nonfinite import Guard, NonFiniteGradientError, Skipped
 from .ops import Hyper, Operations, State
+from .ops.precision import matmul_precision
 from .ops.torch_ops import TorchOperations
-from .precision import matmul_precision
-from .preconditioners import Adam, Rule
-from .replicas import Replicas
+from .refresh import refresh
+from .rule import AdamRule, Rule
+from .saving import Saving
 
 log = logging.getLogger(__name__)
 
+ADAM = AdamRule()
 MAX_DIM = 1024  # a dimension above is cut, unless max_preconditioner_dim says otherwise
 
 
-@dataclass
-class Group:
-    """One parameter group laid out in stacks: which rule takes which, and all their factors.
-
-    state: as it stands in ``optimizer.state``.
-    recorder: on one GPU, runs steps in which all parameters take part; by_kernels: computes them,
-    where our kernels work, and ``by_torch`` all others.
-    guard: knows which gradients are not to be learnt from.
-    options: those in use, but for the learning rate: whether they changed.
-    """
-
-    layout: Layout
-    rules: list[tuple[Rule, list[Stack]]]
-    factor_sets: list[FactorSet]
-    state: state.GroupState
-    recorder: Recorder | None
-    by_kernels: TritonOperations | None
-    by_torch: TorchOperations
-    guard: Guard
-    options: dict[str, Any]
-
-
-class Kronecker(torch.optim.Optimizer):
+class Kronecker(Saving):
     """Shampoo-family optimizer with one rule; the classes of :mod:`.optimizers` choose the rule.
 
     Parameters are merged and cut into blocks (:mod:`.blocking`), blocks of one shape are stacked
@@ -98,7 +79,6 @@ class Kronecker(torch.optim.Optimizer):
         self.cuda_graph = cuda_graph
         self.process_group = process_group
         self._fixed = ("rule", *fixed)
-        self._adam = Adam()
         self._groups: list[Group] = []
         self._journal = Journal()
         self._loss: Any = None
@@ -149,7 +129,7 @@ class Kronecker(torch.optim.Optimizer):
                 recorder = Recorder(device, self.cuda_graph, self._journal)
                 if gpu.multiplies(dtype, device):
                     by_kernels = TritonOperations(layout.stacks, once)
-        group_state = state.GroupState(layout, sets)
+        group_state = GroupState(layout, sets)
         by_torch, guard, seen = TorchOperations(once), Guard(layout), _changeable(options)
         layout.tops = by_kernels.tops_of_gradients if by_kernels is not None else None
         return Group(layout, rules, sets, group_state, recorder, by_kernels, by_torch, guard, seen)
@@ -157,7 +137,7 @@ class Kronecker(torch.optim.Optimizer):
     def _rule_for(self, shape: tuple[int, ...], one_dim: str) -> Rule:
         # A 1x1 factor has one direction: every rule of the family is Adam there.
         plain = shape == (1,) or (len(shape) == 1 and one_dim == "adam")
-        return self._adam if plain else self.rule
+        return ADAM if plain else self.rule
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -235,7 +215,7 @@ class Kronecker(torch.optim.Optimizer):
         with_factors = [s for rule, stacks in group.rules if rule.has_factors for s in stacks]
         frequency = options.get("precondition_frequency", 1)
         due = {id(s): s.due(counted[id(s)], frequency) for s in with_factors}
-        run: Run = direct
+        run: Run = directly_run
         ops: Operations = group.by_torch
         if group.recorder is not None and all(present):
             h, run = group.recorder.begin(layout, h)
@@ -386,94 +366,6 @@ class Kronecker(torch.optim.Optimizer):
             if options.get("noise_directions") == "drop"
             else 0.0,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """A copy of the state, which does not change while training goes on.
-
-        As torch's: {"state": {number of a parameter: its entry, see :mod:`.state`},
-        "param_groups": [...]}. The same whatever the stacks, the device or the back end. Takes as
-        much memory as the state itself.
-        """
-        self._journal.check_complete()
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        entries: list[dict[str, Any]] = []
-        groups = []
-        for options, group in zip(self.param_groups, self._groups, strict=True):
-            numbers = list(range(len(entries), len(entries) + len(group.layout.params)))
-            entries += group.state.copies()
-            packed = {k: state.copy_of(v) for k, v in options.items() if k != "params"}
-            groups.append({**packed, "params": numbers})
-        packed = {"state": dict(enumerate(entries)), "param_groups": groups}
-        for after in self._optimizer_state_dict_post_hooks.values():
-            result = after(self, packed)
-            packed = packed if result is None else result
-        return packed
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, to the bit, the options of groups included.
-
-        A parameter whose state is not finite (an overflow, before such gradients were left out)
-        starts anew, as on its first step, unless nonfinite_gradients is "propagate"; a warning
-        names it.
-
-        Raises:
-            ValueError: saved by another rule, for other parameters or blocks, with options on which
-                the state's meaning depends (rule, one_dim, max_preconditioner_dim, ...) other than
-                this optimizer's, or damaged; nothing has been changed then.
-        """
-        state_dict = dict(state_dict)
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            result = before(self, state_dict)
-            state_dict = state_dict if result is None else result
-        loads = state.loading(
-            state_dict,
-            self.param_groups,
-            [g.state for g in self._groups],
-            (*self._fixed, *settings.LAYOUT),
-        )
-        for load in loads:
-            load()
-        self._journal.replace()
-        for options, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            options.update({k: state.copy_of(v) for k, v in saved.items() if k != "params"})
-        first = 0
-        for options, group in zip(self.param_groups, self._groups, strict=True):
-            group.guard.forget_rows()
-            group.by_torch.state_replaced()
-            if options.get("nonfinite_gradients", "skip") == "skip":
-                for param in group.state.mend():
-                    log.warning("parameter %d: state not finite, it starts anew", first + param)
-            first += len(group.layout.params)
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which have the state but no hooks, as torch's."""
-        self._journal.check_complete()
-        entries = [entry for group in self._groups for entry in group.state.copies()]
-        params = [p for group in self._groups for p in group.layout.params]
-        return {
-            **super().__getstate__(),
-            "state": dict(zip(params, entries, strict=True)),
-            **{name: self.__dict__[name] for name in ("rule", "solver", "cuda_graph", "_fixed")},
-            "process_group": Replicas(self.process_group),
-        }
-
-    @torch.no_grad()
-    def __setstate__(self, state_: dict[str, Any]) -> None:
-        super().__setstate__(state_)
-        self.process_group = state_["process_group"].group
-        self._adam = Adam()
-        self._groups = []
-        self._journal, self._loss = Journal(), None
-        saved, self.state = self.state, defaultdict(dict)
-        for options in self.param_groups:
-            group = self._lay_out(options)
-            group.state.loading([saved[p] for p in options["params"]], 0)()
-            self._groups.append(group)
-            self.state.update(zip(options["params"], group.state.entries, strict=True))
 
     def skipped_gradients(self) -> dict[int, Skipped]:
         """Parameters whose gradients were not finite, or not below :data:`.nonfinite.BOUND`, and

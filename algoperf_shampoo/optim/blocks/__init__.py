@@ -1,0 +1,1 @@
+"""Parameters as blocks, blocks in stacks, their factors and their saved state."""
