@@ -118,6 +118,12 @@ def test_nothing_imports_scripts_tests_or_benchmarks() -> None:
         assert not roots & (names - set(sys.stdlib_module_names)), path
 
 
+def test_submissions_use_two_rooms_of_the_package() -> None:
+    for path in sorted((ROOT / "submissions").glob("*/submission.py")):
+        own = {room(name) for name, _ in imports(path)} - {None}
+        assert own <= {"submission", "optim"} and "submission" in own, path
+
+
 def test_third_party_packages_by_room() -> None:
     for path in MODULES:
         own = (name_of(path, ROOT) + [""])[1]
