@@ -60,7 +60,7 @@ def main() -> int:
     print("", *results.text(after), sep="\n")
     stem = ROOT / "results" / ("claims_quick" if quick else "claims")
     for ending, content in (
-        ("md", results.markdown(after)),
+        ("md", results.markdown(after, ROOT)),
         ("json", results.to_json(after, ROOT)),
     ):
         disk.write_atomically(Path(f"{stem}.{ending}"), content.encode())

@@ -12,7 +12,7 @@ from typing import Any
 
 from algoperf_shampoo.harness.progress import duration
 from algoperf_shampoo.study import files, logs, plan, progress
-from algoperf_shampoo.study.claims import file, rule
+from algoperf_shampoo.study.claims import file, rule, table2
 from algoperf_shampoo.study.claims.file import Claim, Declared, Part
 from algoperf_shampoo.study.claims.rule import Evidence, Verdict
 from algoperf_shampoo.study.claims.statistics import STATISTICS, of_run
@@ -152,8 +152,9 @@ def text(found: Outcome) -> list[str]:
     return [*lines, *found.problems]
 
 
-def markdown(found: Outcome) -> str:
-    """The outcome as a page: how it was decided, a row a claim, the numbers of every arm."""
+def markdown(found: Outcome, root: Path) -> str:
+    """The outcome as a page: a row a claim, hypotheses, the means of every arm, and the paper's
+    Table 2; ``root`` is the repository."""
     pairs = len(found.minis) * len(found.seeds)
     steps = sorted({run.steps for run in found.runs})
     lines = [f"# {found.declared.title}", ""]
@@ -182,7 +183,7 @@ def markdown(found: Outcome) -> str:
                 _verdict(found, index) if first else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    for claim in (c for c in found.declared.claims if c.waits_for):
+    for claim in _waiting(found):
         waits = f"waits for {', '.join(claim.waits_for)}"
         lines.append(f"| {claim.name} | {claim.source} | | | | | | {waits} |")
     live = len(found.evidence)
@@ -207,6 +208,9 @@ def markdown(found: Outcome) -> str:
             + " |"
             for name in names
         ]
+    verdicts = {one.claim.name: _verdict(found, i) for i, one in enumerate(found.evidence)}
+    verdicts |= {c.name: f"waits for {', '.join(c.waits_for)}" for c in _waiting(found)}
+    lines += ["", "The paper's Table 2:", "", *table2.markdown(verdicts, root)]
     lines += ["", *(f"- {problem}" for problem in found.problems)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -237,7 +241,7 @@ def to_json(found: Outcome, root: Path) -> str:
         "packages": first.get("packages"),
         "least_p": rule.least_p(len(found.minis) * len(found.seeds)),
         "claims": claims,
-        "waiting": {c.name: list(c.waits_for) for c in found.declared.claims if c.waits_for},
+        "waiting": {c.name: list(c.waits_for) for c in _waiting(found)},
         "runs": [
             {
                 "arm": run.arm,
@@ -280,6 +284,10 @@ def _run(arm: str, mini: str, job: Job, trial: logs.Trial, names: Sequence[str])
         point=job.run.hparams,
         session=record["sessions"][-1],
     )
+
+
+def _waiting(found: Outcome) -> list[Claim]:
+    return [claim for claim in found.declared.claims if claim.waits_for]
 
 
 def _verdict(found: Outcome, index: int) -> str:
