@@ -1,12 +1,13 @@
 """The targets of the minis, by AlgoPerf's own rule: what tuned NAdamW reaches in 75% of the budget.
 
-1. Grid: every point of ``search_spaces/mini_grid/nadamw.json``, seed 1. Best: the highest
-   validation metric at 75% of the step budget, where the schedule of all points ends.
-2. Seeds: the best point with seeds 1, 2, 3. Target: the mean of the metric at 75% of the budget,
-   for validation and test alike, rounded down to four digits.
+1. Grid: every point of ``search_spaces/mini_grid/nadamw.json``, seed 101. Best: the highest
+   validation metric at 75% of the step budget. The schedule ends with the budget.
+2. Seeds: the best point with seeds 201, 202, 203. Target: the mean of the metric at 75% of the
+   budget, for validation and test alike, rounded down to four digits.
 
-The logs lie in ``results/measured/mini/``; ``scripts/mini_targets.py`` does the sum again.
-They were made with the workload files of :func:`write_unreachable`, so that no run ended early.
+None of these seeds is among those of reported runs. The logs lie in ``results/measured/mini/``;
+``scripts/mini_targets.py`` does the sum again. They were made with the workload files of
+:func:`write_unreachable`, so that no run ended early.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.study.logs import Trial, find_trials
 
 SHARE_OF_BUDGET = 0.75
-SEEDS = 3
+GRID_SEED = 101
+SEEDS = (201, 202, 203)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def measured_targets(grid: Path, seeds: Path, max_steps: dict[str, int]) -> list
         max_steps: step budget per workload, by name (``fastmri_mini``).
 
     Raises:
-        UserError: a run is missing, or the seeds were run at another point than the grid's best.
+        UserError: a run is missing or has another seed than the rule's, or the seeds were run at
+            another point than the grid's best.
     """
     found = []
     for workload, budget in max_steps.items():
@@ -64,10 +67,15 @@ def measured_targets(grid: Path, seeds: Path, max_steps: dict[str, int]) -> list
         trials = [t for t in find_trials([grid]) if t.workload == workload]
         if not trials:
             raise UserError(f"{grid}: no runs of {workload}")
+        for trial in trials:
+            if trial.seed != GRID_SEED:
+                raise UserError(f"{trial.path}: seed {trial.seed}, the grid's is {GRID_SEED}")
         best = max(trials, key=lambda t: value_at(t, step, "validation"))
         runs = [t for t in find_trials([seeds]) if t.workload == workload]
-        if len(runs) != SEEDS:
-            raise UserError(f"{seeds}: {len(runs)} runs of {workload}, the rule wants {SEEDS}")
+        if tuple(sorted(t.seed or 0 for t in runs)) != SEEDS:
+            have = ", ".join(str(t.seed) for t in runs) or "none"
+            wanted = ", ".join(map(str, SEEDS))
+            raise UserError(f"{seeds}: seeds of {workload}: {have}; the rule wants {wanted}")
         for run in runs:
             if run.hparams != best.hparams:
                 raise UserError(f"{run.path}: not the grid's best point, which is {best.path}")

@@ -13,14 +13,16 @@ from tests.harness import fakes
 from tests.study import log_fuzz
 
 ROOT = Path(__file__).parents[2]
-MINI = ROOT / "results" / "measured" / "mini" / "grid"
+MINI = ROOT / "results" / "measured" / "mini" / "seeds"
 PUBLISHED = ROOT / "tests" / "data" / "published_v06" / "shampoo"
 LOGS = ["eval_measurements.csv", "measurements.csv", "meta_data_0.json", "flags_0.json"]
 OWN = [*LOGS, "step_losses.csv", "hparams.json", "run.json"]
 
 
 def minis(to: Path) -> list[Path]:
-    runs = sorted(MINI.glob("eshampoo_*/study_1/*_pytorch/trial_1"))
+    labels = ("eshampoo_adaptive", "eshampoo_fixed")
+    runs = [p for label in labels for p in sorted(MINI.glob(f"{label}/study_1/*/trial_1"))]
+    assert len(runs) == 6
     return list(log_fuzz.copies(runs, to))
 
 

@@ -47,8 +47,15 @@ def test_a_missing_run_is_named(tmp_path):
     logs = REPOSITORY / "results" / "measured" / "mini"
     with pytest.raises(UserError, match="no runs of mnist_mini"):
         targets.measured_targets(logs / "grid" / "nadamw", logs / "targets", {"mnist_mini": 500})
-    with pytest.raises(UserError, match="the rule wants 3"):
+    with pytest.raises(UserError, match="ogbg_mini: none; the rule wants 201, 202, 203"):
         targets.measured_targets(logs / "grid" / "nadamw", tmp_path, {"ogbg_mini": 500})
+    with pytest.raises(UserError, match="seed 20[123], the grid's is 101"):
+        targets.measured_targets(logs / "targets", logs / "targets", {"ogbg_mini": 500})
+
+
+def test_no_run_that_is_reported_was_tuned_on():
+    reported = find_trials([REPOSITORY / "results" / "measured" / "mini" / "seeds"])
+    assert reported and {t.seed for t in reported}.isdisjoint({targets.GRID_SEED, *targets.SEEDS})
 
 
 def test_a_minis_point_is_the_papers_with_its_time_compressed_by_five():
