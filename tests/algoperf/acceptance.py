@@ -133,7 +133,8 @@ class Case:
         settings = {
             # The schedule ends at 0.6 of the step hint: past the run.
             "STEP_HINT": str(math.ceil(steps / 0.6) + 20),
-            "EVAL_PERIOD": period,
+            # In brief, after the first step and at the end.
+            "EVAL_PERIOD": "3600" if self.args.brief else period,
             "BATCH": batch,
             "TRACE": str(self.work / name),
             "OMP_NUM_THREADS": "1",
