@@ -40,7 +40,7 @@ def make(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         OSError: a file cannot be read.
     """
-    return {name: entry((folder / name).read_bytes(), name) for name in sorted(_present(folder))}
+    return {name: entry((folder / name).read_bytes(), name) for name in sorted(present(folder))}
 
 
 def entry(data: bytes, name: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def problems(folder: Path, record: dict[str, Any], ended: bool) -> list[str]:
         if problem:
             found.append(f"{name}: {problem}")
     if ended:
-        extra = sorted(set(_present(folder)) - set(files))
+        extra = sorted(set(present(folder)) - set(files))
         found += [f"{name}: is not of this run: it came after the end" for name in extra]
     return found
 
@@ -146,5 +146,6 @@ def _digest_or_none(record: dict[str, Any]) -> str | None:
         return None
 
 
-def _present(folder: Path) -> set[str]:
+def present(folder: Path) -> set[str]:
+    """Names of the files in a folder that a record seals."""
     return {path.name for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()}

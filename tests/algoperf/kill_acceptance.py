@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,9 +64,8 @@ def make_data(source: Path, target: Path, period: int = 2) -> None:
     small.pop("num_train_examples")
     entry["properties"] |= {**small, "eval_batch_size": 16, "eval_period_time_sec": period}
     (target / "minidata.json").write_text(json.dumps({**manifest, "workloads": {"ogbg": entry}}))
-    link = target / "ogbg"
-    if not link.exists():
-        link.symlink_to(source / "ogbg")
+    if not (target / "ogbg").exists():  # no link to the folder: its manifest would be the source's
+        shutil.copytree(source / "ogbg", target / "ogbg")
 
 
 class Launch:

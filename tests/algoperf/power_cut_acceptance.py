@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,7 @@ def main() -> int:
         "cuts": [],
     }
     harmed = failed
+    writing = threading.Lock()
 
     def go_on(number: int) -> bool:
         image = chosen[number]
@@ -209,7 +211,9 @@ def main() -> int:
         if good:
             curve = evaluations(place)
             safe = {step: value for step, value in whole.items() if step <= image.saved_step}
-            entry["went_on_from"] = folder.read_launches(place)[-1]["from_step"]
+            over = any("complete already" in line for line in said)
+            launched = folder.read_launches(place)[-1]["from_step"]
+            entry["went_on_from"] = STEPS if over else launched
             entry["evaluated_at"] = [*curve]
             entry["same_parameters"] = kill_acceptance.parameters(place, STEPS) == expected[0]
             entry["same_cell"] = cell(place) == expected[1]
@@ -217,9 +221,11 @@ def main() -> int:
             entry["kept_what_was_safe"] = entry["went_on_from"] >= image.saved_step
             good = all(entry[k] for k in entry if k.startswith(("same_", "kept_")))
         entry["number"] = number
-        record["cuts"] = sorted([*record["cuts"], entry], key=lambda e: e["number"])
+        record["cuts"].append(entry)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        with writing:
+            record["cuts"].sort(key=lambda e: e["number"])
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
         print(number, "good" if good else "HARM", entry, flush=True)
         shutil.rmtree(args.work / f"cut_{number}")
         return good

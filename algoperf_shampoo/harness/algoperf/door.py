@@ -36,6 +36,7 @@ from algoperf_shampoo.harness.algoperf import (
     folder,
     minidata,
     processes,
+    tables,
 )
 from algoperf_shampoo.harness.algoperf.command import (
     Command,
@@ -249,8 +250,14 @@ def _train(
             facts = env.look(plan.root, folder.checkpoints(run.run_dir)).checkpoints
             state = folder.examine(run, facts, job.limit)
         if state.ended:
+            # Its launcher did not see its end: what it wrote last may be torn, or not on disk.
+            for note in tables.bring_to(run.run_dir, state.checkpoint):
+                echo(f"{run.name}: {note}")
             launches = folder.close_launches(folder.read_launches(run.run_dir), finished=True)
+            folder.sync(run.run_dir)
             folder.write_json(run.run_dir / folder.LAUNCHES, launches)
+            if launches:
+                _seal(run.run_dir, launches[-1])
             return _complete(run, state, echo)
         for note in folder.prepare(run, state, _points(plan, run)):
             echo(f"{run.name}: {note}")
@@ -288,6 +295,7 @@ def _train(
             raise
         finally:
             record["ended"] = _now()
+            folder.sync(run.run_dir)  # before it is said to have finished
             folder.write_json(run.run_dir / folder.LAUNCHES, launches)
             _seal(run.run_dir, record)
     if job.track and ending.exit_code == 0:
@@ -310,8 +318,8 @@ def _seal(run_dir: Path, launch: dict[str, Any]) -> None:
         files = seal.make(run_dir)
     record = {
         "format": 1,
-        "ended": launch["ended"],
-        "exit_code": launch["exit_code"],
+        "ended": launch.get("ended"),
+        "exit_code": launch.get("exit_code"),
         seal.FILES: files,
     }
     folder.write_json(run_dir / seal.NAME, seal.signed(record))

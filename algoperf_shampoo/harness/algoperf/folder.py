@@ -148,11 +148,22 @@ def keep_checkpoint(run_dir: Path, keep: int = 2) -> None:
         DiskError: the disk fails, or the folder is gone.
     """
     found = checkpoints(run_dir)
-    for path in (*found[:1], *(run_dir / name for name in (tables.EVALS, tables.MEASUREMENTS))):
-        disk.sync_file(path)
-    disk.sync_folder(run_dir)
+    sync(run_dir)
     for path in found[keep:]:
         disk.remove(path)
+
+
+def sync(run_dir: Path) -> None:
+    """Bring the newest checkpoint, and every file that tells what was measured, to disk.
+
+    The runner syncs nothing, its meta data and flags neither.
+
+    Raises:
+        DiskError: the disk fails, or the folder is gone.
+    """
+    for path in (*checkpoints(run_dir)[:1], *(run_dir / name for name in seal.present(run_dir))):
+        disk.sync_file(path)
+    disk.sync_folder(run_dir)
 
 
 def write_json(path: Path, value: Any) -> None:
