@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,12 @@ def test_our_own_runs_come_first():
         runs("eshampoo_adaptive", "ogbg", size="mini", seeds="3"), records=trials
     )
     mine = [
-        t for t in trials if (t.label, t.workload) == ("eshampoo_adaptive", "ogbg_mini")
+        t for t in trials if t.label.startswith("eshampoo_adaptive") and t.workload == "ogbg_mini"
     ]
+    assert len(mine) > 3
     seconds = sorted(t.evaluations[-1].submission_time / t.evaluations[-1].step for t in mine)
-    assert own.step_s == pytest.approx(seconds[1]) and own.gpus == 0 and own.hours_at_most is None
+    median = statistics.median(seconds)
+    assert own.step_s == pytest.approx(median) and own.gpus == 0 and own.hours_at_most is None
     (unknown,) = cost.estimate(runs("eshampoo_adaptive", "ogbg", size="mini"))
     assert unknown.step_s is unknown.hours is None and "no run of ours" in unknown.sources[0]
 
