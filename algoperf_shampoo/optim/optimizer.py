@@ -245,6 +245,7 @@ class Kronecker(Saving):
             if any(due.values()):
                 _, worst = section("refresh", check)
         group.state.publish_steps()
+        layout.finish()
         return worst >= options.get("nonfinite_limit", math.inf)
 
     def _section(self, number: int, name: str, body: Callable[[], Any]) -> Any:

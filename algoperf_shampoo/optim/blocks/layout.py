@@ -255,6 +255,7 @@ class Layout:
         self.bad: dict[torch.device, Tensor] = {}
         # Where a gather by our kernel leaves the largest entry of every row of the gradients.
         self.tops: Tensor | None = None
+        self._tops_are_zeros = False
         self.measured = False
 
     def gather(self) -> list[bool]:
@@ -270,7 +271,8 @@ class Layout:
         gradients = list(map(_grad, self.params))
         present = [g is not None for g in gradients]
         self.measured = False
-        if self._transfer is not None and self._transfer.gather(gradients, self.tops):
+        zeros, self._tops_are_zeros = self._tops_are_zeros, False
+        if self._transfer is not None and self._transfer.gather(gradients, self.tops, zeros):
             self.measured = self.tops is not None
             return present
         for i, g in enumerate(gradients, self._first):
@@ -295,6 +297,13 @@ class Layout:
         if to:
             torch._foreach_copy_(to, source)
         return present
+
+    def finish(self) -> None:
+        """The step is complete. The next gather needs zeros in ``tops``: better now, while the
+        device is at work, than when it waits for that gather."""
+        if self.tops is not None:
+            self.tops.zero_()
+            self._tops_are_zeros = True
 
     def apply(
         self,

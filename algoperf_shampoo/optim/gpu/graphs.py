@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,11 +51,14 @@ class Recorder:
         self._of_rows: tuple[torch.Tensor, ...] = ()
         self._filled: list[float | None] = [None, None, None]  # what the inputs hold, if uniform
         self._of_stacks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._due: Callable[[], None] | None = None  # writes the inputs of this step
+        self._section = ""
+        self._readers = {"update"}  # sections that read inputs
 
     def begin(self, layout: Layout, h: Hyper) -> tuple[Hyper, Run]:
         """One step in which all parameters have gradients: its hyperparameters with what changes
         from step to step on the device, and what runs its sections."""
-        inputs = self.inputs(layout, h)
+        inputs = self._inputs(layout, h)
         constants = h._replace(lr=0.0)
         stacks = layout.stacks
 
@@ -72,8 +75,29 @@ class Recorder:
     def inputs(self, layout: Layout, h: Hyper) -> Hyper:
         """What changes from step to step as tensors, always the same ones: the learning rate, and
         the bias corrections of every row."""
-        if self._lr is None or self._corrections is None:
+        inputs = self._inputs(layout, h)
+        self.write_inputs()
+        return inputs
+
+    def _inputs(self, layout: Layout, h: Hyper) -> Hyper:
+        """:meth:`inputs`, written when they are needed: the device is at work by then."""
+        if self._lr is None:
             self._allocate(layout)
+        assert self._lr is not None
+        self._due = functools.partial(self._write, layout, h)
+        return h._replace(lr=self._lr, corrections=_Corrections(self._of_stacks, self._asked))
+
+    def _asked(self) -> None:
+        self._readers.add(self._section)
+        self.write_inputs()
+
+    def write_inputs(self) -> None:
+        """Write this step's inputs, if that has not been done."""
+        if self._due is not None:
+            self._due()
+            self._due = None
+
+    def _write(self, layout: Layout, h: Hyper) -> None:
         assert self._lr is not None and self._corrections is not None
         self._fill(0, self._lr, float(h.lr))
         step = layout.stacks[0].steps[0]
@@ -88,7 +112,6 @@ class Recorder:
             pinned = self._device.type == "cuda"
             host = torch.tensor(values, dtype=self._corrections.dtype, pin_memory=pinned)
             self._corrections.copy_(host, non_blocking=True)
-        return h._replace(lr=self._lr, corrections=self._of_stacks)
 
     def _fill(self, number: int, place: torch.Tensor, value: float) -> None:
         """Fill an input unless it holds that value already; each fill is a launch."""
@@ -126,6 +149,9 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def _run(self, name: str, section: Callable[[], Any]) -> Any:
+        self._section = name
+        if name in self._readers:
+            self.write_inputs()
         if name in self._graphs:
             graph, result = self._graphs[name]
             with torch.cuda.device(self._device):
@@ -137,6 +163,7 @@ class Recorder:
             result = section()
             self._seen.add(name)
             return result
+        self.write_inputs()  # not while recording
         with torch.cuda.device(self._device):
             return self._record(name, section)
 
@@ -164,6 +191,25 @@ class Recorder:
         self._graphs[name] = graph, result
         self._journal.once(graph.replay)
         return result
+
+
+class _Corrections(Mapping[int, tuple[torch.Tensor, torch.Tensor]]):
+    """:attr:`Hyper.corrections` that says when it is read."""
+
+    def __init__(
+        self, of_stacks: dict[int, tuple[torch.Tensor, torch.Tensor]], asked: Callable[[], None]
+    ) -> None:
+        self._of_stacks, self._asked = of_stacks, asked
+
+    def __getitem__(self, stack: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._asked()
+        return self._of_stacks[stack]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._of_stacks)
+
+    def __len__(self) -> int:
+        return len(self._of_stacks)
 
 
 def _readiness(stack: Stack) -> bool | tuple[bool, ...]:

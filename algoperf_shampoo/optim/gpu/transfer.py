@@ -79,11 +79,14 @@ class Transfer:
             for p in params
         )
 
-    def gather(self, gradients: Sequence[Tensor | None], tops: Tensor | None) -> bool:
+    def gather(
+        self, gradients: Sequence[Tensor | None], tops: Tensor | None, zeros: bool = False
+    ) -> bool:
         """Copy gradients into the buffer; False, and nothing done, if one is missing or is not
         contiguous float32 on the buffer's device.
 
         tops: int32 [rows]; becomes the largest absolute entry of every row, as a float32's bits.
+        zeros: it is all zeros already.
         """
         present = [g for g in gradients if g is not None]
         if len(present) < len(gradients) or not _contiguous(present):
@@ -91,7 +94,7 @@ class Transfer:
         table = self._table(self._gradients, GRADIENT_TABLES, present)
         if table is None:
             return False
-        if tops is not None:
+        if tops is not None and not zeros:
             tops.zero_()
         with torch.cuda.device(self._buffer.device):
             self._kernels.gather[(len(self._tiles),)](
