@@ -275,13 +275,15 @@ class Layout:
         if self._transfer is not None and self._transfer.gather(gradients, self.tops, zeros):
             self.measured = self.tops is not None
             return present
-        for i, g in enumerate(gradients, self._first):
-            if g is not None and g.layout != torch.strided:
-                raise ValueError(f"the gradient of parameter {i} is sparse; only dense ones work")
         to, source = [], []
-        for g, rows, cuts in zip(gradients, self._pieces, self._cuts, strict=True):
+        for i, (g, rows, cuts) in enumerate(zip(gradients, self._pieces, self._cuts, strict=True)):
             if g is None:
                 continue
+            if g.layout is not torch.strided:
+                number = self._first + i
+                raise ValueError(
+                    f"the gradient of parameter {number} is sparse; only dense ones work"
+                )
             if len(rows) == 1:
                 to.append(rows[0])
                 source.append(g)

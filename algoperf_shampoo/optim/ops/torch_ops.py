@@ -32,6 +32,7 @@ class TorchOperations(Operations):
         self._given = 0
         self._rotations: dict[Hashable, Rotation] = {}
         self._matrices: dict[Hashable, Tensor] = {}
+        self._grams: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
         self._watches: dict[tuple[int, ...], noise.Watch] = {}
         self._watched: tuple[int, ...] = ()
 
@@ -53,11 +54,15 @@ class TorchOperations(Operations):
         return Value(stacks, [self.buffers(s)[GRADIENT] for s in stacks], kept)
 
     def _memory(self, stack: Stack, source: Place) -> Place:
-        others = [p for p in self.buffers(stack) if p is not source and not p.taken]
-        candidates = [p for p in others if p.holder is None] or others
-        if not candidates:
-            raise RuntimeError("an operation finds no memory: the rule needs more work_buffers")
-        place = min(candidates, key=lambda p: (p.given, -p.number))
+        places = self.buffers(stack)
+        if len(places) == 2 and source.number >= 0 and not places[1 - source.number].taken:
+            place = places[1 - source.number]  # there is no other
+        else:
+            others = [p for p in places if p is not source and not p.taken]
+            candidates = [p for p in others if p.holder is None] or others
+            if not candidates:
+                raise RuntimeError("an operation finds no memory: the rule needs more work_buffers")
+            place = min(candidates, key=lambda p: (p.given, -p.number))
         self._given += 1
         place.given = self._given
         return place
@@ -94,6 +99,24 @@ class TorchOperations(Operations):
             target.holder = None
             results.append(source if len(stack.shape) % 2 == 0 else target)
         return x.became(results)
+
+    def gram_ema(
+        self, x: Value, beta: float, weight: float, mode: int | None = None, mean: bool = False
+    ) -> None:
+        if mode is not None or mean or any(stack.bad is not None for stack in x.stacks):
+            return super().gram_ema(x, beta, weight, mode, mean)
+        for stack, place in zip(x.stacks, x.places(), strict=True):
+            key = id(stack), place.number
+            if key not in self._grams:
+                modes = enumerate(stack.factors)
+                pairs = [(f, self._matricized(stack, place, i)) for i, f in modes]
+                if len(stack.shape) < 3:  # else those of modes in between are copies
+                    self._grams[key] = pairs
+            else:
+                pairs = self._grams[key]
+            for factor, rows in pairs:
+                linalg.gram_ema_(factor, rows, beta, weight, self.once)
+        return None
 
     def _matricized(self, stack: Stack, place: Place, mode: int) -> Tensor:
         """Kept where it is a view."""
