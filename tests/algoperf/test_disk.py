@@ -50,9 +50,21 @@ def test_all_that_tells_what_was_measured_is_synced_with_a_checkpoint(
     for name in ("meta_data_0.json", "flags_0.json", "measurements.csv"):
         (run.run_dir / name).write_text("{}")
     folder.keep_checkpoint(run.run_dir)
-    assert synced[0] == "checkpoint_10" and synced[-1] == run.run_dir.name
-    sealed = {name for name in os.listdir(run.run_dir) if "checkpoint" not in name}
-    assert set(synced[1:-1]) == sealed and len(sealed) == 5
+    sealed = sorted(name for name in os.listdir(run.run_dir) if "checkpoint" not in name)
+    assert len(sealed) == 5
+    # A whole checkpoint is gone on from: what it needs comes first, names included.
+    here = run.run_dir.name
+    assert synced == [*sealed, here, "checkpoint_10", here]
+
+
+@pytest.mark.parametrize("name", ["meta_data_0.json", "flags_0.json", "hparams.json"])
+def test_a_file_that_was_cut_short_is_set_aside(run: Any, name: str) -> None:
+    (run.run_dir / "meta_data_1.json").write_text('{"a": 1}')
+    (run.run_dir / name).write_bytes(b"")
+    state = folder.examine(run, facts(run.run_dir / "checkpoint_10", 10), None)
+    notes = folder.prepare(run, state, [run.hparams])
+    assert notes[0] == f"{name} cannot be read: set aside"
+    assert not (run.run_dir / name).exists() and (run.run_dir / "meta_data_1.json").exists()
 
 
 def test_a_run_that_ended_without_its_launcher_is_put_in_order(

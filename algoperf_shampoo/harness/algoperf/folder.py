@@ -129,10 +129,12 @@ def prepare(run: RunSpec, state: State, points: list[dict[str, Any]]) -> list[st
     for path in state.unreadable:
         notes.append(f"{path.name} cannot be read (a save was cut short?): set aside")
         disk.set_aside(path)
-    hparams = run.run_dir / "hparams.json"
-    if hparams.exists() and _read_json(hparams) is None:
-        notes.append("hparams.json cannot be read: set aside")
-        disk.set_aside(hparams)
+    # What was cut short says nothing; the launch that comes writes its own.
+    for pattern in ("hparams.json", "meta_data_*.json", "flags_*.json"):
+        for path in sorted(run.run_dir.glob(pattern)):
+            if _read_json(path) is None:
+                notes.append(f"{path.name} cannot be read: set aside")
+                disk.set_aside(path)
     notes += tables.bring_to(run.run_dir, state.checkpoint)
     if run.ruleset == "external":
         write_json(run.run_dir / SEARCH_SPACE, points)
@@ -161,7 +163,11 @@ def sync(run_dir: Path) -> None:
     Raises:
         DiskError: the disk fails, or the folder is gone.
     """
-    for path in (*checkpoints(run_dir)[:1], *(run_dir / name for name in seal.present(run_dir))):
+    for name in sorted(seal.present(run_dir)):
+        disk.sync_file(run_dir / name)
+    disk.sync_folder(run_dir)
+    # Last: a checkpoint that is whole is gone on from, and then the others are needed.
+    for path in checkpoints(run_dir)[:1]:
         disk.sync_file(path)
     disk.sync_folder(run_dir)
 
