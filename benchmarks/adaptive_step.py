@@ -24,7 +24,7 @@ from algoperf_shampoo.optim import Kronecker
 from algoperf_shampoo.optim.blocks.rows import chunks
 from algoperf_shampoo.optim.criterion import relative_off_diagonal
 from algoperf_shampoo.optim.eigen import solver
-from algoperf_shampoo.optim.ops.precision import matmul_precision
+from algoperf_shampoo.optim.ops.linalg import matmul_precision
 
 
 class SweepCounter:

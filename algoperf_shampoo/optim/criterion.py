@@ -13,8 +13,7 @@ from .blocks.factors import FactorSet
 from .blocks.rows import chunks, take
 from .gpu import triton_kernels
 from .journal import Run, directly_run
-from .ops.linalg import largest_entry
-from .ops.precision import matmul_precision
+from .ops.linalg import largest_entry, matmul_precision
 
 
 def relative_off_diagonal(a: Tensor, q: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ class EShampooRule(Rule):
     (:mod:`.noise`).
     """
 
+    def accumulate(self, G: Value, s: State, h: Hyper, ops: Operations) -> None:
+        ops.gram_ema(G, h.beta2, 1 - h.beta2)  # line 5
+
     def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
         X = ops.rotate(G, s.bases)  # line 10
         ops.adam(X, s["exp_avg"], s["exp_avg_sq"], h, in_basis=True)  # lines 4, 11 and 12
@@ -81,7 +84,7 @@ class EShampoo(Kronecker):
             :mod:`.nonfinite`. "propagate": it is learnt from like any other.
         nonfinite_limit: so many such steps in a row raise a
             :class:`~.nonfinite.NonFiniteGradientError` at the next check of the bases, after a
-            complete step; :meth:`~.kronecker.Kronecker.check_gradients` looks at any time.
+            complete step; :meth:`~.optimizer.Kronecker.check_gradients` looks at any time.
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs.
         process_group: set when its processes hold replicas that see equal gradients; then they
             decide alike which bases to compute anew.

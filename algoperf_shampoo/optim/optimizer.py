@@ -3,48 +3,77 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
-from . import gpu, settings
+from . import settings
 from .blocks import costs
-from .blocks.factors import FactorSet, build_factor_sets
-from .blocks.layout import Layout, Stack
-from .blocks.partition import cut
-from .blocks.state_dict import GroupState
+from .blocks.factors import FactorSet
+from .blocks.layout import Stack
 from .eigen.solver import Solver
-from .gpu.graphs import Recorder
-from .gpu.triton_ops import TritonOperations
-from .group import Group
+from .group import Group, lay_out
 from .journal import Journal, Run, directly_run
-from .nonfinite import Guard, NonFiniteGradientError, Skipped
+from .nonfinite import NonFiniteGradientError, Skipped
 from .ops import Hyper, Operations, State
-from .ops.precision import matmul_precision
-from .ops.torch_ops import TorchOperations
+from .ops.linalg import matmul_precision
 from .refresh import refresh
-from .rule import AdamRule, Rule
+from .rule import Rule
 from .saving import Saving
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-ADAM = AdamRule()
-MAX_DIM = 1024  # a dimension above is cut, unless max_preconditioner_dim says otherwise
+
+@dataclass
+class Step:
+    """What the phases of one group's step share.
+
+    Attributes:
+        number, options, group: which group.
+        h: hyperparameters.
+        present: which parameters have a gradient; fit: those among them that learn.
+        rows: id(stack) -> rows that learn; due: id(stack) -> rows whose factors are checked.
+        ops, run: what computes, and what runs or replays its sections.
+        gathered: whether ``g`` holds the gradients.
+        worst: the most bad gradients in a row, where that was looked at.
+    """
+
+    number: int
+    options: dict[str, Any]
+    group: Group
+    h: Hyper
+    present: list[bool]
+    fit: list[bool]
+    rows: dict[int, list[int]]
+    due: dict[int, list[int]]
+    ops: Operations
+    run: Run
+    gathered: bool
+    worst: int = 0
+
+    def gather_again(self) -> None:
+        """Gradients into ``g``, where something else is."""
+        if not self.gathered:
+            layout = self.group.layout
+            layout.gather()
+            self.ops.gradients_came(layout.stacks, layout.measured)
+            self.gathered = True
 
 
 class Kronecker(Saving):
-    """Shampoo-family optimizer with one rule; the classes of :mod:`.optimizers` choose the rule.
+    """Shampoo-family optimizer with one rule, which a class like :class:`.eshampoo.EShampoo` names.
 
-    Parameters are merged and cut into blocks (:mod:`.blocking`), blocks of one shape are stacked
-    (:mod:`.buckets`), and everything runs batched on stacks. State is float32 (float64 for float64
-    parameters), in ``state`` from construction on (:mod:`.state`). Parameters without a gradient
-    are skipped and keep their own step count; a step in which one is missing goes by torch's
-    operations stack by stack, several times slower on a GPU than by our kernels.
+    Parameters are merged and cut into blocks (:mod:`.blocks.partition`), blocks of one shape are
+    stacked (:mod:`.blocks.layout`), and everything runs batched on stacks. State is float32
+    (float64 for float64 parameters), in ``state`` from construction on (:mod:`.blocks.state_dict`).
+    Parameters without a gradient are skipped and keep their own step count; a step in which one is
+    missing goes by torch's operations stack by stack, several times slower on a GPU than by our
+    kernels.
 
     Args:
         params: parameters or groups.
@@ -53,7 +82,7 @@ class Kronecker(Saving):
         fixed: names of those that are one for all groups.
         solver: how factors are decomposed.
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs; see
-            :mod:`.graphs`.
+            :mod:`.gpu.graphs`.
         process_group: set when the processes of the group hold replicas that see equal gradients.
 
     Raises:
@@ -107,37 +136,9 @@ class Kronecker(Saving):
         costs.warn(group.layout, options)
 
     def _lay_out(self, options: dict[str, Any]) -> Group:
-        limit = options.get("max_preconditioner_dim", MAX_DIM)
-        small = options.get("small_matrices", "vector")
         first = sum(len(g.layout.params) for g in self._groups)
-        layout = Layout(options["params"], lambda p: cut(tuple(p.shape), limit, small), first)
-        by_rule: dict[int, tuple[Rule, list[Stack]]] = {}
-        for stack in layout.stacks:
-            rule = self._rule_for(stack.shape, options.get("one_dim", "full"))
-            by_rule.setdefault(id(rule), (rule, []))[1].append(stack)
-        rules = list(by_rule.values())
-        sets = build_factor_sets([s for rule, mine in rules if rule.has_factors for s in mine])
-        moments = {id(s): rule.moments for rule, mine in rules for s in mine}
-        vectors = {id(s): rule.vectors for rule, mine in rules for s in mine}
-        layout.allocate(lambda s: moments[id(s)], self.rule.work_buffers, lambda s: vectors[id(s)])
-        kinds = {(s.device, s.dtype) for s in layout.stacks}
-        recorder = by_kernels = None
-        once = self._journal.once
-        if len(kinds) == 1:
-            ((device, dtype),) = kinds
-            if device.type == "cuda":
-                recorder = Recorder(device, self.cuda_graph, self._journal)
-                if gpu.multiplies(dtype, device):
-                    by_kernels = TritonOperations(layout.stacks, once)
-        group_state = GroupState(layout, sets)
-        by_torch, guard, seen = TorchOperations(once), Guard(layout), _changeable(options)
-        layout.tops = by_kernels.tops_of_gradients if by_kernels is not None else None
-        return Group(layout, rules, sets, group_state, recorder, by_kernels, by_torch, guard, seen)
-
-    def _rule_for(self, shape: tuple[int, ...], one_dim: str) -> Rule:
-        # A 1x1 factor has one direction: every rule of the family is Adam there.
-        plain = shape == (1,) or (len(shape) == 1 and one_dim == "adam")
-        return ADAM if plain else self.rule
+        seen = _changeable(options)
+        return lay_out(options, seen, self.rule, first, self._journal, self.cuda_graph)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -186,13 +187,29 @@ class Kronecker(Saving):
 
         present: which parameters have a gradient.
         """
+        step = self._prepare(number, present)
+        if step is None:
+            return False
+        if self.rule.statistics_first:
+            self._statistics(step)
+            self._refresh(step)
+            self._update(step)
+        else:
+            self._update(step)
+            self._statistics(step)
+            self._refresh(step)
+        step.group.layout.publish_steps()
+        step.group.layout.finish()
+        return step.worst >= step.options.get("nonfinite_limit", math.inf)
+
+    def _prepare(self, number: int, present: list[bool]) -> Step | None:
+        """Who takes part, and with what; None if nobody does."""
         options, group = self.param_groups[number], self._groups[number]
         layout, guard = group.layout, group.guard
-        section = functools.partial(self._section, number)
         policy = options.get("nonfinite_gradients", "skip")
         guard.arm(policy)
         bad = guard.look(present) if policy == "skip" else []
-        if section("gradients", lambda: (present, bad)) != (present, bad):
+        if self._once(number, "gradients", _pair, present, bad) != (present, bad):
             raise RuntimeError(
                 "the last step failed half-way, and now other gradients are missing or not "
                 "finite; only a step with the same gradients finishes it"
@@ -201,63 +218,33 @@ class Kronecker(Saving):
         h = self._hyper(options)
         if policy == "skip":
             h = h._replace(gradient_square=guard.square)
-        if self.rule.starts and any(new := section("new", lambda: _new(group, fit))):
-            section("start", lambda: self._start(group, new, h))
+        gathered = True
+        if self.rule.starts and any(new := self._once(number, "new", _new, group, fit)):
+            self._once(number, "start", self._start, group, new, h)
             present = [here and not starts for here, starts in zip(present, new, strict=True)]
             fit = [here and not starts for here, starts in zip(fit, new, strict=True)]
             if not any(present):
                 group.state.publish()
-                return False
-            layout.gather()
+                return None
+            gathered = False
         rows = {id(s): s.rows(None if all(fit) else fit) for s in layout.stacks}
         counted = {id(s): s.rows(present) for s in layout.stacks} if bad else rows
-        section("count", functools.partial(self._count, group, counted, present, bad))
-        with_factors = [s for rule, stacks in group.rules if rule.has_factors for s in stacks]
+        self._once(number, "count", _count, group, counted, present, bad)
         frequency = options.get("precondition_frequency", 1)
-        due = {id(s): s.due(counted[id(s)], frequency) for s in with_factors}
+        due = {id(s): s.due(counted[id(s)], frequency) for s in group.with_factors}
         run: Run = directly_run
-        ops: Operations = group.by_torch
+        ops = group.by_torch
         if group.recorder is not None and all(present):
             h, run = group.recorder.begin(layout, h)
             ops = group.by_kernels or ops
-        ops.gradients_came(layout.stacks, layout.measured)
-        learn = functools.partial(self._statistics, group, rows, present, h, ops)
-        change = functools.partial(self._update, group, rows, present, fit, h, ops)
-        statistics = functools.partial(section, "statistics", lambda: run("statistics", learn))
-        update = functools.partial(section, "update", lambda: run("update", change))
-        tau = options.get("tau", 0.0)
-        check = functools.partial(self._refresh, group, due, h, tau, ops, run)
-        worst = 0
-        if not with_factors:
-            update()
-        elif self.rule.statistics_first:
-            statistics()
-            if any(due.values()):
-                overwritten, worst = section("refresh", check)
-                if overwritten:
-                    layout.gather()
-            update()
-        else:
-            update()
-            layout.gather()
+        step = Step(number, options, group, h, present, fit, rows, due, ops, run, gathered)
+        if gathered:
             ops.gradients_came(layout.stacks, layout.measured)
-            statistics()
-            if any(due.values()):
-                _, worst = section("refresh", check)
-        group.state.publish_steps()
-        layout.finish()
-        return worst >= options.get("nonfinite_limit", math.inf)
+        return step
 
-    def _section(self, number: int, name: str, body: Callable[[], Any]) -> Any:
+    def _once(self, number: int, name: str, body: Callable[..., T], *arguments: Any) -> T:
         """A section of a group's step, once."""
-        return self._journal.section((number, name), body)
-
-    def _count(
-        self, group: Group, rows: dict[int, list[int]], present: list[bool], bad: list[int]
-    ) -> None:
-        for stack in group.layout.stacks:
-            stack.count(rows[id(stack)])
-        group.guard.count(present, bad)
+        return self._journal.section((number, name), functools.partial(body, *arguments))
 
     def _start(self, group: Group, new: list[bool], h: Hyper) -> None:
         """The parameters marked start: their factors learn, and are decomposed."""
@@ -288,69 +275,70 @@ class Kronecker(Saving):
             for row in rows[id(stack)]:
                 stack.ready[row] = True
 
-    def _statistics(
-        self,
-        group: Group,
-        rows: dict[int, list[int]],
-        present: list[bool],
-        h: Hyper,
-        ops: Operations,
-    ) -> None:
-        """The factors learn the gradients."""
+    def _statistics(self, step: Step) -> None:
+        """Phase: the factors learn the gradients."""
+        if step.group.factor_sets:
+            step.gather_again()
+            self._once(step.number, "statistics", self._run_statistics, step)
+
+    def _run_statistics(self, step: Step) -> None:
+        step.run("statistics", functools.partial(self._learn, step))
+
+    def _learn(self, step: Step) -> None:
+        group, ops = step.group, step.ops
         if self.rule.statistics_first:
-            ops.judge(group.guard, present)
+            ops.judge(group.guard, step.present)
         ops.spare(group.layout.stacks)
         ops.begin()
         with matmul_precision("highest"):
             for rule, stacks in group.rules:
                 if rule.has_factors:
-                    _act(_accumulate, rule, stacks, rows, h, ops)
+                    _act(_accumulate, rule, stacks, step.rows, step.h, ops)
 
-    def _update(
-        self,
-        group: Group,
-        rows: dict[int, list[int]],
-        present: list[bool],
-        fit: list[bool],
-        h: Hyper,
-        ops: Operations,
-    ) -> None:
-        """Update directions from gathered gradients, and the parameters from those."""
+    def _update(self, step: Step) -> None:
+        """Phase: update directions from gradients, and the parameters from those."""
+        step.gather_again()
+        self._once(step.number, "update", self._run_update, step)
+        step.gathered = False
+
+    def _run_update(self, step: Step) -> None:
+        step.run("update", functools.partial(self._change, step))
+
+    def _change(self, step: Step) -> None:
+        group, h, ops = step.group, step.h, step.ops
         if not (self.rule.statistics_first and group.factor_sets):
-            ops.judge(group.guard, present)
+            ops.judge(group.guard, step.present)
         ops.spare(group.layout.stacks)
         ops.begin(h.matmul_precision)
         with matmul_precision(h.matmul_precision):
             for rule, stacks in group.rules:
-                _act(_direction, rule, stacks, rows, h, ops)
-        group.layout.apply(fit, h.lr, h.weight_decay, ops.once)
+                _act(_direction, rule, stacks, step.rows, h, ops)
+        group.layout.apply(step.fit, h.lr, h.weight_decay, ops.once)
 
-    def _refresh(
-        self,
-        group: Group,
-        due: dict[int, list[int]],
-        h: Hyper,
-        tau: float,
-        ops: Operations,
-        run: Run,
-    ) -> tuple[bool, int]:
-        """Check the factors that are due. Whether the gradients' memory was worked in, and the most
-        bad gradients in a row."""
+    def _refresh(self, step: Step) -> None:
+        """Phase, when any factor is due: those that fail the check get a new basis."""
+        if any(step.due.values()):
+            overwritten, step.worst = self._once(step.number, "refresh", self._check, step)
+            step.gathered = step.gathered and not overwritten
+
+    def _check(self, step: Step) -> tuple[bool, int]:
+        """Whether the gradients' memory was worked in, and the most bad gradients in a row."""
+        group = step.group
         overwritten = refresh(
             group.factor_sets,
-            due,
+            step.due,
             self.rule,
-            h.beta2,
-            tau,
+            step.h.beta2,
+            step.options.get("tau", 0.0),
             self.solver,
-            ops,
+            step.ops,
             group.layout.lent,
             self.process_group,
-            run,
-            h.skip,
+            step.run,
+            step.h.skip,
         )
         group.state.publish()
-        return overwritten, ops.once(group.guard.worst)
+        return overwritten, step.ops.once(group.guard.worst)
 
     def _hyper(self, options: dict[str, Any]) -> Hyper:
         beta1, beta2 = options["betas"]
@@ -398,6 +386,19 @@ class Kronecker(Saving):
         """All factor sets, for telemetry and tests."""
         for group in self._groups:
             yield from group.factor_sets
+
+
+def _pair(present: list[bool], bad: list[int]) -> tuple[list[bool], list[int]]:
+    return present, bad
+
+
+def _count(
+    group: Group, rows: dict[int, list[int]], present: list[bool], bad: list[int]
+) -> None:
+    """One step more for these rows."""
+    for stack in group.layout.stacks:
+        stack.count(rows[id(stack)])
+    group.guard.count(present, bad)
 
 
 def _new(group: Group, fit: Sequence[bool]) -> list[bool]:

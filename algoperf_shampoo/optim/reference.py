@@ -1,6 +1,6 @@
 """The algorithms as the paper prints them: one tensor, float64, loops, the paper's symbols.
 
-Slow on purpose. The tests hold the fast optimizer (:mod:`.kronecker`) against these functions, so
+Slow on purpose. The tests hold the fast optimizer (:mod:`.optimizer`) against these functions, so
 nothing here shares code with it.
 
 Source: Eschenhagen, Defazio, Lee, Turner, Shi, "Purifying Shampoo" (NeurIPS 2025), Algorithms 2

@@ -1,9 +1,5 @@
-"""When an eigenbasis is refreshed, and the refresh: all factors of one size at a time.
-
-Factors of one size stand in one stack [N, n, n] across parameters, blocks and modes; the stacks of
-:mod:`.buckets` hold slices of it. So the criterion of all factors is a handful of batched products
-and one host read, and a refresh gathers just those that fail.
-"""
+"""The refresh of eigenbases: which factors are due, their decompositions, and what follows from
+them, all factors of one size at a time (:mod:`.blocks.factors`)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a preconditioner rule is: the few lines in which the family's algorithms differ.
 
-The step loop (:mod:`algoperf_shampoo.optim.kronecker`) owns everything rules share: gathering
+The step loop (:mod:`algoperf_shampoo.optim.optimizer`) owns everything rules share: gathering
 gradients, deciding when to refresh, decomposing factors, weight decay, writing parameters. A rule
 declares what it keeps and when its statistics come, and says in
 :class:`~algoperf_shampoo.optim.ops.Operations` how those turn a gradient into an update direction.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from . import settings
-from .blocks.state_dict import copy_of, loading
+from .blocks.state_dict import GroupState, copy_of
 from .group import Group
 from .journal import Journal
 from .replicas import Replicas
@@ -35,7 +36,7 @@ class Saving(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state, which does not change while training goes on.
 
-        As torch's: {"state": {number of a parameter: its entry, see :mod:`.state`},
+        As torch's: {"state": {number of a parameter: its entry, see :mod:`.blocks.state_dict`},
         "param_groups": [...]}. The same whatever the stacks, the device or the back end. Takes as
         much memory as the state itself.
         """
@@ -118,3 +119,57 @@ class Saving(torch.optim.Optimizer):
             group.state.loading([saved[p] for p in options["params"]], 0)()
             self._groups.append(group)
             self.state.update(zip(options["params"], group.state.entries, strict=True))
+
+
+def loading(
+    state_dict: Any,
+    param_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[GroupState],
+    meaning: Sequence[str],
+) -> list[Callable[[], None]]:
+    """Check a whole state_dict; what is returned copies its state.
+
+    Args:
+        param_groups: the optimizer's own, with its options.
+        meaning: names of options on which the meaning of the state depends.
+
+    Raises:
+        ValueError: see :meth:`Saving.load_state_dict`.
+    """
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"state_dict has no {key!r}; it must be what state_dict() gave")
+    saved_groups, entries = state_dict["param_groups"], state_dict["state"]
+    for number, saved in enumerate(saved_groups):
+        params = saved.get("params") if isinstance(saved, Mapping) else None
+        if not isinstance(params, Sequence):
+            raise ValueError(f"state_dict: param_groups[{number}] has no 'params'")
+    sizes, saved_sizes = [len(g.entries) for g in groups], [len(g["params"]) for g in saved_groups]
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"state_dict has parameter groups of sizes {saved_sizes}, this optimizer {sizes}"
+        )
+    loads, first = [], 0
+    for number, (saved, own, group) in enumerate(
+        zip(saved_groups, param_groups, groups, strict=True)
+    ):
+        _check_options(f"state_dict, param_groups[{number}]", saved, own, meaning)
+        found = [entries.get(key) for key in saved["params"]]
+        loads.append(group.loading(found, first))
+        first += len(found)
+    return loads
+
+
+def _check_options(
+    where: str, saved: Mapping[str, Any], own: Mapping[str, Any], meaning: Sequence[str]
+) -> None:
+    if "rule" not in saved:
+        raise ValueError(f"{where}: names no rule; saved by an optimizer other than {own['rule']}")
+    settings.check_same(where, saved, own, ["rule"])
+    if missing := [name for name in own if name in settings.OPTIONS and name not in saved]:
+        raise ValueError(f"{where}: lacks {', '.join(missing)}")
+    settings.check_same(where, saved, own, [name for name in meaning if name in own])
+    try:
+        settings.check(saved)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None

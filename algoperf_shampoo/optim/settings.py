@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from . import noise
 from .blocks.partition import SMALL_MATRICES
 from .nonfinite import POLICIES
-from .ops.precision import MATMUL_PRECISIONS
+from .ops.linalg import MATMUL_PRECISIONS
 
 ONE_DIM = ("full", "adam")
 GRAFTING = ("adam", None)

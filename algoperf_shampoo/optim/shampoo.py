@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .ops import Hyper, Operations, State, Value, bias_corrections
-from .ops.linalg import inverse_root
-from .ops.precision import matmul_precision
+from .ops.linalg import inverse_root, matmul_precision
 from .optimizer import Kronecker
 from .options import (
     Eigensolver,

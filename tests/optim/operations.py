@@ -12,7 +12,6 @@ from algoperf_shampoo.optim.blocks.layout import Layout
 from algoperf_shampoo.optim.blocks.partition import cut
 from algoperf_shampoo.optim.gpu.triton_ops import TritonOperations
 from algoperf_shampoo.optim.ops import Hyper, Operations, State
-from algoperf_shampoo.optim.ops.torch_ops import TorchOperations
 from algoperf_shampoo.optim.reference import from_basis, matricize, mode_product, to_basis
 
 # Orders 1 to 4; one row, and three.
@@ -38,7 +37,7 @@ class Machine:
     """``self.x`` is the current value, made of the gradients; ``self.expected`` in float64.
 
     Args:
-        back_end: "defaults" (the base class), "torch" or "kernels".
+        back_end: "fresh" (by torch, in memory taken anew), "torch" (in buffers) or "kernels".
     """
 
     def __init__(self, device, back_end, seed=0):
@@ -49,10 +48,13 @@ class Machine:
         build_factor_sets(self.stacks)
         moments = ("exp_avg", "exp_avg_sq")
         self.layout.allocate(lambda stack: moments, 2, lambda stack: {"scales": 1.0})
+        if back_end == "fresh":
+            for s in self.stacks:
+                s.work.clear()
         if back_end == "kernels":
             self.ops = TritonOperations(self.stacks)
         else:
-            self.ops = {"defaults": Operations, "torch": TorchOperations}[back_end]()
+            self.ops = Operations()
         corrections = {}
         for s in self.stacks:
             s.ready = [True] * len(s)

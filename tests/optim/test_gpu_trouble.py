@@ -166,7 +166,7 @@ def test_a_gather_leaves_the_largest_entries():
     layout.gather()
     assert layout.measured
     tops = torch.cat([s.g.flatten(1).abs().amax(1) for s in layout.stacks])
-    found = layout.tops.view(torch.float32)
+    found = layout.row_absmax.view(torch.float32)
     assert torch.equal(found.isnan(), tops.isnan()) and found.isnan().any()
     assert torch.equal(found.nan_to_num(), tops.nan_to_num())
 

@@ -1,7 +1,7 @@
 """Every operation that rules speak, on every back end, alone and composed at random.
 
-The defaults and torch's on a CPU always; with the tests marked ``gpu`` both on a GPU, and our
-kernels on a GPU or under Triton's interpreter (``TRITON_INTERPRET=1``).
+By torch on a CPU always, in buffers and in memory taken anew; with the tests marked ``gpu`` both on
+a GPU, and our kernels on a GPU or under Triton's interpreter (``TRITON_INTERPRET=1``).
 """
 
 import importlib.util
@@ -30,9 +30,9 @@ NO_KERNELS = pytest.mark.skipif(
     reason="needs a CUDA device, or TRITON_INTERPRET=1",
 )
 BACK_ENDS = [
-    pytest.param(("cpu", "defaults"), id="defaults"),
+    pytest.param(("cpu", "fresh"), id="fresh"),
     pytest.param(("cpu", "torch"), id="torch"),
-    pytest.param(("cuda", "defaults"), id="defaults-gpu", marks=[pytest.mark.gpu, NO_GPU]),
+    pytest.param(("cuda", "fresh"), id="fresh-gpu", marks=[pytest.mark.gpu, NO_GPU]),
     pytest.param(("cuda", "torch"), id="torch-gpu", marks=[pytest.mark.gpu, NO_GPU]),
     pytest.param(
         ("cpu" if INTERPRETED else "cuda", "kernels"),

@@ -5,8 +5,7 @@ The copies themselves are in test_gpu.py."""
 import pytest
 import torch
 
-from algoperf_shampoo.optim.blocks.partition import cut
-from algoperf_shampoo.optim.gpu.transfer import runs
+from algoperf_shampoo.optim.blocks.partition import cut, runs
 
 
 @pytest.mark.parametrize(

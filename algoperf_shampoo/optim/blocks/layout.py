@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..gpu.transfer import Transfer
 from ..journal import Once, directly
-from .partition import Block
+from .partition import Block, runs
 
 GRADIENT, WORK = "gradient", "work"
 _grad = operator.attrgetter("grad")
@@ -246,6 +246,14 @@ class Layout:
             Stack(shape, members, dtype, device)
             for (shape, dtype, device), members in by_shape.items()
         ]
+        # Per parameter, t: as it stands in ``optimizer.state``, of its first block's row.
+        self.step_counts = torch.zeros(len(self.params), dtype=torch.int64)
+        self._first_rows = {
+            member.param: (stack, row)
+            for stack in self.stacks
+            for row, member in enumerate(stack.members)
+            if member.index == 0
+        }
         self._cuts = [Cuts(blocks) for blocks in self.blocks]
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self.lent: list[Lent] = []
@@ -254,14 +262,14 @@ class Layout:
         # As `Stack.bad`, but per parameter: of those on a GPU.
         self.bad: dict[torch.device, Tensor] = {}
         # Where a gather by our kernel leaves the largest entry of every row of the gradients.
-        self.tops: Tensor | None = None
-        self._tops_are_zeros = False
+        self.row_absmax: Tensor | None = None
+        self._absmax_is_zeros = False
         self.measured = False
 
     def gather(self) -> list[bool]:
         """Copy the gradients into ``stack.g`` of all stacks; which parameters have one.
 
-        ``measured`` says afterwards whether their largest entries stand in ``tops``.
+        ``measured`` says afterwards whether their largest entries stand in ``row_absmax``.
 
         Raises:
             ValueError: a gradient is sparse.
@@ -271,9 +279,9 @@ class Layout:
         gradients = list(map(_grad, self.params))
         present = [g is not None for g in gradients]
         self.measured = False
-        zeros, self._tops_are_zeros = self._tops_are_zeros, False
-        if self._transfer is not None and self._transfer.gather(gradients, self.tops, zeros):
-            self.measured = self.tops is not None
+        zeros, self._absmax_is_zeros = self._absmax_is_zeros, False
+        if self._transfer is not None and self._transfer.gather(gradients, self.row_absmax, zeros):
+            self.measured = self.row_absmax is not None
             return present
         to, source = [], []
         for i, (g, rows, cuts) in enumerate(zip(gradients, self._pieces, self._cuts, strict=True)):
@@ -301,11 +309,11 @@ class Layout:
         return present
 
     def finish(self) -> None:
-        """The step is complete. The next gather needs zeros in ``tops``: better now, while the
-        device is at work, than when it waits for that gather."""
-        if self.tops is not None:
-            self.tops.zero_()
-            self._tops_are_zeros = True
+        """The step is complete. The next gather needs zeros in ``row_absmax``: better now, while
+        the device is at work, than when it waits for that gather."""
+        if self.row_absmax is not None:
+            self.row_absmax.zero_()
+            self._absmax_is_zeros = True
 
     def apply(
         self,
@@ -373,6 +381,15 @@ class Layout:
         if to:
             once(torch._foreach_add_, to, source, alpha=alpha)
 
+    def publish_steps(self) -> None:
+        """Bring ``step_counts`` up to date."""
+        stacks = self.stacks
+        if all(s.uniform and s.steps[0] == stacks[0].steps[0] for s in stacks):
+            self.step_counts.fill_(stacks[0].steps[0] if stacks else 0)
+        else:
+            rows = [self._first_rows[i] for i in range(len(self.params))]
+            self.step_counts.copy_(torch.tensor([stack.steps[row] for stack, row in rows]))
+
     def flat(self, name: str) -> list[Tensor]:
         """The memory of a state tensor of all stacks: one flat tensor per dtype and device."""
         return [buffer for (key, _, _), buffer in self._buffers.items() if key == name]
@@ -432,7 +449,7 @@ class Layout:
         if Transfer.fits(self.params):
             (buffer,) = self.flat(GRADIENT)
             blocks = [
-                (m.param, m.block, int(stack.g[row].storage_offset()))
+                (m.param, runs(m.block), int(stack.g[row].storage_offset()))
                 for stack in self.stacks
                 for row, m in enumerate(stack.members)
             ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # What a parameter of two or more dimensions with at most max_preconditioner_dim entries becomes.
@@ -78,3 +79,23 @@ def cut(shape: tuple[int, ...], max_dim: int, small_matrices: str = "vector") ->
         Block(merged, tuple(s for s, _ in corner), tuple(d for _, d in corner))
         for corner in itertools.product(*pieces)
     ]
+
+
+def runs(block: Block) -> Iterable[tuple[int, int, int, int, int]]:
+    """A block as pieces of its parameter: (offset in the parameter, offset in the block, run,
+    stride, entries), each being runs of ``run`` consecutive entries every ``stride``."""
+    strides = [1] * len(block.merged)
+    for i in range(len(strides) - 2, -1, -1):
+        strides[i] = strides[i + 1] * block.merged[i + 1]
+    run, i = 1, len(block.shape) - 1
+    while i > 0 and block.shape[i] == block.merged[i]:  # whole dimensions at the end
+        run *= block.shape[i]
+        i -= 1
+    run *= block.shape[i]
+    rows = block.shape[i - 1] if i else 1
+    stride = strides[i - 1] if i else run
+    origin = sum(s * d for s, d in zip(block.start, strides, strict=True))
+    outer = itertools.product(*(range(d) for d in block.shape[: max(i - 1, 0)]))
+    for number, index in enumerate(outer):
+        offset = origin + sum(k * d for k, d in zip(index, strides, strict=False))
+        yield offset, number * rows * run, run, stride, rows * run

@@ -2,7 +2,7 @@
 device or the back end.
 
 ``optimizer.state[p]`` is there from construction on and live. It holds, for block j of the
-parameter (:func:`.blocking.cut`) and its mode i:
+parameter (:func:`.partition.cut`) and its mode i:
 
 | key | value |
 |---|---|
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import settings
 from ..blocks.factors import FactorSet
 from .layout import Layout, Stack
 
@@ -56,26 +55,17 @@ class GroupState:
             for span in factor_set.spans
         }
         self._layout = layout
-        self._steps = torch.zeros(len(layout.params), dtype=torch.int64)
         self.entries: list[Entry] = []
         for param, rows in enumerate(self._rows):
-            entry: Entry = {"step": self._steps[param]}
+            entry: Entry = {"step": layout.step_counts[param]}
             for j, (stack, row) in enumerate(rows):
                 entry |= {f"{j}.{name}": x for name, x in _tensors(stack, row)}
             self.entries.append(entry)
         self.publish()
 
-    def publish_steps(self) -> None:
-        """Bring the step counts up to date."""
-        stacks = self._layout.stacks
-        if all(s.uniform and s.steps[0] == stacks[0].steps[0] for s in stacks):
-            self._steps.fill_(stacks[0].steps[0] if stacks else 0)
-        else:
-            self._steps.copy_(torch.tensor([rows[0][0].steps[rows[0][1]] for rows in self._rows]))
-
     def publish(self) -> None:
         """Bring all that is no tensor of a stack up to date: step counts and counters."""
-        self.publish_steps()
+        self._layout.publish_steps()
         for entry, rows in zip(self.entries, self._rows, strict=True):
             for j, (stack, row) in enumerate(rows):
                 entry[f"{j}.ready"] = int(stack.ready[row])
@@ -164,60 +154,6 @@ class GroupState:
             factor_set, start = self._sets[id(stack), mode]
             for name in COUNTERS:
                 yield f"{name}_{mode}", getattr(factor_set, name), start + row
-
-
-def loading(
-    state_dict: Any,
-    param_groups: Sequence[Mapping[str, Any]],
-    groups: Sequence[GroupState],
-    meaning: Sequence[str],
-) -> list[Callable[[], None]]:
-    """Check a whole state_dict; what is returned copies its state.
-
-    Args:
-        param_groups: the optimizer's own, with its options.
-        meaning: names of options on which the meaning of the state depends.
-
-    Raises:
-        ValueError: see :meth:`.kronecker.Kronecker.load_state_dict`.
-    """
-    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
-        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get(key), kind):
-            raise ValueError(f"state_dict has no {key!r}; it must be what state_dict() gave")
-    saved_groups, entries = state_dict["param_groups"], state_dict["state"]
-    for number, saved in enumerate(saved_groups):
-        params = saved.get("params") if isinstance(saved, Mapping) else None
-        if not isinstance(params, Sequence):
-            raise ValueError(f"state_dict: param_groups[{number}] has no 'params'")
-    sizes, saved_sizes = [len(g.entries) for g in groups], [len(g["params"]) for g in saved_groups]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"state_dict has parameter groups of sizes {saved_sizes}, this optimizer {sizes}"
-        )
-    loads, first = [], 0
-    for number, (saved, own, group) in enumerate(
-        zip(saved_groups, param_groups, groups, strict=True)
-    ):
-        _check_options(f"state_dict, param_groups[{number}]", saved, own, meaning)
-        found = [entries.get(key) for key in saved["params"]]
-        loads.append(group.loading(found, first))
-        first += len(found)
-    return loads
-
-
-def _check_options(
-    where: str, saved: Mapping[str, Any], own: Mapping[str, Any], meaning: Sequence[str]
-) -> None:
-    if "rule" not in saved:
-        raise ValueError(f"{where}: names no rule; saved by an optimizer other than {own['rule']}")
-    settings.check_same(where, saved, own, ["rule"])
-    if missing := [name for name in own if name in settings.OPTIONS and name not in saved]:
-        raise ValueError(f"{where}: lacks {', '.join(missing)}")
-    settings.check_same(where, saved, own, [name for name in meaning if name in own])
-    try:
-        settings.check(saved)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def copy_of(value: Any) -> Any:

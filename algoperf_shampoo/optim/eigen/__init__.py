@@ -1,2 +1,2 @@
-"""Eigendecompositions of stacks of symmetric matrices: :class:`.solvers.Solver` and its back
+"""Eigendecompositions of stacks of symmetric matrices: :class:`.solver.Solver` and its back
 ends."""

@@ -118,7 +118,7 @@ _BATCHES = ((384, 20.0, 0.123), (512, 25.0, 0.2), (1024, 75.0, 0.63))
 
 def milliseconds(n: int, count: int) -> float:
     """About how long :func:`enqueue_eigh_` takes on an H100 in float32. Only for planning: see
-    :mod:`.lanes`.
+    :mod:`.batch_plan`.
 
     A batch takes base + slope * count: thousands of short kernels in a row, whatever the count.
     Linear in n between the sizes measured, and beyond.

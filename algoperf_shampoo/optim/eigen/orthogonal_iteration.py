@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..criterion import off_diagonal_and_norm
-from ..ops.linalg import largest_entry
-from ..ops.precision import matmul_precision
+from ..ops.linalg import largest_entry, matmul_precision
 from . import cusolver
 
 ORTHOGONALIZATIONS = ("cholesky", "householder")

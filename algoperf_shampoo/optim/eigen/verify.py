@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..blocks.rows import chunks, take
-from ..ops.linalg import largest_entry
-from ..ops.precision import matmul_precision
+from ..ops.linalg import largest_entry, matmul_precision
 
 PROBES = 8
 # Of ||Q Q' - I|| / sqrt(n), and of ||A - Q Lambda Q'|| / ||A|| beyond what the method leaves. The

@@ -57,22 +57,23 @@ class Grouped:
         }
         count = sum(len(s) for s in stacks)
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
-        # The largest absolute entry of every row ("top"): of `g` and every work buffer; of state
+        # The largest absolute entry of every row ("top" in the kernels): of `g` and every work
+        # buffer; of state
         # that is rotated; and a place for those that nobody will ask for.
         buffers = 1 + max(len(s.work) for s in stacks)
-        self._tops = torch.zeros(buffers + 2, count, dtype=torch.int32, device=self._device)
+        self._absmax = torch.zeros(buffers + 2, count, dtype=torch.int32, device=self._device)
         # Limits of noise, see :mod:`..noise`, and those that nothing is below.
         self._limits, self._no_limits = torch.zeros(2, count, device=self._device).unbind()
         self._no_marks = torch.zeros(count, dtype=torch.int32, device=self._device)
         self._rows = {id(s): slice(i, i + len(s)) for s, i in zip(stacks, starts, strict=True)}
-        self._ones = torch.ones(count, device=self._device)  # tops of orthogonal operators
-        self._operator_tops: dict[tuple[int, int], Tensor] = {}
+        self._ones = torch.ones(count, device=self._device)  # absmax of orthogonal operators
+        self._operator_absmax: dict[tuple[int, int], Tensor] = {}
         self._launches: dict[Hashable, Launches] = {}
 
     @property
-    def tops_of_gradients(self) -> Tensor:
-        """Tops of all stacks' ``g``, which a gather may leave there (:mod:`.transfer`)."""
-        return self._tops[0]
+    def row_absmax_of_gradients(self) -> Tensor:
+        """Absmax of all stacks' ``g``, which a gather may leave there (:mod:`.transfer`)."""
+        return self._absmax[0]
 
     def judge(self, guard: Guard, present: Sequence[bool]) -> None:
         if not self._marked:
@@ -83,7 +84,7 @@ class Grouped:
                 self._kernels.judge[(len(marks.params),)],
                 marks.first,
                 marks.row_of,
-                self.tops_of_gradients,
+                self.row_absmax_of_gradients,
                 marks.rows,
                 marks.params,
                 marks.counts,
@@ -152,14 +153,14 @@ class Grouped:
                 rows = self._rows[id(s)]
                 ones = self._ones[rows]
                 c1, c2 = corrections[id(s)] if corrected else (ones, ones)
-                tensors = x.tensor, *mine, self._top(s, x), c1, c2
+                tensors = x.tensor, *mine, self._absmax_of(s, x), c1, c2
                 limits = (self._limits if limit else self._no_limits)[rows]
                 more = self._marks_of(s), limits
                 addresses = [t.data_ptr() for t in tensors]
                 groups.append([*addresses, math.prod(s.shape), *(t.data_ptr() for t in more)])
             return self._elementwise(self._kernels.adam, stacks, groups, 6)
 
-        self._forget_tops(stacks, xs)
+        self._clear_absmax(stacks, xs)
         numbers = h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps
         state = tuple([t.data_ptr() for mine in moments for t in mine])
         name = "adam", state, tuple(limited), corrected
@@ -179,8 +180,8 @@ class Grouped:
         g: Tensor,
         scratch: Tensor,
     ) -> None:
-        tops = torch.linalg.vector_norm(x.flatten(1), torch.inf, 1)
-        self._tops[-2, self._rows[id(stack)]].copy_(tops.view(torch.int32))
+        absmax = torch.linalg.vector_norm(x.flatten(1), torch.inf, 1)
+        self._absmax[-2, self._rows[id(stack)]].copy_(absmax.view(torch.int32))
         whole, source, target = x, x, scratch
         if between := 0 < mode < len(stack.shape) - 1:  # as the first mode, by way of `g`
             x = x.movedim(mode + 1, 1)
@@ -204,14 +205,14 @@ class Grouped:
     ) -> list[Place]:
         """One product per mode, to and fro between ``xs`` and ``others``; where the results are.
 
-        Each contracts the leading mode and appends it at the back (see :func:`..linalg.rotate`).
+        Each contracts the leading mode and appends it at the back, as :func:`..ops.linalg.rotate`.
         """
         sources, targets = list(xs), list(others)
         for mode in range(max(len(s.shape) for s in stacks)):
             here = [i for i, s in enumerate(stacks) if mode < len(s.shape)]
             some = [stacks[i] for i in here]
             a, b = ([x[i] for i in here] for x in (sources, targets))
-            self._forget_tops(some, b)
+            self._clear_absmax(some, b)
             build = functools.partial(self._rotations, some, a, b, mode, orthogonal, split)
             name = "rotation", mode, orthogonal, split
             for launch in self._known(name, some, [*a, *b], build):
@@ -241,51 +242,51 @@ class Grouped:
         """Whether rows of bad gradients are marked."""
         return self._first.bad is not None
 
-    def _top(self, stack: Stack, x: Place) -> Tensor:
-        """Tops of the rows of x."""
+    def _absmax_of(self, stack: Stack, x: Place) -> Tensor:
+        """Absmax of the rows of x."""
         assert x.number >= 0, "not in a buffer"
-        return self._tops[x.number, self._rows[id(stack)]]
+        return self._absmax[x.number, self._rows[id(stack)]]
 
-    def _forget_tops(self, stacks: Sequence[Stack], xs: Sequence[Place]) -> None:
-        """Kernels raise tops: zeros first."""
+    def _clear_absmax(self, stacks: Sequence[Stack], xs: Sequence[Place]) -> None:
+        """Kernels raise what is there: zeros first."""
         if len(xs) == len(self._rows):
             buffers = {x.number for x in xs}
             if len(buffers) == 1:
-                self._tops[buffers.pop()].zero_()
+                self._absmax[buffers.pop()].zero_()
                 return
-        torch._foreach_zero_([self._top(s, x) for s, x in zip(stacks, xs, strict=True)])
+        torch._foreach_zero_([self._absmax_of(s, x) for s, x in zip(stacks, xs, strict=True)])
 
     def measure(self, stacks: Sequence[Stack], xs: Sequence[Place]) -> None:
-        """Find the tops of places."""
+        """Find the row maxima of places."""
         def build() -> Launches:
             groups = [
-                [x.tensor.data_ptr(), self._top(s, x).data_ptr(), math.prod(s.shape)]
+                [x.tensor.data_ptr(), self._absmax_of(s, x).data_ptr(), math.prod(s.shape)]
                 for s, x in zip(stacks, xs, strict=True)
             ]
             return self._elementwise(self._kernels.tops, stacks, groups, 2)
 
-        self._forget_tops(stacks, xs)
-        for launch in self._known("tops", stacks, xs, build):
+        self._clear_absmax(stacks, xs)
+        for launch in self._known("row absmax", stacks, xs, build):
             launch()
 
     def measure_operators(self, stacks: Sequence[Stack]) -> None:
-        """Find the tops of operators that are not orthogonal."""
+        """Find the row maxima of operators that are not orthogonal."""
         modes = [(s, mode) for s in stacks for mode in range(len(s.shape))]
         for s, mode in modes:
-            if (id(s), mode) not in self._operator_tops:
+            if (id(s), mode) not in self._operator_absmax:
                 zeros = torch.zeros(len(s), dtype=torch.int32, device=self._device)
-                self._operator_tops[id(s), mode] = zeros
-        tops = [self._operator_tops[id(s), mode] for s, mode in modes]
+                self._operator_absmax[id(s), mode] = zeros
+        found = [self._operator_absmax[id(s), mode] for s, mode in modes]
 
         def build() -> Launches:
             groups = [
-                [s.operators[mode].data_ptr(), top.data_ptr(), s.shape[mode] ** 2]
-                for (s, mode), top in zip(modes, tops, strict=True)
+                [s.operators[mode].data_ptr(), absmax.data_ptr(), s.shape[mode] ** 2]
+                for (s, mode), absmax in zip(modes, found, strict=True)
             ]
             rows = [s for s, _ in modes]
             return self._elementwise(self._kernels.tops, rows, groups, 2)
 
-        torch._foreach_zero_(tops)
+        torch._foreach_zero_(found)
         for launch in self._known("operators", stacks, (), build):
             launch()
 
@@ -311,13 +312,13 @@ class Grouped:
         """One mode of source into target, the first one if it is ``between`` others; each to be
         called with whether it is back."""
         d, rest = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
-        top, unused = self._tops[-2:, self._rows[id(stack)]]
-        tensors = [(source, top), (stack.operators[mode], self._ones)]
+        absmax, unused = self._absmax[-2:, self._rows[id(stack)]]
+        tensors = [(source, absmax), (stack.operators[mode], self._ones)]
         # In the first mode Q'x or Q x; in the last one, and for vectors, x Q or x Q'.
         first = between or (mode == 0 and rest > 1)
-        (a, top_a), (b, top_b) = reversed(tensors) if first else tensors
+        (a, absmax_a), (b, absmax_b) = reversed(tensors) if first else tensors
         M, N = (d, rest) if first else (rest, d)
-        addresses = [t.data_ptr() for t in (a, b, target, top_a, top_b, unused)]
+        addresses = [t.data_ptr() for t in (a, b, target, absmax_a, absmax_b, unused)]
         launches = self._multiply([[*addresses, M, N, d]], [(rows, M, N, d)], True)
         if first:
             return [lambda back, r=run: r(A_ROWS=back, B_ROWS=False) for run in launches]
@@ -335,9 +336,9 @@ class Grouped:
         groups, sizes = [], []
         for stack, x, y in zip(stacks, sources, targets, strict=True):
             d, M = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
-            top_q = self._ones if orthogonal else self._operator_tops[id(stack), mode]
-            tops = self._top(stack, x), top_q, self._top(stack, y)
-            tensors = x.tensor, stack.operators[mode], y.tensor, *tops
+            absmax_q = self._ones if orthogonal else self._operator_absmax[id(stack), mode]
+            absmax = self._absmax_of(stack, x), absmax_q, self._absmax_of(stack, y)
+            tensors = x.tensor, stack.operators[mode], y.tensor, *absmax
             groups.append([*(t.data_ptr() for t in tensors), M, d, d])
             sizes.append((range(len(stack)), M, d, d))
         return self._multiply(groups, sizes, split)
@@ -382,7 +383,7 @@ class Grouped:
                 modes.append((number + 1, spare.tensor, False))
             for mode, x, columns in modes:
                 d, K = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
-                tensors = x, stack.factors[mode], self._top(stack, place)
+                tensors = x, stack.factors[mode], self._absmax_of(stack, place)
                 marks = self._marks_of(stack).data_ptr()
                 groups.append([*(t.data_ptr() for t in tensors), d, K, marks])
                 sizes.append((len(stack), d, K, columns))

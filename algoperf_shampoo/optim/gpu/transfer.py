@@ -8,51 +8,31 @@ and writing the update, scaled and with weight decay, one pass over the paramete
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..blocks.partition import Block
 from . import triton_kernels
 
 TILE = 4096  # entries copied by one program
 GRADIENT_TABLES = 4
-
-
-def runs(block: Block) -> Iterable[tuple[int, int, int, int, int]]:
-    """A block as pieces of its parameter: (offset in the parameter, offset in the block, run,
-    stride, entries), each being runs of ``run`` consecutive entries every ``stride``."""
-    strides = [1] * len(block.merged)
-    for i in range(len(strides) - 2, -1, -1):
-        strides[i] = strides[i + 1] * block.merged[i + 1]
-    run, i = 1, len(block.shape) - 1
-    while i > 0 and block.shape[i] == block.merged[i]:  # whole dimensions at the end
-        run *= block.shape[i]
-        i -= 1
-    run *= block.shape[i]
-    rows = block.shape[i - 1] if i else 1
-    stride = strides[i - 1] if i else run
-    origin = sum(s * d for s, d in zip(block.start, strides, strict=True))
-    outer = itertools.product(*(range(d) for d in block.shape[: max(i - 1, 0)]))
-    for number, index in enumerate(outer):
-        offset = origin + sum(k * d for k, d in zip(index, strides, strict=False))
-        yield offset, number * rows * run, run, stride, rows * run
+Piece = tuple[int, int, int, int, int]
 
 
 class Transfer:
     """The copies of one layout, all of whose parameters are contiguous float32 on one GPU.
 
-    blocks: (parameter, block, offset of the block in the buffer), row by row of the stacks. Use
-    :meth:`fits` first.
+    blocks: (parameter, the block's pieces, offset of the block in the buffer), row by row of the
+    stacks; a piece is (offset in the parameter, offset in the block, run, stride, entries): runs of
+    ``run`` consecutive entries every ``stride``. Use :meth:`fits` first.
     """
 
-    def __init__(self, blocks: Iterable[tuple[int, Block, int]], buffer: Tensor) -> None:
+    def __init__(self, blocks: Iterable[tuple[int, Iterable[Piece], int]], buffer: Tensor) -> None:
         pieces: list[tuple[int, ...]] = []
         tiles: list[tuple[int, int]] = []
         for row, (param, block, position) in enumerate(blocks):
-            for offset, inside, run, stride, entries in runs(block):
+            for offset, inside, run, stride, entries in block:
                 tiles += [(len(pieces), start) for start in range(0, entries, TILE)]
                 pieces.append((param, offset, position + inside, run, stride, entries, row))
         module = triton_kernels()
@@ -80,12 +60,12 @@ class Transfer:
         )
 
     def gather(
-        self, gradients: Sequence[Tensor | None], tops: Tensor | None, zeros: bool = False
+        self, gradients: Sequence[Tensor | None], row_absmax: Tensor | None, zeros: bool = False
     ) -> bool:
         """Copy gradients into the buffer; False, and nothing done, if one is missing or is not
         contiguous float32 on the buffer's device.
 
-        tops: int32 [rows]; becomes the largest absolute entry of every row, as a float32's bits.
+        row_absmax: int32 [rows]; becomes the largest absolute entry of each row, as float32's bits.
         zeros: it is all zeros already.
         """
         present = [g for g in gradients if g is not None]
@@ -94,17 +74,17 @@ class Transfer:
         table = self._table(self._gradients, GRADIENT_TABLES, present)
         if table is None:
             return False
-        if tops is not None and not zeros:
-            tops.zero_()
+        if row_absmax is not None and not zeros:
+            row_absmax.zero_()
         with torch.cuda.device(self._buffer.device):
             self._kernels.gather[(len(self._tiles),)](
                 table,
                 self._pieces,
                 self._tiles,
                 self._buffer,
-                self._none_bad if tops is None else tops,
+                self._none_bad if row_absmax is None else row_absmax,
                 SIZE=TILE,
-                MEASURE=tops is not None,
+                MEASURE=row_absmax is not None,
             )
         return True
 

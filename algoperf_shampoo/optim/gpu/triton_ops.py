@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..blocks.layout import Stack
 from ..journal import Once, directly
 from ..nonfinite import Guard
-from ..ops import Hyper, ModeVectors, Operators, Value
-from ..ops.torch_ops import TorchOperations
+from ..ops import Hyper, ModeVectors, Operations, Operators, Value
 from ..ops.values import GRADIENT, OWN, Place
 from .launches import Grouped
 
 log = logging.getLogger(__name__)
 
 
-class TritonOperations(TorchOperations):
+class TritonOperations(Operations):
     """:class:`~..ops.base.Operations` for float32 stacks on one GPU, all rows taking part.
+
+    For how accurate they are see :class:`.launches.Grouped`.
 
     Args:
         stacks: all stacks there will be.
         once: see :mod:`..journal`.
-        accuracy: see :class:`.grouped.Grouped`.
     """
 
     def __init__(self, stacks: Sequence[Stack], once: Once = directly) -> None:
@@ -39,9 +40,9 @@ class TritonOperations(TorchOperations):
         self._by_default: set[str] = set()
 
     @property
-    def tops_of_gradients(self) -> Tensor:
+    def row_absmax_of_gradients(self) -> Tensor:
         """The largest entries of all rows of ``g``, which a gather may leave there."""
-        return self._kernels.tops_of_gradients
+        return self._kernels.row_absmax_of_gradients
 
     def begin(self, precision: str = "highest") -> None:
         super().begin(precision)
@@ -72,6 +73,7 @@ class TritonOperations(TorchOperations):
     ) -> None:
         places = x.places()
         if mode is not None or mean or any(place.number == OWN for place in places):
+            self._default("gram_ema of one mode, of a mean or of state")
             return super().gram_ema(x, beta, weight, mode, mean)
         self._measure(x.stacks, places)
         spares = [
@@ -109,12 +111,17 @@ class TritonOperations(TorchOperations):
         skip: int | None = None,
         scale: ModeVectors | None = None,
     ) -> Value:
-        if skip is not None or scale is not None:
+        if skip is not None:
+            self._default("rotate all modes but one")
             return super().rotate(x, operators, skip, scale)
-        return self._products(x, operators, back=False)
+        y = self._products(x, operators, back=False)
+        if scale is not None:
+            self.scale(y, scale)
+        return y
 
     def rotate_back(self, x: Value, operators: Operators, skip: int | None = None) -> Value:
         if skip is not None:
+            self._default("rotate back all modes but one")
             return super().rotate_back(x, operators, skip)
         return self._products(x, operators, back=True)
 
@@ -147,6 +154,26 @@ class TritonOperations(TorchOperations):
     ) -> None:
         self._kernels.rotate_mode_(stack, x, mode, rows, back, stack.g, stack.work[0])
 
+    def scale(
+        self, x: Value, factors: Sequence[Any] | ModeVectors, skip: int | None = None
+    ) -> None:
+        self._default("scale")
+        super().scale(x, factors, skip)
+
+    def norm(self, x: Value) -> list[Tensor]:
+        self._default("norm")
+        return super().norm(x)
+
+    def mean_square(
+        self, x: Value, mode: int, scale: ModeVectors | None = None
+    ) -> list[Tensor | None]:
+        self._default("mean_square")
+        return super().mean_square(x, mode, scale)
+
+    def ema(self, state: Value, x: Value, beta: float, square: bool = False) -> None:
+        self._default("ema")
+        super().ema(state, x, beta, square)
+
     def _measure(self, stacks: Sequence[Stack], places: Sequence[Place]) -> None:
         """See to it that the largest entries of the rows of places are known."""
         if all(place.absmax_known for place in places):
@@ -157,6 +184,7 @@ class TritonOperations(TorchOperations):
             places[i].absmax_known = True
 
     def _default(self, name: str) -> None:
+        """An operation is about to run as torch's, one stack after the other."""
         if name not in self._by_default:
             self._by_default.add(name)
-            log.info("%s runs by torch here, operation by operation: our kernels lack it", name)
+            log.info("%s runs by torch here, one stack after the other: we have no kernel", name)

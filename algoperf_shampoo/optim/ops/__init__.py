@@ -2,8 +2,7 @@
 
 from .base import Operations
 from .basis_change import BasisChange
-from .hyper import Hyper, bias_corrections
-from .values import ModeVectors, Operators, State, Value
+from .values import Hyper, ModeVectors, Operators, State, Value, bias_corrections
 
 __all__ = [
     "BasisChange",

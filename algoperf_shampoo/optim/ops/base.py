@@ -1,7 +1,7 @@
 """The operations of rules, each by plain torch: right on every device, for any value.
 
-A back end overrides those it does faster (:mod:`.torch_ops`, :mod:`..gpu.triton_ops`). What every
-one of them promises is tested on every back end alike, alone and composed at random.
+A back end overrides those it does faster (:mod:`..gpu.triton_ops`). What every one of them promises
+is tested on every back end alike, alone and composed at random.
 
 State (moments, factors, vectors of modes) is changed by :meth:`Operations.gram_ema`,
 :meth:`~Operations.ema`, :meth:`~Operations.adam` and :meth:`~Operations.assign` alone: these call
@@ -12,8 +12,7 @@ and leave rows alone whose gradient is bad (``stack.bad``, :mod:`..nonfinite`).
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +24,17 @@ from ..blocks.rows import put, take
 from ..journal import Once, directly
 from ..nonfinite import Guard
 from . import linalg
-from .hyper import Hyper, bias_corrections
-from .precision import matmul_precision
-from .values import GRADIENT, ModeVectors, Operators, Place, Value
-
-log = logging.getLogger(__name__)
+from .linalg import matmul_precision
+from .values import (
+    GRADIENT,
+    OWN,
+    Hyper,
+    ModeVectors,
+    Operators,
+    Place,
+    Value,
+    bias_corrections,
+)
 
 
 class Operations:
@@ -38,21 +43,44 @@ class Operations:
     Stacks in one call may be of different orders: where a mode is named, those that have no such
     mode are left as they are. Operations that say they *use up* a value leave it unusable.
 
+    Work is done in ``g`` and the stacks' work buffers; where there are none, in memory taken anew.
+    Of the buffers that no value lives in, or else of all, an operation takes the one that was given
+    out longest ago; what lived there is gone, and says so when it is used. For small models on a
+    CPU, making views takes as long as the products: those are made once.
+
     Args:
         once: calls every operation that changes what it reads (:mod:`..journal`).
     """
 
     def __init__(self, once: Once = directly) -> None:
         self.once = once
+        self._buffers: dict[int, list[Place]] = {}
+        self._given = 0
+        self._rotations: dict[Hashable, Rotation] = {}
+        self._grams: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+        self._watches: dict[tuple[int, ...], noise.Watch] = {}
+        self._watched: tuple[int, ...] = ()
 
     # What the step loop asks for, before and after a rule has its turn.
 
     def begin(self, precision: str = "highest") -> None:
         """A section of a step begins: no value lives but the gradients and what is kept."""
+        self._given = 0
+        for places in self._buffers.values():
+            for place in places:
+                place.holder, place.given = None, 0
+
+    def buffers(self, stack: Stack) -> list[Place]:
+        """``g``, and the stack's work buffers."""
+        places = self._buffers.get(id(stack))
+        if places is None:
+            tensors = [stack.g, *stack.work]
+            places = self._buffers[id(stack)] = [Place(x, i) for i, x in enumerate(tensors)]
+        return places
 
     def gradients(self, stacks: Sequence[Stack], kept: bool) -> Value:
         """``g`` of the stacks, as gathered. kept: they are needed once more in this step."""
-        return Value(stacks, [Place(s.g, GRADIENT) for s in stacks], kept)
+        return Value(stacks, [self.buffers(s)[GRADIENT] for s in stacks], kept)
 
     def gradients_came(self, stacks: Sequence[Stack], measured: bool = False) -> None:
         """``g`` of all stacks holds the gradients of this step. measured: the gather has measured
@@ -76,6 +104,8 @@ class Operations:
 
     def state_replaced(self) -> None:
         """State is other than what the last step left."""
+        for watch in self._watches.values():
+            watch.forget()
 
     # The operations of rules.
 
@@ -102,8 +132,8 @@ class Operations:
         if targets:
             tensors = [place.tensor for place in sources]
             torch._foreach_copy_([place.tensor for place in targets], tensors)
-        for source, target in zip(sources, targets, strict=True):
-            self._copied(source, target)
+        for target in targets:
+            target.absmax_known = False
         return Value(stacks, targets)
 
     def rotate(
@@ -122,39 +152,50 @@ class Operations:
             skip: this mode is left out, and stacks that lack it are left alone.
             scale: afterwards, entry j of every mode (but ``skip``) is multiplied by scale[j].
         """
-        self._default("rotate")
-        for number, (stack, place) in enumerate(zip(x.stacks, x.writable(), strict=True)):
-            if skip is not None and skip >= len(stack.shape):
-                continue
-            y = place.tensor
-            if stack.based:
-                if skip is None:
-                    y = linalg.rotate(y, stack.operators)
-                else:
-                    for mode, q in enumerate(stack.operators):
-                        y = y if mode == skip else linalg.rotate_mode(y, q, mode)
-            if scale is not None:
-                y = _scaled(y, scale.vectors[number], skip)
-            if y is not place.tensor:
-                place.tensor.copy_(y)
-                place.absmax_known = False
-        return x.became(x.places())
+        places = x.writable()
+        results = [
+            self._through_modes(s, place, skip, False)
+            for s, place in zip(x.stacks, places, strict=True)
+        ]
+        if scale is not None:
+            for s, place, mine in zip(x.stacks, results, scale.vectors, strict=True):
+                if skip is None or skip < len(s.shape):
+                    place.tensor.copy_(_scaled(place.tensor, mine, skip))
+        return x.became(results)
 
     def rotate_back(self, x: Value, operators: Operators, skip: int | None = None) -> Value:
         """Q_1 x_1 ... Q_k x_k: the inverse of :meth:`rotate` for bases; uses x up."""
-        self._default("rotate_back")
-        for stack, place in zip(x.stacks, x.writable(), strict=True):
-            if (skip is not None and skip >= len(stack.shape)) or not stack.based:
-                continue
-            y = place.tensor
-            if skip is None:
-                y = linalg.rotate_back(y, stack.operators)
-            else:
-                for mode, q in enumerate(stack.operators):
-                    y = y if mode == skip else linalg.rotate_mode(y, q.mT, mode)
-            place.tensor.copy_(y)
-            place.absmax_known = False
-        return x.became(x.places())
+        results = [
+            self._through_modes(s, place, skip, True)
+            for s, place in zip(x.stacks, x.writable(), strict=True)
+        ]
+        return x.became(results)
+
+    def _through_modes(self, stack: Stack, place: Place, skip: int | None, back: bool) -> Place:
+        """The products of all modes but ``skip``; where their result is."""
+        if not stack.based or (skip is not None and skip >= len(stack.shape)):
+            return place
+        place.absmax_known = False
+        if skip is None and stack.work:
+            return self._to_and_fro(stack, place, back)
+        y = place.tensor
+        if skip is None:
+            y = (linalg.rotate_back if back else linalg.rotate)(y, stack.operators)
+        else:
+            for mode, q in enumerate(stack.operators):
+                y = y if mode == skip else linalg.rotate_mode(y, q.mT if back else q, mode)
+        place.tensor.copy_(y)
+        return place
+
+    def _to_and_fro(self, stack: Stack, place: Place, back: bool) -> Place:
+        """One product a mode between two buffers; the result is in the other one or the first."""
+        other = self._memory(stack, place)
+        key = id(stack), place.number, other.number, back
+        if key not in self._rotations:
+            self._rotations[key] = Rotation(stack, place.tensor, other.tensor, back)
+        self._rotations[key]()
+        other.holder, other.absmax_known = None, False
+        return place if len(stack.shape) % 2 == 0 else other
 
     def scale(
         self, x: Value, factors: Sequence[Any] | ModeVectors, skip: int | None = None
@@ -199,22 +240,18 @@ class Operations:
             mode: of this mode alone; else of all.
             mean: X_i X_i' is divided by the number of X_i's columns.
         """
-        if mode is not None or mean:
-            self._default("gram_ema of one mode, or mean")
         for stack, place in zip(x.stacks, x.places(), strict=True):
-            _clear_bad_rows(stack, place.tensor)
-            decay = beta if stack.bad is None else _unless_bad(stack, beta, 1.0)[..., None, None]
-            for i, factor in enumerate(stack.factors):
-                if mode is not None and i != mode:
-                    continue
-                rows = self._matricized(stack, place, i)
-                w = weight / rows.shape[1] if mean else weight
-                linalg.gram_ema_(factor, rows, decay, w, self.once)
+            decay: float | Tensor = beta
+            if stack.bad is not None:
+                _clear_bad_rows(stack, place.tensor)
+                decay = _unless_bad(stack, beta, 1.0)[..., None, None]
+            for i, (factor, rows) in enumerate(self._gram_operands(stack, place)):
+                if mode is None or i == mode:
+                    w = weight / rows.shape[1] if mean else weight
+                    linalg.gram_ema_(factor, rows, decay, w, self.once)
 
     def ema(self, state: Value, x: Value, beta: float, square: bool = False) -> None:
         """state <- beta state + (1 - beta) x, or x^2 with ``square``; bad rows of x become zero."""
-        if square:
-            self._default("ema of squares")
         for stack, old, tensor in zip(state.stacks, state.tensors(), x.tensors(), strict=True):
             _clear_bad_rows(stack, tensor)
             if square:
@@ -281,8 +318,8 @@ class Operations:
         for (_, plain), rows in work.items():  # corrections are all tensors, or all numbers
             some, ys, ms, vs, c1s, c2s = map(list, zip(*rows, strict=True))
             if plain:
-                moments_(ys, ms, vs, h.beta1, h.beta2, self.once)
-                direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
+                linalg.moments_(ys, ms, vs, h.beta1, h.beta2, self.once)
+                linalg.direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
             else:
                 for s, y, old_m, old_v in zip(some, ys, ms, vs, strict=True):
                     beta2 = s.per_row(_unless_bad(s, h.beta2, 1.0))
@@ -290,7 +327,7 @@ class Operations:
                     self._lerp(s, old_m, y, h.beta1)
                     self.once(old_v.mul_, beta2)
                     self.once(old_v.addcmul_, y, y, value=1 - h.beta2)
-                direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
+                linalg.direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
                 for s, y in zip(some, ys, strict=True):
                     _clear_bad_rows(s, y)
         for place in places:
@@ -299,16 +336,35 @@ class Operations:
             self._drop_noise(x, m, v, h)
 
     def _drop_noise(self, x: Value, m: Value, v: Value, h: Hyper) -> None:
-        if h.noise_level == 0:
+        turned = [i for i, s in enumerate(x.stacks) if s.based]
+        if not turned:
             return
-        rows = zip(x.pairs(), m.tensors(), v.tensors(), strict=True)
-        for (stack, tensor), m_, v_ in rows:
-            if stack.based:
-                traces = noise.diagonal(stack).sum(1)
-                c1, c2 = bias_corrections(stack, h)
-                tensor.masked_fill_(noise.of(stack, m_, v_, traces, c1, c2, h), 0.0)
+        ms, vs, xs = m.tensors(), v.tensors(), x.tensors()
+        for number, traces in self._maybe_noisy(x, turned, vs, h):
+            i = turned[number]
+            c1, c2 = bias_corrections(x.stacks[i], h)
+            xs[i].masked_fill_(noise.of(x.stacks[i], ms[i], vs[i], traces, c1, c2, h), 0.0)
 
-    # For what is kept in a basis that changes, :class:`..eigenbasis.BasisChange`.
+    def _maybe_noisy(
+        self, x: Value, turned: list[int], seconds: list[Tensor], h: Hyper
+    ) -> list[tuple[int, Tensor]]:
+        """(position in ``turned``, traces) of stacks with coordinates that may be noise. On a CPU
+        looking costs something, see :class:`..noise.Watch`."""
+        stacks = [x.stacks[i] for i in turned]
+        plain = h.noise_level > 0 and all(s.work and s.device.type == "cpu" for s in stacks)
+        key = tuple([id(s) for s in stacks]) if plain else ()
+        if key != self._watched:  # others' moments changed meanwhile
+            self.state_replaced()
+            self._watched = key
+        if h.noise_level == 0:
+            return []
+        if not plain:
+            return [(i, noise.diagonal(s).sum(1)) for i, s in enumerate(stacks)]
+        if key not in self._watches:
+            self._watches[key] = noise.Watch(stacks, [seconds[i] for i in turned])
+        return self._watches[key].noisy(h)
+
+    # For what is kept in a basis that changes, :class:`.basis_change.BasisChange`.
 
     def rotate_mode_(
         self, stack: Stack, x: Tensor, mode: int, rows: Sequence[int], back: bool
@@ -320,59 +376,54 @@ class Operations:
             rotated = linalg.rotate_mode(take(x, rows), q.mT if back else q, mode)
             put(x, rows, rotated)
 
-    # What back ends with buffers override.
-
     def _memory(self, stack: Stack, source: Place) -> Place:
         """Memory for something new beside ``source``."""
-        return Place(torch.empty_like(source.tensor))
+        if not stack.work:
+            return Place(torch.empty_like(source.tensor))
+        places = self.buffers(stack)
+        if len(places) == 2 and source.number >= 0 and not places[1 - source.number].taken:
+            place = places[1 - source.number]  # there is no other
+        else:
+            others = [p for p in places if p is not source and not p.taken]
+            candidates = [p for p in others if p.holder is None] or others
+            if not candidates:
+                raise RuntimeError("an operation finds no memory: the rule needs more work_buffers")
+            place = min(candidates, key=_age)
+        self._given += 1
+        place.given = self._given
+        return place
 
-    def _copied(self, source: Place, target: Place) -> None:
-        """A place has been copied to another."""
-        target.absmax_known = False
-
-    def _matricized(self, stack: Stack, place: Place, mode: int) -> Tensor:
-        return linalg.matricized(place.tensor, mode)
-
-    def _default(self, name: str) -> None:
-        """An operation is about to run by torch, operation by operation."""
-
-
-def moments_(
-    xs: list[Tensor], ms: list[Tensor], vs: list[Tensor], beta1: float, beta2: float, once: Once
-) -> None:
-    """Update both moments by x. xs, ms, vs: contiguous, of one shape [B, ...] and dtype each.
-
-    The order of operations, here and in :func:`direction_`, is torch.optim.AdamW's, so that the
-    two agree to rounding.
-    """
-    once(torch._foreach_mul_, vs, beta2)
-    once(torch._foreach_addcmul_, vs, xs, xs, value=1 - beta2)
-    once(torch._foreach_lerp_, ms, xs, 1 - beta1)
+    def _gram_operands(self, stack: Stack, place: Place) -> Iterable[tuple[Tensor, Tensor]]:
+        """Per mode the factor, and X' (:func:`.linalg.matricized`); kept where those are views of a
+        buffer."""
+        key = id(stack), place.number
+        if key in self._grams:
+            return self._grams[key]
+        modes = enumerate(stack.factors)
+        if place.number == OWN or len(stack.shape) > 2:  # modes in between are copies
+            return ((factor, linalg.matricized(place.tensor, i)) for i, factor in modes)
+        self._grams[key] = [(factor, linalg.matricized(place.tensor, i)) for i, factor in modes]
+        return self._grams[key]
 
 
-def direction_(
-    xs: list[Tensor],
-    ms: list[Tensor],
-    vs: list[Tensor],
-    c1: list[Any],
-    c2: list[Any],
-    beta1: float,
-    eps: float,
-    nadam: bool,
-) -> None:
-    """Replace x by Adam's direction (NAdam's numerator with ``nadam``).
+class Rotation:
+    """The products that rotate a stack (or turn it back), each contracting the leading mode and
+    appending it at the back (see :func:`.linalg.rotate`); to and fro between two buffers."""
 
-    c1, c2 = 1 - beta1^t, 1 - beta2^t: all numbers, or all tensors [B, 1, ..., 1] on x's device.
-    """
-    if nadam:
-        torch._foreach_lerp_(xs, ms, beta1)
-    else:
-        torch._foreach_copy_(xs, ms)
-    denominators = torch._foreach_sqrt(vs)
-    torch._foreach_div_(denominators, [c**0.5 for c in c2])
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_mul_(denominators, c1)
-    torch._foreach_div_(xs, denominators)
+    def __init__(self, stack: Stack, source: Tensor, target: Tensor, back: bool) -> None:
+        self._products = []
+        for d, q in zip(stack.shape, stack.operators, strict=True):
+            a, out = source.view(len(stack), d, -1).mT, target.view(len(stack), -1, d)
+            self._products.append((a, q.mT if back else q, out))
+            source, target = target, source
+
+    def __call__(self) -> None:
+        for a, q, out in self._products:
+            torch.bmm(a, q, out=out)
+
+
+def _age(place: Place) -> tuple[int, int]:
+    return place.given, -place.number
 
 
 def _scaled(x: Tensor, vectors: Sequence[Tensor], skip: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batched matrix routines on stacked blocks. Pure functions; shapes in comments.
+"""Batched routines on stacked blocks, and how precise matrix products are. Shapes in comments.
 
 A block of order k is a tensor [d_1, ..., d_k]; B blocks of one shape are stacked to
 [B, d_1, ..., d_k]. Each mode i has a factor and a basis [B, d_i, d_i]. For a matrix (k = 2) mode 0
@@ -7,14 +7,16 @@ is the paper's L, mode 1 its R; a vector (k = 1) has one factor, that of full-ma
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..journal import directly
+from ..journal import Once, directly
 
 
 def rotate(x: Tensor, bases: Sequence[Tensor]) -> Tensor:
@@ -120,3 +122,89 @@ def inverse_root(
         rounding = lam <= lam.shape[-1] * torch.finfo(lam.dtype).eps * largest
         roots = torch.where(rounding, (largest == 0).to(lam.dtype), roots)
     return (eigenvectors * roots[:, None, :]) @ eigenvectors.mT
+
+
+def moments_(
+    xs: list[Tensor], ms: list[Tensor], vs: list[Tensor], beta1: float, beta2: float, once: Once
+) -> None:
+    """Update both moments by x. xs, ms, vs: contiguous, of one shape [B, ...] and dtype each.
+
+    The order of operations, here and in :func:`direction_`, is torch.optim.AdamW's, so that the
+    two agree to rounding.
+    """
+    once(torch._foreach_mul_, vs, beta2)
+    once(torch._foreach_addcmul_, vs, xs, xs, value=1 - beta2)
+    once(torch._foreach_lerp_, ms, xs, 1 - beta1)
+
+
+def direction_(
+    xs: list[Tensor],
+    ms: list[Tensor],
+    vs: list[Tensor],
+    c1: list[Any],
+    c2: list[Any],
+    beta1: float,
+    eps: float,
+    nadam: bool,
+) -> None:
+    """Replace x by Adam's direction (NAdam's numerator with ``nadam``).
+
+    c1, c2 = 1 - beta1^t, 1 - beta2^t: all numbers, or all tensors [B, 1, ..., 1] on x's device.
+    """
+    if nadam:
+        torch._foreach_lerp_(xs, ms, beta1)
+    else:
+        torch._foreach_copy_(xs, ms)
+    denominators = torch._foreach_sqrt(vs)
+    torch._foreach_div_(denominators, [c**0.5 for c in c2])
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(denominators, c1)
+    torch._foreach_div_(xs, denominators)
+
+
+# A setting of `matmul_precision`, and what it means for a float32 product on a GPU. CPUs compute
+# float32 in full precision under every setting.
+MATMUL_PRECISIONS = {
+    "highest": "ieee",  # full float32
+    "high": "tf32",  # inputs rounded to 10 bits of mantissa, relative error about 3e-4
+}
+
+
+@functools.cache
+def _switch() -> tuple[Any, str, dict[str, Any]] | None:
+    """(object, attribute, its value per setting) of torch's switch; None where there is none."""
+    newer: dict[str, Any] = dict(MATMUL_PRECISIONS)
+    if not torch.cuda.is_available():
+        # The CPU has a switch too (mkldnn may use bfloat16 under "medium"); always full precision.
+        backend = getattr(torch.backends.mkldnn, "matmul", None)
+        if not hasattr(backend, "fp32_precision"):
+            return None
+        return backend, "fp32_precision", dict.fromkeys(newer, "ieee")
+    backend = torch.backends.cuda.matmul
+    if hasattr(backend, "fp32_precision"):
+        return backend, "fp32_precision", newer
+    return backend, "allow_tf32", {name: value == "tf32" for name, value in newer.items()}
+
+
+@contextlib.contextmanager
+def matmul_precision(setting: str) -> Iterator[None]:
+    """Compute float32 matrix products inside the block at ``setting`` of MATMUL_PRECISIONS.
+
+    torch's own switch is global; it is put back on exit, also after an error. torch >= 2.9 has one
+    switch per back end (`fp32_precision`), earlier versions `allow_tf32`; mixing the two raises
+    there, so the newer is used where it exists.
+    """
+    switch = _switch()
+    if switch is None:
+        yield
+        return
+    backend, attribute, values = switch
+    before = getattr(backend, attribute)
+    if before == values[setting]:
+        yield
+        return
+    setattr(backend, attribute, values[setting])
+    try:
+        yield
+    finally:
+        setattr(backend, attribute, before)
