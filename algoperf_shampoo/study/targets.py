@@ -5,7 +5,7 @@
 2. Seeds: the best point with seeds 201, 202, 203. Target: the mean of the metric at 75% of the
    budget, for validation and test alike, rounded down to four digits.
 
-None of these seeds is among those of reported runs. The logs lie in ``results/measured/mini/``;
+None of these seeds is among those of the tables' runs. The logs lie in ``results/measured/mini/``;
 ``scripts/mini_targets.py`` does the sum again. They were made with the workload files of
 :func:`write_unreachable`, so that no run ended early.
 """
