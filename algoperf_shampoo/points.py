@@ -54,6 +54,22 @@ class Number:
 
 
 @dataclass(frozen=True)
+class NumberOr(Number):
+    """A number, or one word."""
+
+    word: str = ""
+
+    def accepts(self, value: Any) -> bool:
+        return value == self.word if isinstance(value, str) else super().accepts(value)
+
+    def value(self, value: Any) -> Any:
+        return value if isinstance(value, str) else super().value(value)
+
+    def __str__(self) -> str:
+        return f'{super().__str__()}, or "{self.word}"'
+
+
+@dataclass(frozen=True)
 class Switch:
     """``true`` or ``false``; no string and no number stands for either."""
 
@@ -88,8 +104,8 @@ class Field:
     """One field of a point.
 
     Attributes:
-        group: the group it belongs to, ``"common"`` or ``"factors"``; None for one that a variant
-            names itself.
+        group: the group it belongs to, see :data:`GROUPS`; None for one that a variant names
+            itself.
         short: its name in run labels, before the value.
         default: taken where a point lacks it; :data:`REQUIRED` for none.
     """
@@ -107,142 +123,145 @@ _ONE_MINUS_BETA = Number(1e-7, 1)
 # At 0, 0 / 0 where a gradient is zero; far below float32's smallest number it would be 0.
 _EPSILON = Number(1e-30, 1)
 
+# fmt: off
 DECLARED = (
     Field(
-        "precondition_frequency",
-        "F",
-        Number(1, 10**9, integer=True),
-        "F: steps between two checks of a factor's eigenbasis or root",
-        "factors",
+        "precondition_frequency", "F", Number(1, 10**9, integer=True),
+        "F: steps between two checks of a factor's eigenbasis or root", "factors",
     ),
     Field(
-        "tau",
-        "tau",
-        Number(0, 1, high_open=True),
+        "tau", "tau", Number(0, 1, high_open=True),
         "threshold of Eq. 11: a basis is recomputed where it is exceeded; 0: at every check",
         None,
     ),
-    Field(
-        "learning_rate",
-        "lr",
-        Number(1e-12, 1e3),
-        "alpha at its highest, after the warm-up",
-    ),
+    Field("learning_rate", "lr", Number(1e-12, 1e3), "alpha at its highest, after the warm-up"),
     Field("one_minus_beta1", "1-b1", _ONE_MINUS_BETA, "1 - beta1, of the gradient's average"),
     Field("one_minus_beta2", "1-b2", _ONE_MINUS_BETA, "1 - beta2, of all second moments"),
     Field(
-        "epsilon",
-        "eps",
-        _EPSILON,
-        "added to sqrt(D); by shampoo_grafting to the factors' eigenvalues",
+        "epsilon", "eps", _EPSILON,
+        "added to sqrt(D); by those without D, and shampoo_grafting, to the factors' eigenvalues",
     ),
     Field("weight_decay", "wd", Number(0, 1e3), "lambda, decoupled from the gradient"),
     Field("warmup_factor", "warmup", Number(0, 1), "share of the schedule that is warm-up"),
     Field(
-        "step_hint_factor",
-        "hint",
-        Number(0.01, 100),
+        "step_hint_factor", "hint", Number(0.01, 100),
         "length of the schedule, in units of the workload's step hint",
     ),
     Field(
-        "label_smoothing",
-        "smooth",
-        Number(0, 1, high_open=True),
+        "label_smoothing", "smooth", Number(0, 1, high_open=True),
         "of the cross entropy; workloads with another loss do not use it",
     ),
     Field("dropout_rate", "drop", Number(0, 1, high_open=True), "in models that have dropout"),
-    Field("use_nadam", "nadam", Switch(), "numerator beta1 M + (1 - beta1) G in place of M"),
     Field(
-        "nonfinite_gradients",
-        "nonfinite",
-        Choice(("skip", "propagate")),
-        "gradients that are not finite: left out, or learnt from",
-        "common",
-        "skip",
+        "use_nadam", "nadam", Switch(),
+        "numerator beta1 M + (1 - beta1) G in place of M", "numerator",
     ),
     Field(
-        "nonfinite_limit",
-        "badrow",
-        Number(1, 10**9, integer=True),
-        "so many gradients in a row that are not finite end the run",
-        "common",
-        100,
+        "nonfinite_gradients", "nonfinite", Choice(("skip", "propagate")),
+        "gradients that are not finite: left out, or learnt from", "common", "skip",
     ),
     Field(
-        "max_preconditioner_dim",
-        "dim",
-        Number(8, 65536, integer=True),
-        "larger dimensions of a parameter are cut into blocks",
-        "factors",
+        "nonfinite_limit", "badrow", Number(1, 10**9, integer=True),
+        "so many gradients in a row that are not finite end the run", "common", 100,
     ),
     Field(
-        "one_dim",
-        "1d",
-        Choice(("full", "adam")),
-        "1-D blocks: full-matrix Adam, or Adam",
-        "factors",
-        "full",
+        "max_preconditioner_dim", "dim", Number(8, 65536, integer=True),
+        "larger dimensions of a parameter are cut into blocks", "factors",
     ),
     Field(
-        "small_matrices",
-        "small",
-        Choice(("vector", "matrix")),
+        "one_dim", "1d", Choice(("full", "adam", "only")),
+        "1-D blocks: full-matrix Adam, or Adam; only: those alone are preconditioned",
+        "factors", "full",
+    ),
+    Field(
+        "small_matrices", "small", Choice(("vector", "matrix")),
         "parameters with at most max_preconditioner_dim entries: one vector, or a matrix",
-        "factors",
-        "vector",
+        "factors", "vector",
     ),
     Field(
-        "matmul_precision",
-        "mm",
-        Choice(("highest", "high")),
-        "rotations on a GPU: accurate to float32, or 11 bits as in TF32",
-        "factors",
-        "highest",
+        "matmul_precision", "mm", Choice(("highest", "high")),
+        "rotations on a GPU: accurate to float32, or 11 bits as in TF32", "factors", "highest",
     ),
     Field(
-        "noise_directions",
-        "noise",
-        Choice(("drop", "keep")),
-        "coordinates that are rounding: no step, or a step",
-        None,
-        "drop",
+        "noise_directions", "noise", Choice(("drop", "keep")),
+        "coordinates that are rounding: no step, or a step", None, "drop",
     ),
     Field(
-        "noise_level",
-        "noiselevel",
-        Number(0, 1e6),
+        "noise_level", "noiselevel", Number(0, 1e6),
         "what is rounding, in units of eps_machine times the norm of a block's gradients",
-        None,
-        32.0,
+        None, 32.0,
     ),
     Field(
-        "eigensolver",
-        "solver",
-        Choice(("eigh", "warm")),
+        "eigensolver", "solver", Choice(("eigh", "warm")),
         "anew at each refresh, or orthogonal iteration from the old basis first",
-        "factors",
-        "eigh",
+        "solver", "eigh",
     ),
     Field(
-        "eigen_workspace_mib",
-        "ws",
-        Number(1, 2**20, integer=True),
-        "bound on the memory a refresh takes anew, in MiB",
-        "factors",
-        8,
+        "eigen_workspace_mib", "ws", Number(1, 2**20, integer=True),
+        "bound on the memory a refresh takes anew, in MiB", "factors", 8,
     ),
-    Field("grafting_epsilon", "geps", _EPSILON, "epsilon of the Adam that gives the norm", None),
     Field(
-        "exponent_multiplier",
-        "exp",
-        Number(0, 10),
-        "a root is A^(-x / 2k) for a block of order k",
-        None,
+        "grafting", "graft", Choice(("none", "adam")),
+        "the length of a block's update: its own, or Adam's", None, "none",
+    ),
+    Field(
+        "grafting_epsilon", "geps", _EPSILON,
+        "epsilon of the Adam that gives the norm", None, 1e-8,
+    ),
+    Field(
+        "exponent_multiplier", "exp", Number(0, 10),
+        "a root is A^(-x / 2k) for a block of order k", None,
+    ),
+    Field(
+        "one_minus_beta3", "1-b3", NumberOr(1e-7, 1, word="beta2"),
+        "1 - beta3, of D, where it is not the factors'", "ablations", "beta2",
+    ),
+    Field(
+        "basis_aware", "aware", Switch(),
+        "D goes over to a new basis by Eq. 27", "ablations", False,
+    ),
+    Field(
+        "freeze_after", "freeze", Number(0, 1),
+        "share of the schedule after which no basis is computed anew", "ablations", 1.0,
+    ),
+    Field(
+        "tau_later", "tau2", Number(0, 1, high_open=True),
+        "tau of the schedule's last part", "schedule", 0.0,
+    ),
+    Field(
+        "tau_switch", "switch", Number(0, 1),
+        "share of the schedule after which tau_later stands in the place of tau; 1: never",
+        "schedule", 1.0,
+    ),
+    Field(
+        "trace_scale", "scale", Choice(("paper", "authors")),
+        "factors are divided by Tr^((k-1)/k) for a block of order k, or by Tr^(1/2)",
+        None, "paper",
+    ),
+    Field(
+        "max_qr_iterations", "I", Number(1, 1000, integer=True),
+        "I: QR iterations of a basis at a check, at most (Algorithm 4)", None, 10,
+    ),
+    Field(
+        "eigenvalues", "lambda", Choice(("ema", "decomposition")),
+        "by an average of their own, or diag(Q'SQ) when a basis is renewed", None, "ema",
+    ),
+    Field(
+        "eigenvalue_clamp", "clamp", Switch(),
+        "lambda^-1/2 is at most max(10, min(d, 4000))", None, True,
     ),
 )
+# fmt: on
 BY_NAME = {field.name: field for field in DECLARED}
-GROUPS = {"common": ("common",), "factors": ("common", "factors")}
-"""A group's name, and the groups of fields it stands for."""
+GROUPS = {
+    "common": ("common", "numerator"),
+    "factors": ("common", "numerator", "factors", "solver"),
+    "iterated": ("common", "factors"),
+    "ablations": ("ablations",),
+    "schedule": ("schedule",),
+}
+"""A group's name, and the groups of fields it stands for. Variants whose bases are iterated by QR
+choose no solver, and those that are as their authors have them know no NAdam."""
 
 
 def fields(names: Iterable[str]) -> tuple[Field, ...]:
@@ -430,6 +449,12 @@ def _check_together(point: Mapping[str, Any]) -> None:
                 f"epsilon {point['epsilon']} with exponent_multiplier {multiplier}: roots up to "
                 f"epsilon^(-x/2) = 1e{digits:.0f}: at most 1e30, so that float32 holds them"
             )
+    # Of a block of order 3, whose factors all have the exponent 1/2.
+    if "trace_scale" in point and (digits := -math.log10(point["epsilon"]) * 1.5) > 30:
+        raise PointError(
+            f"epsilon {point['epsilon']}: roots up to epsilon^(-3/2) = 1e{digits:.0f}: at most "
+            "1e30, so that float32 holds them"
+        )
 
 
 def _scalar(text: str) -> Any:

@@ -35,30 +35,32 @@ MakeOptimizer = Callable[[list[torch.nn.Parameter], Any, "dist.ProcessGroup | No
 
 
 def common_settings(point: Any) -> dict[str, Any]:
-    """The optimizer arguments that every variant takes from its point, checked and completed."""
-    return {
+    """The optimizer arguments that every variant takes from its point, checked and completed;
+    nadam where it is a field of the variant's."""
+    settings = {
         "lr": point.learning_rate,
         "betas": (1.0 - point.one_minus_beta1, 1.0 - point.one_minus_beta2),
         "eps": point.epsilon,
         "weight_decay": point.weight_decay,
-        "nadam": point.use_nadam,
         "nonfinite_gradients": point.nonfinite_gradients,
         "nonfinite_limit": point.nonfinite_limit,
     }
+    return settings | ({"nadam": point.use_nadam} if hasattr(point, "use_nadam") else {})
 
 
 def kronecker_settings(point: Any) -> dict[str, Any]:
-    """:func:`common_settings` and what the variants with Kronecker factors take besides."""
-    return {
+    """:func:`common_settings` and what the variants with Kronecker factors take besides; the solver
+    where it is a field of the variant's."""
+    settings = {
         **common_settings(point),
         "precondition_frequency": point.precondition_frequency,
         "max_preconditioner_dim": point.max_preconditioner_dim,
         "one_dim": point.one_dim,
         "matmul_precision": point.matmul_precision,
         "small_matrices": point.small_matrices,
-        "eigensolver": point.eigensolver,
         "eigen_workspace_mib": point.eigen_workspace_mib,
     }
+    return settings | ({"eigensolver": point.eigensolver} if hasattr(point, "eigensolver") else {})
 
 
 def eshampoo_settings(point: Any) -> dict[str, Any]:
@@ -67,6 +69,18 @@ def eshampoo_settings(point: Any) -> dict[str, Any]:
         **kronecker_settings(point),
         "noise_directions": point.noise_directions,
         "noise_level": point.noise_level,
+        **grafting_settings(point),
+        "beta3": None if point.one_minus_beta3 == "beta2" else 1.0 - point.one_minus_beta3,
+        "basis_aware": point.basis_aware,
+        "tau_later": getattr(point, "tau_later", 0.0),
+    }
+
+
+def grafting_settings(point: Any) -> dict[str, Any]:
+    """Of the variants that may be grafted or not."""
+    return {
+        "grafting": None if point.grafting == "none" else point.grafting,
+        "grafting_eps": point.grafting_epsilon,
     }
 
 
@@ -181,6 +195,10 @@ class Submission:
         point = self.point(hyperparameters)
         optimizer = self.make_optimizer(list(model_params.parameters()), point, _process_group())
         total = point.step_hint_factor * workload.step_hint
+        for name in ("tau_switch", "freeze_after"):
+            if getattr(point, name, 1.0) < 1:  # shares of the schedule
+                for group in optimizer.param_groups:
+                    group[name] = int(getattr(point, name) * total)
         warmup = int(point.warmup_factor * total)
         scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
         return {"optimizer": optimizer, "scheduler": scheduler, "monitor": Monitor()}

@@ -3,7 +3,22 @@
 from .adamw import AdamW
 from .eigen.solver import Solver
 from .eshampoo import EShampoo
+from .kl_shampoo import KLSOAP, KLShampoo
 from .optimizer import Kronecker
 from .shampoo import Shampoo
+from .shampoo2 import Shampoo2Trace
+from .shampoo_adaptive import ShampooAdaptive
+from .soap import SOAP
 
-__all__ = ["AdamW", "EShampoo", "Kronecker", "Shampoo", "Solver"]
+__all__ = [
+    "KLSOAP",
+    "SOAP",
+    "AdamW",
+    "EShampoo",
+    "KLShampoo",
+    "Kronecker",
+    "Shampoo",
+    "Shampoo2Trace",
+    "ShampooAdaptive",
+    "Solver",
+]

@@ -8,10 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .grafting import grafted
 from .ops import BasisChange, Hyper, Operations, State, Value
 from .optimizer import Kronecker
 from .options import (
     Eigensolver,
+    Grafting,
     MatmulPrecision,
     Noise,
     NonFinite,
@@ -35,6 +37,9 @@ class EShampooRule(Rule):
     (:mod:`.noise`).
     """
 
+    def __init__(self, basis_aware: bool = False) -> None:
+        self.basis_aware = basis_aware
+
     def accumulate(self, G: Value, s: State, h: Hyper, ops: Operations) -> None:
         ops.gram_ema(G, h.beta2, 1 - h.beta2)  # line 5
 
@@ -45,9 +50,15 @@ class EShampooRule(Rule):
 
     def rebase(self, s: State, change: BasisChange, ops: Operations) -> Iterator[None]:
         """M leaves the old basis and enters the new one; D stays where it is, by index (Algorithm
-        2; D.2 finds that rotating it hurts)."""
+        2), or goes along with columns that a solver sorted. With ``basis_aware`` it becomes what
+        Eq. 27 makes of it, a permutation being part of R (appendix D.2, which finds it hurts)."""
+        old = change.old_operators() if self.basis_aware else None
         change.leave(s["exp_avg"])
         yield
+        if old is None:
+            change.permute(s["exp_avg_sq"])
+        else:
+            change.mix(s["exp_avg_sq"], old)
         change.enter(s["exp_avg"])
 
 
@@ -65,14 +76,16 @@ class EShampoo(Kronecker):
         precondition_frequency: steps between checks of the eigenbases.
         tau: a basis is computed anew where the left side of Eq. 11 exceeds tau; 0: at every check.
         nadam: numerator beta1 M + (1 - beta1) G instead of M, as in AlgoPerf's NAdamW.
-        one_dim: vectors by "full"-matrix Adam in its eigenbasis, or by "adam", which costs nothing.
+        one_dim: vectors by "full"-matrix Adam in its eigenbasis, or by "adam", which costs nothing;
+            "only": vectors as with "full", and all others by Adam.
         small_matrices: a parameter with at most max_preconditioner_dim entries becomes one "vector"
             with one factor (the paper's footnote 8), or stays a "matrix" with two.
         max_preconditioner_dim: larger dimensions are cut into pieces of this size.
         matmul_precision: of rotations on a GPU, "highest" (accurate to float32) or "high" (inputs
             rounded to 11 bits, as in TF32); statistics and criterion are always accurate to
             float32.
-        eigensolver: "eigh" (exact), "warm" (iterated from the old basis), or a :class:`Solver`.
+        eigensolver: "eigh" (exact), "warm" (iterated from the old basis), "qr" (Algorithm 4), or a
+            :class:`~.eigen.solver.Solver`.
         eigen_workspace_mib: bound on the memory a refresh takes anew, 8 unless given.
         noise_directions: "drop": coordinates in the eigenbasis whose moment and D are the rounding
             of a step's own rotation take no step, see :mod:`.noise`; "keep": they do.
@@ -88,6 +101,15 @@ class EShampoo(Kronecker):
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs.
         process_group: set when its processes hold replicas that see equal gradients; then they
             decide alike which bases to compute anew.
+        grafting: for ablations, "adam": every block's update gets the norm of Adam's; None: it
+            stays as it is.
+        grafting_eps: added to Adam's sqrt(D).
+        beta3: for ablations: of D; None: betas[1], which the factors keep.
+        basis_aware: for ablations: D goes over to a new basis by Eq. 27 instead of staying as it
+            is, by index.
+        tau_later, tau_switch: for ablations: tau up to step tau_switch (of each parameter's own),
+            then tau_later. None: tau all along.
+        freeze_after: for ablations: no basis is computed anew after this step; None: never frozen.
 
     Raises:
         ValueError: an option out of range (named, with its range), or a parameter that is empty,
@@ -117,6 +139,13 @@ class EShampoo(Kronecker):
         nonfinite_limit: int = 100,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        grafting: Grafting = None,
+        grafting_eps: float = 1e-8,
+        beta3: float | None = None,  # beta_3
+        basis_aware: bool = False,
+        tau_later: float = 0.0,
+        tau_switch: int | None = None,
+        freeze_after: int | None = None,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -134,11 +163,19 @@ class EShampoo(Kronecker):
             noise_level=noise_level,
             nonfinite_gradients=nonfinite_gradients,
             nonfinite_limit=nonfinite_limit,
+            grafting=grafting,
+            grafting_eps=grafting_eps,
+            beta3=beta3,
+            basis_aware=basis_aware,
+            tau_later=tau_later,
+            tau_switch=tau_switch,
+            freeze_after=freeze_after,
         )
         super().__init__(
             params,
-            EShampooRule(),
+            grafted(EShampooRule(basis_aware), grafting, grafting_eps),
             defaults,
+            fixed=("basis_aware", "grafting", "grafting_eps"),
             solver=solver_of(eigensolver, eigen_workspace_mib),
             cuda_graph=cuda_graph,
             process_group=process_group,

@@ -100,5 +100,6 @@ def lay_out(
 
 def rule_for(shape: tuple[int, ...], rule: Rule, one_dim: str) -> Rule:
     """A 1x1 factor has one direction: every rule of the family is Adam there."""
-    plain = shape == (1,) or (len(shape) == 1 and one_dim == "adam")
+    kept = {"full": True, "adam": len(shape) > 1, "only": len(shape) == 1}[one_dim]
+    plain = shape == (1,) or not kept
     return ADAM if plain else rule

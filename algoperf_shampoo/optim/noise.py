@@ -9,7 +9,9 @@ moment nor its D stands above the rounding of this step's own rotation,
 S^2 = Tr(L) / (1 - beta2^t) being the average of ||G||^2, and k = ``noise_level`` eps_machine; with
 rotations of 11 bits (``matmul_precision`` "high" on a GPU) k is larger by noise_level / 4 * 2^-11 /
 sqrt(entries): what rounded inputs leave is spread over all coordinates. The eigenvalues of the last
-refresh have no say: a gradient that reaches a direction which was null then stands far above.
+refresh have no say: a gradient that reaches a direction which was null then stands far above. With
+an average of its own for D (beta3) 1 - beta3^t stands in both places, which in the first steps puts
+S off by the root of the ratio of the two.
 
 Measured in units of eps_machine S: rounding is 0.1 to 1 under random gradients, up to 15 under a
 constant one. Coordinates of the minis in training stand above 256, but for OGBG's, of which 1% to
@@ -98,7 +100,8 @@ class Watch:
 
     def noisy(self, h: Hyper) -> list[tuple[int, Tensor]]:
         """(number, traces) of the stacks that may have such coordinates in this step."""
-        if self._settings != (settings := (h.noise_level, h.beta2)):
+        # With a beta of its own, D and the traces move at different rates: always looked at.
+        if self._settings != (settings := (h.noise_level, h.beta2)) or h.beta3 is not None:
             self._settings = settings
             self.forget()
         # A little more, for what rounds on the way.

@@ -219,12 +219,12 @@ class Kronecker(Saving):
         if policy == "skip":
             h = h._replace(gradient_square=guard.square)
         gathered = True
-        if self.rule.starts and any(new := self._once(number, "new", _new, group, fit)):
-            self._once(number, "start", self._start, group, new, h)
-            present = [here and not starts for here, starts in zip(present, new, strict=True)]
-            fit = [here and not starts for here, starts in zip(fit, new, strict=True)]
+        if self.rule.starts and any(late := self._once(number, "late", _late, group, present)):
+            self._once(number, "start", self._start, group, late, fit, bad, h)
+            present = [here and not starts for here, starts in zip(present, late, strict=True)]
+            fit = [here and not starts for here, starts in zip(fit, late, strict=True)]
+            bad = [i for i in bad if not late[i]]
             if not any(present):
-                group.state.publish()
                 return None
             gathered = False
         rows = {id(s): s.rows(None if all(fit) else fit) for s in layout.stacks}
@@ -232,6 +232,9 @@ class Kronecker(Saving):
         self._once(number, "count", _count, group, counted, present, bad)
         frequency = options.get("precondition_frequency", 1)
         due = {id(s): s.due(counted[id(s)], frequency) for s in group.with_factors}
+        if (last := options.get("freeze_after")) is not None:
+            for s in group.with_factors:
+                due[id(s)] = [r for r in due[id(s)] if s.steps[r] <= last]
         run: Run = directly_run
         ops = group.by_torch
         if group.recorder is not None and all(present):
@@ -246,8 +249,13 @@ class Kronecker(Saving):
         """A section of a group's step, once."""
         return self._journal.section((number, name), functools.partial(body, *arguments))
 
-    def _start(self, group: Group, new: list[bool], h: Hyper) -> None:
-        """The parameters marked start: their factors learn, and are decomposed."""
+    def _start(
+        self, group: Group, late: list[bool], fit: list[bool], bad: list[int], h: Hyper
+    ) -> None:
+        """Of the parameters marked as late, those that are fit start: their factors learn, and are
+        decomposed."""
+        new = [starts and good for starts, good in zip(late, fit, strict=True)]
+        group.by_torch.once(group.guard.count, new, [i for i in bad if late[i]])
         stacks = [s for rule, mine in group.rules if rule.starts for s in mine]
         rows = {id(s): s.rows(new) for s in stacks}
         ops = group.by_torch
@@ -264,7 +272,7 @@ class Kronecker(Saving):
             self.rule,
             h.beta2,
             0.0,
-            Solver(workspace_mib=self.solver.workspace_mib),
+            self.solver.start(),
             ops,
             group.layout.lent,
             self.process_group,
@@ -274,6 +282,7 @@ class Kronecker(Saving):
         for stack in stacks:
             for row in rows[id(stack)]:
                 stack.ready[row] = True
+        group.state.publish()
 
     def _statistics(self, step: Step) -> None:
         """Phase: the factors learn the gradients."""
@@ -324,21 +333,24 @@ class Kronecker(Saving):
     def _check(self, step: Step) -> tuple[bool, int]:
         """Whether the gradients' memory was worked in, and the most bad gradients in a row."""
         group = step.group
-        overwritten = refresh(
-            group.factor_sets,
-            step.due,
-            self.rule,
-            step.h.beta2,
-            step.options.get("tau", 0.0),
-            self.solver,
-            step.ops,
-            group.layout.lent,
-            self.process_group,
-            step.run,
-            step.h.skip,
-        )
+        overwritten = [
+            refresh(
+                group.factor_sets,
+                due,
+                self.rule,
+                step.h.beta2,
+                tau,
+                self.solver,
+                step.ops,
+                group.layout.lent,
+                self.process_group,
+                step.run,
+                step.h.skip,
+            )
+            for tau, due in _by_tau(step).items()
+        ]
         group.state.publish()
-        return overwritten, step.ops.once(group.guard.worst)
+        return any(overwritten), step.ops.once(group.guard.worst)
 
     def _hyper(self, options: dict[str, Any]) -> Hyper:
         beta1, beta2 = options["betas"]
@@ -346,14 +358,15 @@ class Kronecker(Saving):
             float(options["lr"]),
             beta1,
             beta2,
-            options.get("grafting_eps", options["eps"]),  # Adam's, not the factors'
+            options[self.rule.adam_eps],
             options["weight_decay"],
-            options["nadam"],
+            options.get("nadam", False),
             options.get("matmul_precision", "highest"),
             skip=options.get("nonfinite_gradients", "skip") == "skip",
             noise_level=options.get("noise_level", 0.0)
             if options.get("noise_directions") == "drop"
             else 0.0,
+            beta3=options.get("beta3"),
         )
 
     def skipped_gradients(self) -> dict[int, Skipped]:
@@ -401,14 +414,29 @@ def _count(
     group.guard.count(present, bad)
 
 
-def _new(group: Group, fit: Sequence[bool]) -> list[bool]:
-    """Which parameters that take part are of a rule that ``starts``, and have not started."""
-    new = [False] * len(fit)
+def _by_tau(step: Step) -> dict[float, dict[int, list[int]]]:
+    """The rows that are due by the threshold that holds for them: tau, and after their step number
+    tau_switch tau_later."""
+    options = step.options
+    tau, switch = options.get("tau", 0.0), options.get("tau_switch")
+    if switch is None:
+        return {tau: step.due}
+    found: dict[float, dict[int, list[int]]] = {}
+    for stack in step.group.with_factors:
+        for row in step.due[id(stack)]:
+            now = tau if stack.steps[row] <= switch else options["tau_later"]
+            found.setdefault(now, {}).setdefault(id(stack), []).append(row)
+    return found
+
+
+def _late(group: Group, present: Sequence[bool]) -> list[bool]:
+    """Which parameters with a gradient are of a rule that ``starts``, and have not started."""
+    late = [False] * len(present)
     for rule, stacks in group.rules:
         for stack in stacks if rule.starts else ():
             for member, ready in zip(stack.members, stack.ready, strict=True):
-                new[member.param] |= fit[member.param] and not ready
-    return new
+                late[member.param] |= present[member.param] and not ready
+    return late
 
 
 def _begin(rule: Rule, stacks: list[Stack], h: Hyper, ops: Operations) -> None:

@@ -6,12 +6,13 @@ from typing import Literal
 
 from .eigen.solver import Solver
 
-Eigensolver = Literal["eigh", "warm"] | Solver
-OneDim = Literal["full", "adam"]
+Eigensolver = Literal["eigh", "warm", "qr"] | Solver
+OneDim = Literal["full", "adam", "only"]
 SmallMatrices = Literal["vector", "matrix"]
 MatmulPrecision = Literal["highest", "high"]
 NonFinite = Literal["skip", "propagate"]
 Noise = Literal["drop", "keep"]
+Grafting = Literal["adam"] | None
 
 
 def solver_of(eigensolver: Eigensolver, workspace_mib: int | None) -> Solver:

@@ -3,6 +3,7 @@ them, all factors of one size at a time (:mod:`.blocks.factors`)."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -22,6 +23,7 @@ from .eigen.solver import Solver
 from .eigen.verify import sound
 from .journal import Once, Run, directly_run
 from .ops import BasisChange, Operations, State
+from .ops.linalg import matmul_precision
 from .rule import Rule
 
 log = logging.getLogger(__name__)
@@ -75,11 +77,13 @@ def refresh(
             once(factor_set.factors.index_fill_, 0, _index(factor_set, spoiled), 0.0)
         if tau == 0 and rule.roots and (zero := [i for i, s in score.items() if s == 0]):
             once(_roots_of_zero, factor_set, zero, rule, beta2)
+        if rule.eigenvalues_at_checks and (good := [i for i, s in score.items() if s <= tau]):
+            _keep(factor_set, good, rule, beta2, ops)
         if failing := [i for i, s in score.items() if s > tau]:
             jobs.append((factor_set, Job(factor_set.factors, factor_set.operators, failing)))
     if not jobs:
         return False
-    changes = [_changes(factor_set, job.indices, ops, first) for factor_set, job in jobs]
+    changes = [_changes(factor_set, job.indices, beta2, ops, first) for factor_set, job in jobs]
     moves = [
         [rule.rebase(State([c.stack], rule.orthogonal), c, ops) for c, _ in mine]
         for mine in changes
@@ -175,13 +179,36 @@ def _restore(job: Job, positions: Sequence[int], old: Tensor) -> None:
 
 
 def _changes(
-    factor_set: FactorSet, indices: Sequence[int], ops: Operations, first: bool
+    factor_set: FactorSet, indices: Sequence[int], beta2: float, ops: Operations, first: bool
 ) -> list[tuple[BasisChange, list[int]]]:
     """What happens to the blocks whose factors are among ``indices``, and where they are there."""
     return [
-        (BasisChange(span.stack, span.mode, rows, ops, first), positions)
+        (BasisChange(span.stack, span.mode, rows, ops, beta2, first), positions)
         for span, rows, positions in factor_set.spans_of(indices)
     ]
+
+
+def _keep(
+    factor_set: FactorSet, indices: Sequence[int], rule: Rule, beta2: float, ops: Operations
+) -> None:
+    """The rule learns the eigenvalues of factors whose operators are good enough."""
+    values = ops.once(_rayleigh, factor_set, indices)
+    for change, positions in _changes(factor_set, indices, beta2, ops, False):
+        change.converged = [True] * len(positions)
+        change.find_eigenvalues = functools.partial(take, values, positions)
+        rule.keep(State([change.stack], rule.orthogonal), change, ops)
+    ops.once(_make_ready, factor_set, indices)
+
+
+@torch.no_grad()
+def _rayleigh(factor_set: FactorSet, indices: Sequence[int]) -> Tensor:
+    """diag(Q'LQ), [len(indices), n]."""
+    parts = []
+    for chunk in chunks(indices, factor_set.n):
+        a, q = take(factor_set.factors, chunk), take(factor_set.operators, chunk)
+        with matmul_precision("highest"):
+            parts.append((q * (a @ q)).sum(-2))
+    return torch.cat(parts)
 
 
 def _tell(change: BasisChange, positions: Sequence[int], results: Sequence[Result]) -> None:
@@ -192,7 +219,14 @@ def _tell(change: BasisChange, positions: Sequence[int], results: Sequence[Resul
 
     def permutation() -> Tensor | None:
         found = [r.permutation for r in results if r.permutation is not None]
-        return take(torch.cat(found), positions) if found else None
+        if not found:
+            return None
+        moved = take(torch.cat(found), positions)
+        if not all(change.converged):  # those that failed have their old columns
+            stays = torch.arange(moved.shape[-1], device=moved.device)
+            good = torch.tensor(change.converged, device=moved.device)
+            moved = torch.where(good[:, None], moved, stays)
+        return moved
 
     change.find_permutation = permutation
 

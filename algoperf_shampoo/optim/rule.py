@@ -33,6 +33,8 @@ class Rule(ABC):
             ``s.vectors(name)``.
         starts: whether the first gradient of a block only starts its factors and bases, by
             :meth:`start` and an exact decomposition: no update, t stays 0 (SOAP, KL-Shampoo).
+        adam_eps: the option that is Adam's epsilon, where ``eps`` is added to factors.
+        eigenvalues_at_checks: whether :meth:`keep` is called at checks.
         work_buffers: how many values live at a time besides the one in the gradient's place.
     """
 
@@ -43,6 +45,8 @@ class Rule(ABC):
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     vectors: ClassVar[Mapping[str, float]] = {}
     starts: bool = False
+    adam_eps: str = "eps"
+    eigenvalues_at_checks: bool = False
     work_buffers: int = 1
 
     def accumulate(self, G: Value, s: State, h: Hyper, ops: Operations) -> None:
@@ -76,6 +80,11 @@ class Rule(ABC):
         is, by index (D in Algorithm 2).
         """
         yield
+
+    def keep(self, s: State, change: BasisChange, ops: Operations) -> None:
+        """A check found the operators of one mode good enough, for some rows of the one stack of s:
+        ``change`` has diag(Q'LQ) as eigenvalues. Called with ``eigenvalues_at_checks``."""
+        raise NotImplementedError
 
 
 class AdamRule(Rule):

@@ -16,8 +16,10 @@ from .blocks.partition import SMALL_MATRICES
 from .nonfinite import POLICIES
 from .ops.linalg import MATMUL_PRECISIONS
 
-ONE_DIM = ("full", "adam")
+ONE_DIM = ("full", "adam", "only")
 GRAFTING = ("adam", None)
+EIGENVALUES = ("ema", "decomposition")
+TRACE_SCALES = ("paper", "authors")
 
 
 class Option(NamedTuple):
@@ -52,9 +54,19 @@ def _one_of(known: Iterable[Any]) -> Option:
     return Option(lambda value: value in known, f"one of {', '.join(map(repr, known))}")
 
 
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _or_none(option: Option) -> Option:
+    return Option(lambda value: value is None or option.good(value), f"{option.wanted}, or None")
+
+
 NUMBER = Option(_not_negative, "a finite number >= 0")
 COUNT = Option(_is_count, "an integer >= 1")
 BETA = Option(_is_fraction, "in [0, 1)")
+STEP_NUMBER = Option(_is_step, "an integer >= 0")
+SWITCH = Option(lambda value: isinstance(value, bool), "True or False")
 
 # May differ between groups and change between steps.
 STEP = {
@@ -62,7 +74,7 @@ STEP = {
     "betas": Option(lambda b: isinstance(b, Sequence) and len(b) == 2, "a pair (beta1, beta2)"),
     "eps": NUMBER,
     "weight_decay": NUMBER,
-    "nadam": Option(lambda value: isinstance(value, bool), "True or False"),
+    "nadam": SWITCH,
     "precondition_frequency": COUNT,
     "tau": BETA,
     "matmul_precision": _one_of(MATMUL_PRECISIONS),
@@ -70,6 +82,10 @@ STEP = {
     "nonfinite_limit": COUNT,
     "noise_directions": _one_of(noise.POLICIES),
     "noise_level": NUMBER,
+    "beta3": _or_none(BETA),
+    "tau_later": BETA,
+    "tau_switch": _or_none(STEP_NUMBER),
+    "freeze_after": _or_none(STEP_NUMBER),
 }
 # May differ between groups, but not change: blocks and state depend on them.
 LAYOUT = {
@@ -83,6 +99,10 @@ RULE = {
     "grafting": _one_of(GRAFTING),
     "grafting_eps": NUMBER,
     "exponent_multiplier": NUMBER,
+    "eigenvalues": _one_of(EIGENVALUES),
+    "clamp": SWITCH,
+    "trace_scale": _one_of(TRACE_SCALES),
+    "basis_aware": SWITCH,
 }
 OPTIONS = {**STEP, **LAYOUT, **RULE}
 # What somebody may take for an option of a group: of our constructors, and torch.optim.AdamW's.

@@ -3,8 +3,6 @@ without."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -14,6 +12,7 @@ from .ops.linalg import inverse_root, matmul_precision
 from .optimizer import Kronecker
 from .options import (
     Eigensolver,
+    Grafting,
     MatmulPrecision,
     NonFinite,
     OneDim,
@@ -33,6 +32,7 @@ class _InverseRoots(Rule):
 
     roots = True
     orthogonal = False
+    adam_eps = "grafting_eps"
 
     def __init__(self, eps: float, grafting_eps: float, exponent_multiplier: float = 1.0) -> None:
         self.eps = eps
@@ -62,7 +62,7 @@ class GraftedShampoo(_InverseRoots):
         if not N.stacks:
             return A
         # The bias correction of M scales S alone, and the norm takes it out again.
-        _numerator(N, s, h, ops)
+        numerator(N, s, h, ops)
         some = [i for i, stack in enumerate(A.stacks) if stack.based]
         lengths, tensors = ops.norm(A), A.tensors()
         lengths = [lengths[i] for i in some]
@@ -88,14 +88,14 @@ class UngraftedShampoo(_InverseRoots):
 
     def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
         ops.ema(s["exp_avg"], G, h.beta1)
-        _numerator(G, s, h, ops)
+        numerator(G, s, h, ops)
         with ops.write(G) as tensors:
             for stack, x in zip(G.stacks, tensors, strict=True):
                 x.div_(bias_corrections(stack, h)[0])
         return ops.rotate(G, s.roots)
 
 
-def _numerator(x: Value, s: State, h: Hyper, ops: Operations) -> None:
+def numerator(x: Value, s: State, h: Hyper, ops: Operations) -> None:
     """The gradient x becomes M, or beta1 M + (1 - beta1) G with ``nadam``."""
     averages = {id(stack): m for stack, m in s["exp_avg"].pairs()}
     with ops.write(x) as tensors:
@@ -141,7 +141,7 @@ class Shampoo(Kronecker):
         weight_decay: float = 1e-2,  # lambda
         precondition_frequency: int = 100,  # F
         *,
-        grafting: Literal["adam"] | None = "adam",
+        grafting: Grafting = "adam",
         grafting_eps: float = 1e-8,
         exponent_multiplier: float = 1.0,
         nadam: bool = False,

@@ -30,8 +30,12 @@ WIDTH = 100
 # bound by such products and by memory (3.35 and 1.56 TB/s, a ratio of 2.1): the larger ratio is
 # taken.
 H100_OVER_A100 = 989.0 / 312.0
-_CONTENDERS = {"nadamw": "torch AdamW", "shampoo_grafting": "our Shampoo + grafting, fp32"}
-_OURS = "ours, fp32"
+_CONTENDERS = {
+    "nadamw": "torch AdamW",
+    "shampoo_grafting": "our Shampoo + grafting, fp32",
+    "eshampoo_fixed": "ours, fp32",
+    "eshampoo_adaptive": "ours, fp32",
+}
 
 
 @dataclass(frozen=True)
@@ -232,8 +236,8 @@ def _from_published(cost: Cost, run: RunSpec, root: Path) -> Cost:
 def optimizer_share(run: RunSpec, root: Path) -> tuple[float | None, str]:
     """Our optimizer's seconds a step on an A100, from those on an H100; and what was taken."""
     path = root / "results" / "measured" / "h100" / f"optimizer_step_{run.workload}.json"
-    contender = _CONTENDERS.get(run.variant, _OURS)
     try:
+        contender = _CONTENDERS[run.variant]
         measured = json.loads(path.read_text(encoding="utf-8"))["contenders"][contender]
         ordinary, refresh = (measured[f"{k}_ms"]["median"] / 1000 for k in ("ordinary", "refresh"))
     except (OSError, KeyError, ValueError):

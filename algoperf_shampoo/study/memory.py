@@ -110,7 +110,9 @@ def _state(shape: tuple[int, ...], point: Mapping[str, Any]) -> int:
     one_dim = point.get("one_dim", "full")
     factors = 0
     for block in _partition().cut(shape, point["max_preconditioner_dim"]):
-        plain = block.shape == (1,) or (len(block.shape) == 1 and one_dim == "adam")
+        order = len(block.shape)
+        kept = {"full": True, "adam": order > 1, "only": order == 1}[one_dim]
+        plain = block.shape == (1,) or not kept
         factors += 0 if plain else 2 * sum(d * d for d in block.shape)
     return 4 * entries + factors
 

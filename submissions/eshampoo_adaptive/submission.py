@@ -6,7 +6,10 @@ The paper's C^EShampoo (tau = 0.1, F = 50): Algorithm 2 of "Purifying Shampoo".
 from algoperf_shampoo.optim import EShampoo
 from algoperf_shampoo.submission import Submission, eshampoo_settings
 
-FIELDS = "factors", "tau", "noise_directions", "noise_level"
+FIELDS = (
+    "factors", "tau", "noise_directions", "noise_level", "ablations", "schedule",
+    "grafting", "grafting_epsilon",
+)  # fmt: skip
 
 
 def make_optimizer(params, point, process_group):

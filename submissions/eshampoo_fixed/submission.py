@@ -6,7 +6,9 @@ The paper's C^EShampoo (F = 100): Algorithm 2 of "Purifying Shampoo" without Eq.
 from algoperf_shampoo.optim import EShampoo
 from algoperf_shampoo.submission import Submission, eshampoo_settings
 
-FIELDS = "factors", "noise_directions", "noise_level"
+FIELDS = (
+    "factors", "noise_directions", "noise_level", "ablations", "grafting", "grafting_epsilon",
+)  # fmt: skip
 
 
 def make_optimizer(params, point, process_group):

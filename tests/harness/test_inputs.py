@@ -207,8 +207,8 @@ def test_every_variant_of_the_suite_keeps_the_contract():
 
 
 def test_the_fields_of_a_submission_are_read_without_importing_it(tmp_path):
-    expected = ("factors", "tau", "noise_directions", "noise_level")
-    assert submission_loader.fields(ROOT, "eshampoo_adaptive") == expected
+    expected = ("factors", "tau", "grafting", "grafting_epsilon")
+    assert submission_loader.fields(ROOT, "shampoo_adaptive") == expected
     path = tmp_path / "submissions" / "mine" / "submission.py"
     path.parent.mkdir(parents=True)
     for text, named in (

@@ -2,11 +2,29 @@
 
 import torch
 
-from algoperf_shampoo.optim import AdamW, EShampoo, Shampoo, reference, reference_shampoo
+from algoperf_shampoo.optim import (
+    KLSOAP,
+    SOAP,
+    AdamW,
+    EShampoo,
+    KLShampoo,
+    Shampoo,
+    Shampoo2Trace,
+    ShampooAdaptive,
+    Solver,
+    reference,
+    reference_eshampoo,
+    reference_kl,
+    reference_shampoo,
+    reference_soap,
+)
 from algoperf_shampoo.optim.blocks import state_dict
 from algoperf_shampoo.optim.blocks.partition import cut
 
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
+
+# As the others are by default.
+WHOLE = {"one_dim": "full", "small_matrices": "vector"}
 
 VARIANTS = {
     "adamw": (AdamW, reference.AdamW, {}),
@@ -15,13 +33,40 @@ VARIANTS = {
     "shampoo_ungrafted": (Shampoo, reference_shampoo.shampoo, {"grafting": None, "eps": 1e-4}),
     "eshampoo_fixed": (EShampoo, reference.EShampoo, {"tau": 0.0}),
     "eshampoo_adaptive": (EShampoo, reference.EShampoo, {"tau": 0.1}),
+    "eshampoo_qr": (
+        EShampoo,
+        lambda h: reference_eshampoo.EShampooAblation(h, max_iterations=2),
+        {"tau": 0.1, "eigensolver": Solver(method="qr", max_iterations=2)},
+    ),
+    "shampoo_adaptive": (
+        ShampooAdaptive,
+        reference_shampoo.shampoo_adaptive,
+        {"tau": 0.1, "eps": 1e-4},
+    ),
+    "shampoo2_trace": (Shampoo2Trace, reference_shampoo.shampoo2_trace, {"eps": 1e-4}),
+    "soap": (SOAP, lambda h: reference_soap.SOAP(h, precondition_1d=True), WHOLE),
+    "kl_shampoo": (KLShampoo, reference_kl.KLShampoo, WHOLE),
+    "kl_soap": (KLSOAP, reference_kl.KLSOAP, WHOLE),
 }
+# Those whose first step only starts them.
+STARTS = ("soap", "kl_shampoo", "kl_soap")
+# Those without NAdam's numerator.
+PLAIN = STARTS
+# Those whose reference takes bases from outside at every step.
+LENT = ("eshampoo_fixed", "eshampoo_adaptive")
+
+
+def late(variant):
+    """Steps that only start a parameter and do not count."""
+    return 1 if variant in STARTS else 0
 
 
 def make(variant, params, **overrides):
     """The fast optimizer of a variant, F = 5 unless overridden."""
     build, _, settings = VARIANTS[variant]
     frequency = {} if variant == "adamw" else {"precondition_frequency": 5}
+    if variant in PLAIN and not overrides.get("nadam", False):
+        overrides.pop("nadam", None)
     return build(params, **{**SETTINGS, **frequency, **settings, **overrides})
 
 
@@ -29,6 +74,7 @@ class ReferenceParameter:
     """A parameter walked by the reference, block by block, in float64."""
 
     def __init__(self, variant, value, *, max_dim=1024, nadam=False, frequency=5):
+        self.variant = variant
         _, reference_class, settings = VARIANTS[variant]
         beta1, beta2 = SETTINGS["betas"]
         h = reference.Hyperparameters(
@@ -52,6 +98,21 @@ class ReferenceParameter:
             given = {} if bases is None else {"bases": bases[i]}
             new = rule.step(self.value[block.slices], gradient[block.slices], **given)
             self.value[block.slices] = new
+
+    def walk(self, gradient, optimizer, index=0):
+        """A step after the optimizer's, its bases lent: at every step, or where the first one is a
+        decomposition, after that."""
+        lent = [[q.cpu() for q in block] for block in bases_of(optimizer, index)]
+        first = self.rules[0].t == 0
+        self.step(gradient, bases=lent if self.variant in LENT else None)
+        if first and self.variant in STARTS:
+            self.lend(lent)
+
+    def lend(self, bases):
+        """Go on with these bases, per block: one gradient alone leaves null spaces, whose bases are
+        arbitrary."""
+        for rule, mine in zip(self.rules, bases, strict=True):
+            rule.bases = list(mine)
 
     def relative_error(self, parameter):
         value = parameter.detach().double().reshape(self.value.shape)

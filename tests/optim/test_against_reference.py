@@ -6,7 +6,9 @@ import torch
 from algoperf_shampoo.optim import AdamW, EShampoo, reference
 
 from .support import (
+    PLAIN,
     SETTINGS,
+    STARTS,
     VARIANTS,
     ReferenceParameter,
     bases_of,
@@ -24,6 +26,8 @@ SEPARATED = [((12, 7), 16), ((17, 4), 16), ((32, 20), 16), ((8, 4, 3, 3), 12), (
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_hundred_steps(variant, shape, max_dim, nadam, dtype, tolerance):
+    if nadam and variant in PLAIN:
+        pytest.skip("has no numerator of NAdam's")
     start = next(gradients(shape, 1, seed=7))
     parameter = torch.nn.Parameter(start.to(dtype))
     limits = {} if variant == "adamw" else {"max_preconditioner_dim": max_dim}
@@ -32,7 +36,9 @@ def test_hundred_steps(variant, shape, max_dim, nadam, dtype, tolerance):
     for gradient in gradients(shape, 100, dtype=dtype):
         parameter.grad = gradient.clone()
         optimizer.step()
-        expected.step(gradient)
+        expected.walk(gradient, optimizer) if variant in STARTS else expected.step(gradient)
+    if variant == "eshampoo_qr":  # QR(LQ) leaves eps cond(L) in columns of small eigenvalues
+        tolerance *= 10
     assert expected.relative_error(parameter) < tolerance
 
 

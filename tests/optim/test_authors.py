@@ -201,6 +201,7 @@ class Fast:
     def __init__(self, build, h, dtype=torch.float64, **settings):
         self.build, self.h, self.settings, self.parameter = build, h, settings, None
         self.dtype = dtype
+        self.bases = None  # to go on with after the first step
 
     def step(self, W, G):
         if self.parameter is None:
@@ -217,38 +218,85 @@ class Fast:
             )
         self.parameter.grad = G.to(self.dtype, copy=True)
         self.optimizer.step()
+        if self.bases is not None:
+            entry = self.optimizer.state[self.parameter]
+            for i, Q in enumerate(self.bases):
+                entry[f"0.operator_{i}"].copy_(Q)
+            self.bases = None
         return self.parameter.detach().to(W.dtype, copy=True)
 
 
+AS_TENSORS = {"one_dim": "full", "small_matrices": "matrix"}
 FAST = {
     "shampoo_grafting": optim.Shampoo,
     "shampoo": functools.partial(optim.Shampoo, grafting=None),
+    "shampoo_adaptive": optim.ShampooAdaptive,
+    "shampoo_adaptive_grafting": functools.partial(optim.ShampooAdaptive, grafting="adam"),
+    "shampoo2_trace": functools.partial(optim.Shampoo2Trace, trace_scale="authors"),
     "eshampoo_fixed": optim.EShampoo,
     "eshampoo_adaptive": optim.EShampoo,
+    "soap": functools.partial(optim.SOAP, **AS_TENSORS),
+    "kl_shampoo": functools.partial(optim.KLShampoo, **AS_TENSORS),
+    "kl_soap": functools.partial(optim.KLSOAP, **AS_TENSORS),
 }
+# Whose first step is a decomposition, of a single gradient.
+STARTS = {"soap": "soap", "kl_shampoo": "kl", "kl_soap": "kl"}
 
 
 def fast(name, h, dtype):
-    threshold = {"tau": h.tau} if name == "eshampoo_adaptive" else {}
+    threshold = {"tau": h.tau} if "_adaptive" in name else {}
     return Fast(FAST[name], h, dtype, **threshold)
+
+
+def comparable(name, order=None):
+    """Record and cases that the fast optimizer can agree with: not those of order 1 that keep
+    their coordinates, not SOAP with a dimension left alone, not the order of KL-Shampoo's updates
+    of order 3, for which there are the references."""
+    record, cases = recorded(STARTS.get(name, "meta"), name)
+    kept = []
+    for case in cases:
+        k, settings = len(case["shape"]), case["settings"]
+        alone = "max_precond_dim" in settings or not settings.get("precondition_1d", k > 1)
+        one_by_one = name.startswith("kl_") and k == 3
+        if order in (None, k) and not (name == "soap" and alone) and not one_by_one:
+            kept.append(case)
+    return record, kept
+
+
+def fast_error(record, case, name, dtype):
+    """:func:`error` of the fast optimizer. One that starts with a decomposition goes on with the
+    bases of the reference, which :func:`test_agrees_with_the_authors_code` holds to theirs: a
+    single gradient leaves null spaces, and which basis of those LAPACK gives is rounding."""
+    h = hyperparameters(record, case)
+    rule = fast(name, h, dtype)
+    if name in STARTS:
+        if not case["settings"].get("using_clamping", True):
+            rule.settings["clamp"] = False
+        start, gradients = sequence_of(record, case)
+        reference_rule = ours(name, h, case["settings"])
+        reference_rule.step(start, gradients[0])
+        rule.bases = reference_rule.bases
+    return error(record, case, rule)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("name", FAST)
 def test_the_fast_optimizer_agrees_with_the_authors_code(name, order):
-    record, cases = recorded("meta", name, order)
+    record, cases = comparable(name, order)
+    only_matrices = name.startswith("kl_") or name == "shampoo_adaptive_grafting"
+    assert cases or (only_matrices and order != 2)
     for case in cases:
-        rule = fast(name, hyperparameters(record, case), torch.float64)
-        assert error(record, case, rule) < TOLERANCE, label(case)
+        assert fast_error(record, case, name, torch.float64) < TOLERANCE, label(case)
 
 
 @pytest.mark.parametrize("name", FAST)
 def test_the_fast_optimizer_agrees_in_float32_where_the_authors_code_does_with_itself(name):
-    record, cases = recorded("meta", name)
+    record, cases = comparable(name)
     for case in cases:
         if case["float32"] < FLOAT32_TOLERANCE:
-            rule = fast(name, hyperparameters(record, case), torch.float32)
-            assert error(record, case, rule) < FLOAT32_TOLERANCE, label(case)
+            # Theirs ends up to 7e-5 away: one rounding more or less may be twice that.
+            tolerance = max(FLOAT32_TOLERANCE, 3 * case["float32"])
+            assert fast_error(record, case, name, torch.float32) < tolerance, label(case)
 
 
 def test_where_the_authors_code_does_not_agree_with_itself_in_float32():

@@ -19,7 +19,7 @@ from algoperf_shampoo.optim.gpu.triton_ops import TritonOperations
 from algoperf_shampoo.optim.journal import directly_run
 from algoperf_shampoo.optim.ops import Hyper, Operators, State, linalg
 
-from .support import VARIANTS, ReferenceParameter, bases_of, gradients, make
+from .support import PLAIN, VARIANTS, ReferenceParameter, gradients, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -233,6 +233,8 @@ class Unrecorded(Recorder):
 def test_steps_against_the_reference(variant, shape, max_dim, nadam, monkeypatch):
     """Statistics, refreshes that move moments, and updates; another parameter beside, whose step
     count falls behind."""
+    if nadam and variant in PLAIN:
+        pytest.skip("has no numerator of NAdam's")
     start = next(gradients(shape, 1, seed=7))
     params = [torch.nn.Parameter(x.to(DEVICE, torch.float32)) for x in (start, torch.zeros(9, 7))]
     optimizer = make(variant, params, max_preconditioner_dim=max_dim, nadam=nadam)
@@ -241,7 +243,6 @@ def test_steps_against_the_reference(variant, shape, max_dim, nadam, monkeypatch
         group.recorder = Unrecorded(torch.device("cpu"))
         group.by_kernels = TritonOperations(group.layout.stacks)
     expected = ReferenceParameter(variant, start, max_dim=max_dim, nadam=nadam)
-    given = not variant.startswith("shampoo")
     by_ours = []
     (group,) = optimizer._groups
     direction = optimizer.rule.direction
@@ -259,9 +260,9 @@ def test_steps_against_the_reference(variant, shape, max_dim, nadam, monkeypatch
             params[t != 8].grad = None
         optimizer.step()
         if params[0].grad is not None:
-            bases = [[q.cpu() for q in block] for block in bases_of(optimizer)] if given else None
-            expected.step(gradient, bases=bases)
-    assert expected.relative_error(params[0].cpu()) < 1e-4
+            expected.walk(gradient, optimizer)
+    tolerance = 1e-3 if variant == "eshampoo_qr" else 1e-4
+    assert expected.relative_error(params[0].cpu()) < tolerance
     assert by_ours.count(False) == 3
 
 

@@ -3,8 +3,17 @@
 import pytest
 import torch
 
-from algoperf_shampoo.optim import AdamW, EShampoo, Shampoo
+from algoperf_shampoo.optim import (
+    KLSOAP,
+    SOAP,
+    AdamW,
+    EShampoo,
+    KLShampoo,
+    Shampoo,
+    ShampooAdaptive,
+)
 
+STARTS = dict(lr=0.01, precondition_frequency=3, one_dim="full", small_matrices="vector")
 OURS = {
     "adamw": lambda p, **k: AdamW(p, lr=0.01, **k),
     "shampoo": lambda p, **k: Shampoo(p, lr=0.01, precondition_frequency=3, **k),
@@ -12,6 +21,12 @@ OURS = {
         p, lr=0.01, precondition_frequency=3, grafting=None, **{"eps": 1e-3, **k}
     ),
     "eshampoo": lambda p, **k: EShampoo(p, lr=0.01, precondition_frequency=3, tau=0.1, **k),
+    "adaptive": lambda p, **k: ShampooAdaptive(
+        p, lr=0.01, precondition_frequency=3, **{"eps": 1e-3, **k}
+    ),
+    "soap": lambda p, **k: SOAP(p, **{**STARTS, **k}),
+    "kl_shampoo": lambda p, **k: KLShampoo(p, **{**STARTS, **k}),
+    "kl_soap": lambda p, **k: KLSOAP(p, **{**STARTS, **k}),
 }
 ALL = {**OURS, "torch": lambda p, **k: torch.optim.AdamW(p, lr=0.01, **k)}
 ours = pytest.mark.parametrize("build", OURS.values(), ids=OURS)

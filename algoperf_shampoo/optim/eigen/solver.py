@@ -5,6 +5,7 @@
 | "eigh", GPU | cuSOLVER in batches (or torch.linalg.eigh), then the CPU in float64 | 3e-6 |
 | "eigh", CPU | torch.linalg.eigh (LAPACK), then in float64 | 2e-6 |
 | "warm" | orthogonal iteration from the old basis until Eq. 11 holds, then "eigh" | tau |
+| "qr" | simultaneous iteration from the old basis, ``max_iterations`` at most (Algorithm 4) | any |
 
 The error is ||A - Q Lambda Q'|| / ||A|| in float32.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,14 +27,14 @@ from torch import Tensor
 
 from ..blocks.layout import Lent
 from ..blocks.rows import consecutive, put, take
-from . import batched, cusolver, exact
+from . import batched, cusolver, exact, simultaneous
 from .host_offload import ALIGNMENT, parked, usable
 from .orthogonal_iteration import ORTHOGONALIZATIONS, sweep_
 from .problem import Job, Result
 
 log = logging.getLogger(__name__)
 
-METHODS = ("eigh", "warm")
+METHODS = ("eigh", "warm", "qr")
 WARM_MIN = 64  # below this size a warm start does not pay
 SWEEP_TOGETHER = 16  # matrices; a sweep over more is hardly faster per matrix
 
@@ -42,15 +44,19 @@ class Solver:
     """Decomposes stacks of factors; one matrix's failure spares the others.
 
     Args:
-        method: "eigh" or "warm".
+        method: "eigh", "warm" or "qr".
         orthogonalization: of "warm": "cholesky" (Cholesky-QR, twice) or "householder".
-        max_iterations: of "warm"; what has not converged by then goes to "eigh".
+        max_iterations: of "warm", where what has not converged by then goes to "eigh"; of "qr",
+            where it stays as it is.
         tolerance: of "warm" where tau = 0 (fixed frequency): Eq. 11 is brought below it.
         workspace_mib: bound on the memory a refresh takes anew, if the largest matrix can be
             decomposed within it or elsewhere. cuSOLVER needs 4 to 6 times the matrices it
             decomposes together, and takes hardly longer for many than for eight, so lent memory
             serves as well, its contents standing aside on the host, and operators that are not
             decomposed yet.
+        sort: of "qr": columns are put in descending order of diag(Q'AQ) before the iterations, and
+            the result says how; else they stay in their order.
+        descending: of "eigh": columns by descending eigenvalue instead of ascending.
 
     Raises:
         ValueError: an unknown method or a number out of range.
@@ -61,6 +67,8 @@ class Solver:
     max_iterations: int = 4
     tolerance: float = 0.01
     workspace_mib: int = 8
+    sort: bool = True
+    descending: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("method", METHODS), ("orthogonalization", ORTHOGONALIZATIONS)):
@@ -85,8 +93,15 @@ class Solver:
             tau: threshold of Eq. 11.
             lent: memory to work in besides.
         """
+        if self.method == "qr":
+            limit = self.workspace_mib * 2**20
+            n = self.max_iterations
+            return [simultaneous.iterate(job, tau, n, self.sort, limit) for job in jobs]
         if self.method == "eigh":
-            return self._exact(jobs, lent)
+            results = self._exact(jobs, lent)
+            if self.descending:
+                results = [_reversed(j, r) for j, r in zip(jobs, results, strict=True)]
+            return results
         results = [Result.empty(job) for job in jobs]
         left = self._iterate(jobs, results, tau or self.tolerance, lent)
         for k, positions in left.items():
@@ -99,7 +114,14 @@ class Solver:
 
     def promised(self, tau: float) -> float:
         """The left side of Eq. 11 that :meth:`solve` stops at; 0 where it decomposes exactly."""
+        if self.method == "qr":
+            return math.inf
         return 0.0 if self.method == "eigh" else tau or self.tolerance
+
+    def start(self) -> Solver:
+        """What decomposes factors for the first time where a rule starts with that: exactly, in the
+        order that the method goes on from."""
+        return Solver(workspace_mib=self.workspace_mib, descending=self.method == "qr")
 
     def _exact(self, jobs: Sequence[Job], lent: Sequence[Lent]) -> list[Result]:
         """By cuSOLVER in batches where it is available, else by torch.linalg.eigh."""
@@ -171,6 +193,13 @@ class Solver:
             offs.append(off)
             start += len(part)
         return torch.cat(offs)
+
+
+def _reversed(job: Job, result: Result) -> Result:
+    """Columns in the opposite order."""
+    for i in job.indices:
+        job.operators[i] = job.operators[i].flip(-1)
+    return Result(result.values.flip(-1), result.converged)
 
 
 def _stack(piece: Tensor, number: int, count: int, n: int) -> Tensor:

@@ -103,10 +103,10 @@ class Recorder:
         step = layout.stacks[0].steps[0]
         if all(stack.steps.count(step) == len(stack) for stack in layout.stacks):
             self._fill(1, self._of_rows[0], 1 - h.beta1**step)
-            self._fill(2, self._of_rows[1], 1 - h.beta2**step)
+            self._fill(2, self._of_rows[1], 1 - h.beta_d**step)
         else:
             steps = [t for stack in layout.stacks for t in stack.steps]
-            values = [[1 - beta**t for t in steps] for beta in (h.beta1, h.beta2)]
+            values = [[1 - beta**t for t in steps] for beta in (h.beta1, h.beta_d)]
             self._filled[1:] = [None, None]
             # From pinned memory, which its allocator keeps until the copy has run.
             pinned = self._device.type == "cuda"

@@ -161,7 +161,7 @@ class Grouped:
             return self._elementwise(self._kernels.adam, stacks, groups, 6)
 
         self._clear_absmax(stacks, xs)
-        numbers = h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps
+        numbers = h.beta1, 1 - h.beta1, h.beta_d, 1 - h.beta_d, h.eps
         state = tuple([t.data_ptr() for mine in moments for t in mine])
         name = "adam", state, tuple(limited), corrected
         for launch in self._known(name, stacks, xs, build):

@@ -318,15 +318,15 @@ class Operations:
         for (_, plain), rows in work.items():  # corrections are all tensors, or all numbers
             some, ys, ms, vs, c1s, c2s = map(list, zip(*rows, strict=True))
             if plain:
-                linalg.moments_(ys, ms, vs, h.beta1, h.beta2, self.once)
+                linalg.moments_(ys, ms, vs, h.beta1, h.beta_d, self.once)
                 linalg.direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
             else:
                 for s, y, old_m, old_v in zip(some, ys, ms, vs, strict=True):
-                    beta2 = s.per_row(_unless_bad(s, h.beta2, 1.0))
+                    beta2 = s.per_row(_unless_bad(s, h.beta_d, 1.0))
                     _clear_bad_rows(s, y)
                     self._lerp(s, old_m, y, h.beta1)
                     self.once(old_v.mul_, beta2)
-                    self.once(old_v.addcmul_, y, y, value=1 - h.beta2)
+                    self.once(old_v.addcmul_, y, y, value=1 - h.beta_d)
                 linalg.direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
                 for s, y in zip(some, ys, strict=True):
                     _clear_bad_rows(s, y)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..blocks.layout import Stack
 from ..blocks.rows import put, take
+from . import linalg
 from .base import Operations
+from .linalg import matmul_precision
 from .values import Value
 
 
@@ -23,6 +25,7 @@ class BasisChange:
         eigenvalues: of the factors, [len(rows), d] in the order of the new columns; permutation
             [len(rows), d]: new column j was, before it was turned, old column permutation[j]; None
             where the solver has not permuted any. Known once the new operators stand.
+        beta2: of the factors.
         first: whether these are the rows' first operators, of a rule that ``starts``.
         converged: per row, whether it has a new operator; likewise.
     """
@@ -31,6 +34,7 @@ class BasisChange:
     mode: int
     rows: list[int]
     ops: Operations
+    beta2: float
     first: bool = False
     converged: list[bool] = field(default_factory=list)
     find_eigenvalues: Callable[[], Tensor] | None = None
@@ -46,6 +50,13 @@ class BasisChange:
         assert self.find_permutation is not None, "known after the yield"
         return self.find_permutation()
 
+    @property
+    def corrections(self) -> Tensor:
+        """1 - beta2^t of the rows, [len(rows)]."""
+        stack = self.stack
+        values = [1 - self.beta2 ** stack.steps[r] for r in self.rows]
+        return torch.tensor(values, dtype=torch.float64).to(stack.dtype).to(stack.device)
+
     def leave(self, x: Value) -> None:
         """Coordinates x, state of the stack, become those without this mode's basis: x <- Q x."""
         self._rotate(x, back=True)
@@ -60,6 +71,23 @@ class BasisChange:
         if permutation is not None:
             (tensor,) = x.tensors()
             self._gather(tensor, permutation, self.mode + 1)
+
+    def old_operators(self) -> Tensor:
+        """A copy of the operators as they stand, [len(rows), d, d]; before the yield."""
+        operators = self.stack.operators[self.mode]
+        return self.ops.once(lambda: take(operators, self.rows).clone())
+
+    def mix(self, x: Value, old: Tensor) -> None:
+        """x <- (R o R) x along the mode, R = Q_new' Q_old (Eq. 27): what moments of squares in the
+        old basis say of those in the new one. old: the rows' :meth:`old_operators`."""
+        (tensor,) = x.tensors()
+        self.ops.once(self._mix, tensor, old)
+
+    def _mix(self, tensor: Tensor, old: Tensor) -> None:
+        with matmul_precision("highest"):
+            turned = take(self.stack.operators[self.mode], self.rows).mT @ old
+            mixed = linalg.rotate_mode(take(tensor, self.rows), turned.square().mT, self.mode)
+            put(tensor, self.rows, mixed)
 
     def permute_vector(self, vector: Tensor) -> None:
         """:meth:`permute` for the mode's vectors [B, d]."""

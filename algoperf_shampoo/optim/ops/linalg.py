@@ -105,22 +105,31 @@ def largest_entry(a: Tensor) -> Tensor:
     return a.diagonal(dim1=-2, dim2=-1).amax(-1)
 
 
-def inverse_root(
-    eigenvalues: Tensor, eigenvectors: Tensor, exponent: Tensor, epsilon: float
-) -> Tensor:
-    """Q diag((lambda - min(lambda_min, 0) + epsilon)^-exponent) Q' for stacks.
+def inverse_powers(eigenvalues: Tensor, exponent: Tensor, epsilon: float) -> Tensor:
+    """(lambda - min(lambda_min, 0) + epsilon)^-exponent for stacks.
 
-    eigenvalues [N, n] ascending, eigenvectors [N, n, n], exponent [N]. As the AlgoPerf submission
-    regularises: negative eigenvalues are rounding, so the spectrum is shifted up by the lowest.
-    With epsilon = 0 what is rounding, n eps_machine of the largest, has the root 0 (as in a
-    pseudo-inverse), and a matrix of zeros the root I.
+    eigenvalues [N, n] in any order, exponent [N]. As the AlgoPerf submission regularises: negative
+    eigenvalues are rounding, so the spectrum is shifted up by the lowest. With epsilon = 0 what is
+    rounding, n eps_machine of the largest, has the root 0 (as in a pseudo-inverse), and zeros all
+    over the root 1.
     """
-    lam = eigenvalues - eigenvalues[:, :1].clamp(max=0.0) + epsilon
+    lam = eigenvalues - eigenvalues.amin(-1, keepdim=True).clamp(max=0.0) + epsilon
     roots = lam.pow(-exponent[:, None])
     if epsilon == 0:
         largest = lam.amax(-1, keepdim=True)
         rounding = lam <= lam.shape[-1] * torch.finfo(lam.dtype).eps * largest
         roots = torch.where(rounding, (largest == 0).to(lam.dtype), roots)
+    return roots
+
+
+def inverse_root(
+    eigenvalues: Tensor, eigenvectors: Tensor, exponent: Tensor, epsilon: float
+) -> Tensor:
+    """Q diag(:func:`inverse_powers` of lambda) Q' for stacks.
+
+    eigenvalues [N, n], eigenvectors [N, n, n], exponent [N].
+    """
+    roots = inverse_powers(eigenvalues, exponent, epsilon)
     return (eigenvectors * roots[:, None, :]) @ eigenvectors.mT
 
 
