@@ -114,6 +114,7 @@ class Pairs:
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._kept: list[torch.cuda.Event] = []  # a graph that is replayed does not keep them
         self._fresh = False
 
     @contextmanager
@@ -127,6 +128,7 @@ class Pairs:
         yield
         pair[1].record()
         self._pairs.append((pair[0], pair[1]))
+        self._kept += pair
 
     def take(self) -> float:
         """Seconds inside the calls of the step that has ended."""

@@ -60,9 +60,15 @@ def refresh_share(folder: Path, steps: int) -> float:
 
 
 def refresh_late_less_early(folder: Path, steps: int) -> float:
-    """:func:`refresh_share` of the last quarter of the steps less that of the first quarter."""
-    counts, quarter = _counts(folder), steps // 4
-    return _share(counts, steps - quarter, steps) - _share(counts, 0, quarter)
+    """:func:`refresh_share` of the last quarter of the steps less that of the first quarter.
+
+    Counts are of evaluations: where none is at a quarter, the two parts are longer, up to the next
+    evaluation and from the one before.
+    """
+    counts = _counts(folder)
+    early = min((step for step in counts if step >= steps / 4), default=-1)
+    late = max((step for step in counts if step <= 3 * steps / 4), default=-1)
+    return _share(counts, late, steps) - _share(counts, 0, early)
 
 
 def shares_between(folder: Path) -> dict[float, float]:

@@ -127,7 +127,10 @@ def test_shares_of_refreshes(tmp_path):
     assert statistics.refresh_share(folder, 100) == 75 / 200
     late, early = 5 / 50, 40 / 50
     assert statistics.refresh_late_less_early(folder, 100) == pytest.approx(late - early)
+    # The last evaluation is missing; then, evaluations that are not at the quarters.
     assert math.isnan(statistics.refresh_late_less_early(measured(tmp_path, rows), 100))
+    between = measured(tmp_path, [(1, 2, 2, 1), (25, 50, 40, 1), (50, 100, 60, 1)])
+    assert statistics.refresh_late_less_early(between, 50) == pytest.approx(20 / 50 - 40 / 50)
     (tmp_path / "measurements.csv").write_text("global_step,loss\n1,1\n")
     assert math.isnan(statistics.refresh_share(tmp_path, 100))
 
@@ -169,3 +172,20 @@ def test_the_door_shows_the_design_and_refuses_what_cannot_be_decided(tmp_path):
     assert quick.returncode == 0, quick.stderr
     assert "smallest p 0.25" in quick.stdout and "STEPS=20 ALL_STEPS=1 SEEDS=5," in quick.stdout
     assert "6 of 6 runs to launch" in quick.stdout and not (tmp_path / "o").exists()
+
+
+def test_costs_come_from_runs_of_the_study_or_from_the_committed_quick_one(tmp_path):
+    declared = file.read(study.find("claims"))
+    made = study.lay_out(ROOT, "claims", study.Options(seeds="201,", out=str(tmp_path)))
+    jobs = [job for job in made.jobs if results.places(job, declared)[0][0] == "eshampoo_F20"]
+    recorded = json.loads((ROOT / results.RECORD).read_text())
+    assert recorded["quick"] and all("verdict" not in claim for claim in recorded["claims"])
+    (line,) = results.costs(jobs, declared, [], None, ROOT)
+    assert "cost of 3 runs: " in line and "of one core, by results/measured/claims/quick" in line
+    arm = [run for run in recorded["runs"] if run["arm"] == "eshampoo_F20"]
+    known = [
+        results.Run("eshampoo_F20", "", run["mini"], 1, 10, tmp_path, {}, 1000.0, False, {}, {})
+        for run in arm
+    ]
+    (own,) = results.costs(jobs, declared, known, "30", ROOT)
+    assert own.startswith("cost of 3 runs: 2.5 h of one core, by runs of this study")
