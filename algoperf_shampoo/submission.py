@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from . import batch_sizes, points
 from .contract import ForwardPassMode
-from .optim import Kronecker
+from .optim import PreconditionedOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 # resumed (exact continuation, but on the clock); by default the input pipeline starts over.
 RESUME_DATA = "SHAMPOO_RESUME_DATA"
 
-MakeOptimizer = Callable[[list[torch.nn.Parameter], Any, "dist.ProcessGroup | None"], Kronecker]
+MakeOptimizer = Callable[
+    [list[torch.nn.Parameter], Any, "dist.ProcessGroup | None"], PreconditionedOptimizer
+]
 
 
 def common_settings(point: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from measure import machine, seconds, spread, table, write
 from optimizer_step import parameters
 from peers import Build, adaptive_contenders
 
-from algoperf_shampoo.optim import Kronecker
+from algoperf_shampoo.optim import PreconditionedOptimizer
 from algoperf_shampoo.optim.blocks.rows import chunks
 from algoperf_shampoo.optim.criterion import relative_off_diagonal
 from algoperf_shampoo.optim.eigen import solver
@@ -46,7 +46,7 @@ class SweepCounter:
         solver.sweep_ = self._sweep
 
 
-def criterion(optimizer: Kronecker, refreshed: list[list[int]] | None) -> float:
+def criterion(optimizer: PreconditionedOptimizer, refreshed: list[list[int]] | None) -> float:
     """Largest left side of Eq. 11, over factors refreshed since the counts given (or all)."""
     worst = 0.0
     sets = list(optimizer.factor_sets())
@@ -74,7 +74,7 @@ def measure(
         for p, g in zip(params, gradients.draw(), strict=True):
             p.grad = g
         before = None
-        if isinstance(optimizer, Kronecker):
+        if isinstance(optimizer, PreconditionedOptimizer):
             before = [list(s.refreshes) for s in optimizer.factor_sets()]
         with SweepCounter() as counter:
             ms = 1e3 * seconds(optimizer.step, device)
@@ -83,7 +83,7 @@ def measure(
                 ordinary.append(ms)
             continue
         check: dict[str, Any] = {"step": t, "ms": ms}
-        if isinstance(optimizer, Kronecker) and before is not None:
+        if isinstance(optimizer, PreconditionedOptimizer) and before is not None:
             sets = list(optimizer.factor_sets())
             fresh = sum(sum(s.refreshes) - sum(b) for s, b in zip(sets, before, strict=True))
             check |= {

@@ -18,7 +18,7 @@ from measure import machine, seconds, spread, table, write
 
 from algoperf_shampoo.optim.eigen import cusolver
 from algoperf_shampoo.optim.eigen.orthogonal_iteration import ORTHOGONALIZATIONS
-from algoperf_shampoo.optim.eigen.problem import Job
+from algoperf_shampoo.optim.eigen.problem import Problem
 from algoperf_shampoo.optim.eigen.solver import Solver
 
 Run = Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -53,7 +53,7 @@ def back_ends(a: torch.Tensor, old: torch.Tensor, tau: float) -> dict[str, Run]:
 
         def run() -> tuple[torch.Tensor, torch.Tensor]:
             q = old.clone()
-            (result,) = chosen.solve([Job(a, q, list(range(len(a))))], tau)
+            (result,) = chosen.solve([Problem(a, q, list(range(len(a))))], tau)
             return result.values, q
 
         return run

@@ -4,7 +4,7 @@ from .adamw import AdamW
 from .eigen.solver import Solver
 from .eshampoo import EShampoo
 from .kl_shampoo import KLSOAP, KLShampoo
-from .optimizer import Kronecker
+from .optimizer import PreconditionedOptimizer
 from .shampoo import Shampoo
 from .shampoo2 import Shampoo2Trace
 from .shampoo_adaptive import ShampooAdaptive
@@ -16,7 +16,7 @@ __all__ = [
     "AdamW",
     "EShampoo",
     "KLShampoo",
-    "Kronecker",
+    "PreconditionedOptimizer",
     "Shampoo",
     "Shampoo2Trace",
     "ShampooAdaptive",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .optimizer import Kronecker
+from .optimizer import PreconditionedOptimizer
 from .options import NonFinite
 from .rule import AdamRule
 
 
-class AdamW(Kronecker):
+class AdamW(PreconditionedOptimizer):
     """AdamW, or with ``nadam`` AlgoPerf's NAdamW: the baseline, on the same step loop.
 
     Args:

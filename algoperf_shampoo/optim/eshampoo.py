@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from .grafting import grafted
 from .ops import BasisChange, Hyper, Operations, State, Value
-from .optimizer import Kronecker
+from .optimizer import PreconditionedOptimizer
 from .options import (
     Eigensolver,
     Grafting,
@@ -62,7 +62,7 @@ class EShampooRule(Rule):
         change.enter(s["exp_avg"])
 
 
-class EShampoo(Kronecker):
+class EShampoo(PreconditionedOptimizer):
     """Eigenvalue-corrected Shampoo (Algorithm 2): Adam in the eigenbasis of Shampoo's factors.
 
     Before the first basis, at step F, it is AdamW (NAdamW).
@@ -97,7 +97,7 @@ class EShampoo(Kronecker):
             :mod:`.nonfinite`. "propagate": it is learnt from like any other.
         nonfinite_limit: so many such steps in a row raise a
             :class:`~.nonfinite.NonFiniteGradientError` at the next check of the bases, after a
-            complete step; :meth:`~.optimizer.Kronecker.check_gradients` looks at any time.
+            complete step; ``check_gradients()`` looks at any time.
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs.
         process_group: set when its processes hold replicas that see equal gradients; then they
             decide alike which bases to compute anew.

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from .eigen.solver import Solver
 from .ops import BasisChange, Hyper, Operations, State, Value
-from .optimizer import Kronecker
+from .optimizer import PreconditionedOptimizer
 from .options import MatmulPrecision, NonFinite, OneDim, SmallMatrices
 from .rule import Rule
 from .soap import decayed
@@ -132,7 +132,7 @@ class KLSOAPRule(KLShampooRule):
             change.assign_vector(mine[change.mode], change.eigenvalues)
 
 
-class KLShampoo(Kronecker):
+class KLShampoo(PreconditionedOptimizer):
     """KL-Shampoo (Lin et al., 2025), as its authors' code computes it, without grafting.
 
     The first step only starts the factors: nothing moves, and t stays 0. There are no bias

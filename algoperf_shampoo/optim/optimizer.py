@@ -61,11 +61,11 @@ class Step:
         if not self.gathered:
             layout = self.group.layout
             layout.gather()
-            self.ops.gradients_came(layout.stacks, layout.measured)
+            self.ops.gradients_gathered(layout.stacks, layout.measured)
             self.gathered = True
 
 
-class Kronecker(Saving):
+class PreconditionedOptimizer(Saving):
     """Shampoo-family optimizer with one rule, which a class like :class:`.eshampoo.EShampoo` names.
 
     Parameters are merged and cut into blocks (:mod:`.blocks.partition`), blocks of one shape are
@@ -242,7 +242,7 @@ class Kronecker(Saving):
             ops = group.by_kernels or ops
         step = Step(number, options, group, h, present, fit, rows, due, ops, run, gathered)
         if gathered:
-            ops.gradients_came(layout.stacks, layout.measured)
+            ops.gradients_gathered(layout.stacks, layout.measured)
         return step
 
     def _once(self, number: int, name: str, body: Callable[..., T], *arguments: Any) -> T:
@@ -274,7 +274,7 @@ class Kronecker(Saving):
             0.0,
             self.solver.start(),
             ops,
-            group.layout.lent,
+            group.layout.borrowed,
             self.process_group,
             mend=h.skip,
             first=True,
@@ -342,7 +342,7 @@ class Kronecker(Saving):
                 tau,
                 self.solver,
                 step.ops,
-                group.layout.lent,
+                group.layout.borrowed,
                 self.process_group,
                 step.run,
                 step.h.skip,

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .blocks.factors import FactorSet
-from .blocks.layout import Lent
+from .blocks.layout import BorrowedMemory
 from .blocks.rows import CHUNK_ENTRIES, chunks, put, take
 from .criterion import read_scores
 from .eigen.host_offload import aside
-from .eigen.problem import Job, Result
+from .eigen.problem import Problem, Result
 from .eigen.solver import Solver
 from .eigen.verify import sound
 from .journal import Once, Run, directly_run
@@ -38,7 +38,7 @@ def refresh(
     tau: float,
     solver: Solver,
     ops: Operations,
-    lent: Sequence[Lent] = (),
+    borrowed: Sequence[BorrowedMemory] = (),
     group: dist.ProcessGroup | None = None,
     run: Run = directly_run,
     mend: bool = True,
@@ -55,20 +55,20 @@ def refresh(
             ``once`` lets a refresh that failed half-way go on (:mod:`.journal`).
         group: with replicas in a process group, rank 0's decision is broadcast, so that replicas
             cannot part over rounding near the threshold.
-        lent: memory to work in; its free part is overwritten if the result is True.
+        borrowed: memory to work in; its free part is overwritten if the result is True.
         run: may record the check of all factors as a graph, see :mod:`.graphs`.
         mend: whether factors that are not finite start anew.
         first: whether the rows start now (``Rule.starts``).
 
     Returns:
-        Whether memory that is lent was worked in.
+        Whether memory that is borrowed was worked in.
     """
     once = ops.once
     due = [(s, indices) for s in factor_sets if (indices := s.due(rows))]
     if not due:
         return False
     read = iter(once(read_scores, factor_sets, due, tau, group, run))
-    jobs: list[tuple[FactorSet, Job]] = []
+    problems: list[tuple[FactorSet, Problem]] = []
     for factor_set, indices in due:
         score = {i: next(read) for i in indices}
         spoiled = [i for i, s in score.items() if math.isnan(s)]
@@ -80,10 +80,14 @@ def refresh(
         if rule.eigenvalues_at_checks and (good := [i for i, s in score.items() if s <= tau]):
             _keep(factor_set, good, rule, beta2, ops)
         if failing := [i for i, s in score.items() if s > tau]:
-            jobs.append((factor_set, Job(factor_set.factors, factor_set.operators, failing)))
-    if not jobs:
+            problems.append(
+                (factor_set, Problem(factor_set.factors, factor_set.operators, failing))
+            )
+    if not problems:
         return False
-    changes = [_changes(factor_set, job.indices, beta2, ops, first) for factor_set, job in jobs]
+    changes = [
+        _changes(factor_set, problem.indices, beta2, ops, first) for factor_set, problem in problems
+    ]
     moves = [
         [rule.rebase(State([c.stack], rule.orthogonal), c, ops) for c, _ in mine]
         for mine in changes
@@ -91,16 +95,16 @@ def refresh(
     for move in itertools.chain(*moves):
         next(move)
     results: list[Result] = []
-    for piece in _pieces([job for _, job in jobs]):
-        found = once(_decompose, piece, solver, tau, lent)
-        # Two pieces may be of one job.
+    for piece in _pieces([problem for _, problem in problems]):
+        found = once(_decompose, piece, solver, tau, borrowed)
+        # Two pieces may be of one problem.
         results += found
     left = iter(results)
-    for (factor_set, job), mine, generators in zip(jobs, changes, moves, strict=True):
+    for (factor_set, problem), mine, generators in zip(problems, changes, moves, strict=True):
         done, parts = 0, []
-        while done < len(job.indices):
+        while done < len(problem.indices):
             parts.append(result := next(left))
-            part = job.indices[done : done + len(result.converged)]
+            part = problem.indices[done : done + len(result.converged)]
             done += len(part)
             _finish(factor_set, part, result, rule, beta2, once)
         for (change, positions), move in zip(mine, generators, strict=True):
@@ -120,62 +124,62 @@ def _index(factor_set: FactorSet, indices: Sequence[int]) -> Tensor:
     return torch.tensor(indices, device=factor_set.factors.device)
 
 
-def _pieces(jobs: Sequence[Job]) -> Iterable[list[Job]]:
+def _pieces(problems: Sequence[Problem]) -> Iterable[list[Problem]]:
     """What is solved at a time: on a GPU everything, planned as a whole; else so much that copies
     of the old operators take bounded memory."""
-    together: list[Job] = [job for job in jobs if job.factors.is_cuda]
+    together: list[Problem] = [problem for problem in problems if problem.factors.is_cuda]
     if together:
         yield together
     together, entries = [], 0
-    for job in jobs:
-        if job.factors.is_cuda:
+    for problem in problems:
+        if problem.factors.is_cuda:
             continue
-        for chunk in chunks(job.indices, job.n):
-            size = len(chunk) * job.n**2
+        for chunk in chunks(problem.indices, problem.n):
+            size = len(chunk) * problem.n**2
             if together and entries + size > CHUNK_ENTRIES:
                 yield together
                 together, entries = [], 0
-            together.append(Job(job.factors, job.operators, chunk))
+            together.append(Problem(problem.factors, problem.operators, chunk))
             entries += size
     if together:
         yield together
 
 
 def _decompose(
-    jobs: Sequence[Job], solver: Solver, tau: float, lent: Sequence[Lent]
+    problems: Sequence[Problem], solver: Solver, tau: float, borrowed: Sequence[BorrowedMemory]
 ) -> list[Result]:
-    """Solve the jobs. Operators whose decomposition fails, or is none, are as they were; all are,
+    """Solve them. Operators whose decomposition fails, or is none, are as they were; all are,
     if it raises an error."""
-    kept = [aside(job.operators, job.indices) for job in jobs]
+    kept = [aside(problem.operators, problem.indices) for problem in problems]
     try:
-        results = solver.solve(jobs, tau, lent)
+        results = solver.solve(problems, tau, borrowed)
         promised = solver.promised(tau)
         checked = [
-            sound(job.factors, job.operators, job.indices, result.values, promised)
-            for job, result in zip(jobs, results, strict=True)
+            sound(problem.factors, problem.operators, problem.indices, result.values, promised)
+            for problem, result in zip(problems, results, strict=True)
         ]
         read = iter(torch.cat([x.to(checked[0].device) for x in checked]).tolist())
     except BaseException:
-        for job, old in zip(jobs, kept, strict=True):
-            _restore(job, range(len(job.indices)), old)
+        for problem, old in zip(problems, kept, strict=True):
+            _restore(problem, range(len(problem.indices)), old)
         raise
-    for job, result, old in zip(jobs, results, kept, strict=True):
+    for problem, result, old in zip(problems, results, kept, strict=True):
         for p, converged in enumerate(result.converged):
             fine = next(read)
             if converged and not fine:
                 log.warning(
-                    "a factor of size %d: the solver's result is no eigendecomposition", job.n
+                    "a factor of size %d: the solver's result is no eigendecomposition", problem.n
                 )
             result.converged[p] = converged and fine
-        _restore(job, [p for p, ok in enumerate(result.converged) if not ok], old)
+        _restore(problem, [p for p, ok in enumerate(result.converged) if not ok], old)
     return results
 
 
-def _restore(job: Job, positions: Sequence[int], old: Tensor) -> None:
+def _restore(problem: Problem, positions: Sequence[int], old: Tensor) -> None:
     if positions:
         part = old if len(positions) == len(old) else old[list(positions)]
-        indices = [job.indices[p] for p in positions]
-        put(job.operators, indices, part.to(job.operators.device))
+        indices = [problem.indices[p] for p in positions]
+        put(problem.operators, indices, part.to(problem.operators.device))
 
 
 def _changes(

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from .ops import Hyper, Operations, State, Value, bias_corrections
 from .ops.linalg import inverse_root, matmul_precision
-from .optimizer import Kronecker
+from .optimizer import PreconditionedOptimizer
 from .options import (
     Eigensolver,
     Grafting,
@@ -104,7 +104,7 @@ def numerator(x: Value, s: State, h: Hyper, ops: Operations) -> None:
             tensor.lerp_(m, h.beta1) if h.nadam else tensor.copy_(m)
 
 
-class Shampoo(Kronecker):
+class Shampoo(PreconditionedOptimizer):
     """Shampoo, its step size grafted from Adam (Algorithm 3) or its own.
 
     With grafting it is AdamW (NAdamW) before the first inverse roots, at step F; without, the

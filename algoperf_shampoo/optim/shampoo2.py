@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from .grafting import grafted
 from .ops.linalg import inverse_root, matmul_precision
-from .optimizer import Kronecker
+from .optimizer import PreconditionedOptimizer
 from .options import (
     Eigensolver,
     Grafting,
@@ -51,7 +51,7 @@ class Shampoo2TraceRule(UngraftedShampoo):
             return inverse_root(values / scale[:, None], eigenvectors, half, self.eps)
 
 
-class Shampoo2Trace(Kronecker):
+class Shampoo2Trace(PreconditionedOptimizer):
     """Shampoo^2 scaled by its trace, S^-1 (R (x) L) to the power -1/2, without
     grafting unless asked for.
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from .grafting import grafted
 from .ops import BasisChange, Hyper, Operations, State, Value, bias_corrections
 from .ops.linalg import inverse_powers
-from .optimizer import Kronecker
+from .optimizer import PreconditionedOptimizer
 from .options import (
     Eigensolver,
     Grafting,
@@ -61,7 +61,7 @@ class ShampooAdaptiveRule(Rule):
         change.assign_vector(mine[change.mode], inverse_powers(lam, exponent, self.eps))
 
 
-class ShampooAdaptive(Kronecker):
+class ShampooAdaptive(PreconditionedOptimizer):
     """Shampoo whose eigenvectors are computed anew where Eq. 11 exceeds tau, its eigenvalues at
     every check; without grafting unless asked for.
 

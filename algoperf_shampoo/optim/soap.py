@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from .blocks.layout import Stack
 from .eigen.solver import Solver
 from .ops import BasisChange, Hyper, Operations, State, Value, bias_corrections
-from .optimizer import Kronecker
+from .optimizer import PreconditionedOptimizer
 from .options import MatmulPrecision, NonFinite, OneDim, SmallMatrices
 from .rule import Rule
 
@@ -41,7 +41,7 @@ class SOAPRule(Rule):
         change.enter(s["exp_avg"])
 
 
-class SOAP(Kronecker):
+class SOAP(PreconditionedOptimizer):
     """SOAP (Vyas et al., 2025), as its authors' code computes it.
 
     The first step only starts the factors: nothing moves, and t stays 0. Factors are not

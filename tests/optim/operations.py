@@ -79,7 +79,7 @@ class Machine:
         for s in self.stacks:
             for row in s.g:
                 row.copy_(self.draw(s.shape) * 10 ** self.draw(()).item())
-        self.ops.gradients_came(self.stacks)
+        self.ops.gradients_gathered(self.stacks)
         self.ops.begin()
         self.state = State(self.stacks)
         self.x = self.ops.gradients(self.stacks, kept=False)

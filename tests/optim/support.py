@@ -100,13 +100,13 @@ class ReferenceParameter:
             self.value[block.slices] = new
 
     def walk(self, gradient, optimizer, index=0):
-        """A step after the optimizer's, its bases lent: at every step, or where the first one is a
+        """A step after the optimizer's, with its bases: at every step, or where the first one is a
         decomposition, after that."""
-        lent = [[q.cpu() for q in block] for block in bases_of(optimizer, index)]
+        borrowed = [[q.cpu() for q in block] for block in bases_of(optimizer, index)]
         first = self.rules[0].t == 0
-        self.step(gradient, bases=lent if self.variant in LENT else None)
+        self.step(gradient, bases=borrowed if self.variant in LENT else None)
         if first and self.variant in STARTS:
-            self.lend(lent)
+            self.lend(borrowed)
 
     def lend(self, bases):
         """Go on with these bases, per block: one gradient alone leaves null spaces, whose bases are

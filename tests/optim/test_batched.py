@@ -12,10 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim.blocks.layout import Lent
+from algoperf_shampoo.optim.blocks.layout import BorrowedMemory
 from algoperf_shampoo.optim.blocks.rows import consecutive, longest_run, put, take
 from algoperf_shampoo.optim.eigen import batch_plan, batched, cusolver, host_offload
-from algoperf_shampoo.optim.eigen.problem import Job
+from algoperf_shampoo.optim.eigen.problem import Problem
 
 
 def span(x):
@@ -100,7 +100,7 @@ def solver(monkeypatch):
 
 def make_job(n, count, indices, dtype=torch.float32):
     x = torch.randn(count, n, n + 3, generator=torch.Generator().manual_seed(n), dtype=dtype)
-    return Job(1e-20 * x @ x.mT, torch.randn(count, n, n, dtype=dtype), list(indices))
+    return Problem(1e-20 * x @ x.mT, torch.randn(count, n, n, dtype=dtype), list(indices))
 
 
 ALL = {12: range(90), 30: range(40), 26: range(8), 9: range(7)}
@@ -108,45 +108,45 @@ SOME = {12: [*range(60), *range(63, 90)], 30: [0, *range(4, 38)], 26: [1, 3, 5],
 
 
 def solve(chosen, dtype=torch.float32, memory=30_000):
-    """Decompose within ``memory`` lent entries; check results, and what must be as it was."""
-    jobs = [make_job(n, 90, indices, dtype) for n, indices in chosen.items()]
-    before = [job.operators.clone() for job in jobs]
+    """Decompose within ``memory`` borrowed entries; check results, and what must be as it was."""
+    problems = [make_job(n, 90, indices, dtype) for n, indices in chosen.items()]
+    before = [problem.operators.clone() for problem in problems]
     held = torch.randn(memory, dtype=dtype)
-    lent = Lent(held, memory // 3)
-    kept = held[lent.free :].clone()
-    results = batched.decompose(jobs, 4096, [lent])
-    assert torch.equal(held[lent.free :], kept)
+    borrowed = BorrowedMemory(held, memory // 3)
+    kept = held[borrowed.free :].clone()
+    results = batched.decompose(problems, 4096, [borrowed])
+    assert torch.equal(held[borrowed.free :], kept)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    for job, result, old in zip(jobs, results, before, strict=True):
-        assert result.converged == [True] * len(job.indices)
-        a, q = 1e20 * job.factors[job.indices], job.operators[job.indices]
-        eye = torch.eye(job.n, dtype=dtype)
+    for problem, result, old in zip(problems, results, before, strict=True):
+        assert result.converged == [True] * len(problem.indices)
+        a, q = 1e20 * problem.factors[problem.indices], problem.operators[problem.indices]
+        eye = torch.eye(problem.n, dtype=dtype)
         assert (q.mT @ q - eye).abs().max() < tolerance
         norm = torch.linalg.matrix_norm(a)
         error = torch.linalg.matrix_norm((q * (1e20 * result.values)[:, None]) @ q.mT - a)
         assert (error / norm).max() < tolerance
-        others = [i for i in range(90) if i not in job.indices]
-        assert torch.equal(job.operators[others], old[others])
-    return jobs
+        others = [i for i in range(90) if i not in problem.indices]
+        assert torch.equal(problem.operators[others], old[others])
+    return problems
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chosen", [ALL, SOME], ids=["all", "some"])
 def test_results_do_not_depend_on_the_memory(solver, chosen, dtype):
-    jobs = solve(chosen, dtype)
-    start, stop = span(jobs[0].operators)  # of the small ones, which were memory to work in
+    problems = solve(chosen, dtype)
+    start, stop = span(problems[0].operators)  # of the small ones, which were memory to work in
     assert any(start <= low and high <= stop for low, high in solver.works)
 
 
 @pytest.mark.parametrize(("indices", "run"), [(SOME[12], 60), ([4], 1), (range(90), 90)])
 def test_only_operators_that_are_replaced_are_memory(indices, run):
-    job = make_job(16, 90, indices)  # a matrix is a multiple of the alignment
-    old = job.operators.clone()
-    memory = batched._operator_memory(job)
+    problem = make_job(16, 90, indices)  # a matrix is a multiple of the alignment
+    old = problem.operators.clone()
+    memory = batched._operator_memory(problem)
     assert len(memory) > 4 * 16 * 16 * run - host_offload.ALIGNMENT
     memory.fill_(0)
     others = [i for i in range(90) if i not in indices]
-    assert torch.equal(job.operators[others], old[others])
+    assert torch.equal(problem.operators[others], old[others])
 
 
 @pytest.mark.parametrize("chosen", [ALL, SOME], ids=["all", "some"])
@@ -164,7 +164,7 @@ def test_an_error_is_raised_and_lent_memory_is_as_it_was(solver, n):
 
 def test_parked_contents_come_back_after_an_error():
     x, y = torch.arange(10.0), torch.arange(7)
-    with pytest.raises(KeyError), host_offload.parked([x[3:], y, y[7:]]):
+    with pytest.raises(KeyError), host_offload.offloaded([x[3:], y, y[7:]]):
         x.fill_(-1)
         y.fill_(-1)
         raise KeyError
@@ -172,18 +172,23 @@ def test_parked_contents_come_back_after_an_error():
 
 
 def test_lent_memory_is_used_as_far_as_it_may_be_parked(monkeypatch):
-    monkeypatch.setattr(host_offload, "PARKED_BYTES", 40)
+    monkeypatch.setattr(host_offload, "OFFLOADED_BYTES", 40)
     x = torch.zeros(100)
-    assert [host_offload.usable(Lent(x, free)) for free in (0, 50, 95, 100)] == [10, 60, 100, 100]
+    assert [host_offload.usable(BorrowedMemory(x, free)) for free in (0, 50, 95, 100)] == [
+        10,
+        60,
+        100,
+        100,
+    ]
 
 
 @given(st.integers(0, 300), st.sampled_from([torch.float32, torch.float64, torch.uint8]))
-def test_lanes_start_aligned_and_end_with_their_memory(start, dtype):
+def test_queues_start_aligned_and_end_with_their_memory(start, dtype):
     x = torch.empty(1000, dtype=dtype)[start:]
-    lane = host_offload.as_bytes(x)
+    queue = host_offload.as_bytes(x)
     low, high = span(x)
-    assert span(lane)[1] == high and lane.data_ptr() - low < host_offload.ALIGNMENT
-    assert lane.data_ptr() % host_offload.ALIGNMENT == 0
+    assert span(queue)[1] == high and queue.data_ptr() - low < host_offload.ALIGNMENT
+    assert queue.data_ptr() % host_offload.ALIGNMENT == 0
 
 
 @given(st.sets(st.integers(0, 30), min_size=1).map(sorted))

@@ -44,15 +44,15 @@ KINDS = ["noise", "other vectors", "scaled", "permuted values", "zero values", "
 class Garbage(Solver):
     """Claims to have converged."""
 
-    def solve(self, jobs, tau, lent=()):
-        results = super().solve(jobs, tau, lent)
-        for job, result in zip(jobs, results, strict=True):
-            for p, i in enumerate(job.indices):
+    def solve(self, problems, tau, borrowed=()):
+        results = super().solve(problems, tau, borrowed)
+        for problem, result in zip(problems, results, strict=True):
+            for p, i in enumerate(problem.indices):
                 if i == 0:
                     values, vectors = garbage(
-                        self.kind, result.values[p : p + 1], job.operators[i : i + 1]
+                        self.kind, result.values[p : p + 1], problem.operators[i : i + 1]
                     )
-                    result.values[p], job.operators[i] = values[0], vectors[0]
+                    result.values[p], problem.operators[i] = values[0], vectors[0]
         return results
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from algoperf_shampoo.optim import EShampoo
-from algoperf_shampoo.optim.blocks.layout import Lent
+from algoperf_shampoo.optim.blocks.layout import BorrowedMemory
 from algoperf_shampoo.optim.criterion import relative_off_diagonal
 from algoperf_shampoo.optim.eigen import batch_plan, batched, cusolver, exact
 from algoperf_shampoo.optim.eigen.orthogonal_iteration import ORTHOGONALIZATIONS
-from algoperf_shampoo.optim.eigen.problem import Job
+from algoperf_shampoo.optim.eigen.problem import Problem
 from algoperf_shampoo.optim.eigen.solver import Solver
 from algoperf_shampoo.optim.ops.linalg import gram_ema_, matricized
 
@@ -41,9 +41,7 @@ def test_hundred_steps(variant, shape, max_dim, dtype, precision, tolerance):
         matmul_precision=precision,
         nadam=variant not in PLAIN,
     )
-    expected = ReferenceParameter(
-        variant, start, max_dim=max_dim, nadam=variant not in PLAIN
-    )
+    expected = ReferenceParameter(variant, start, max_dim=max_dim, nadam=variant not in PLAIN)
     for gradient in gradients(shape, 100, dtype=dtype):
         parameter.grad = gradient.cuda()
         optimizer.step()
@@ -61,7 +59,7 @@ def factors(n, count, rank):
 
 @pytest.mark.parametrize("n", [1, 3, 9, 31, 128, 384, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", ["torch", "exact", "cusolver", "lanes", "scattered"])
+@pytest.mark.parametrize("method", ["torch", "exact", "cusolver", "queues", "scattered"])
 def test_back_ends_against_float64(n, dtype, method):
     """Residual, orthogonality and eigenvalues, relative to the norm of the factor."""
     if method not in ("torch", "exact") and not cusolver.available():
@@ -76,13 +74,13 @@ def test_back_ends_against_float64(n, dtype, method):
         vectors = a.clone()
         values, _ = cusolver.eigh_(vectors, cusolver.workspace(n, dtype, a.device, 8))
     else:  # as a refresh does: several batches in two batch_plan, in place or through copies
-        indices = list(range(8)) if method == "lanes" else [0, 1, 3, 4, 6, 7]
+        indices = list(range(8)) if method == "queues" else [0, 1, 3, 4, 6, 7]
         operators = torch.zeros_like(a)
-        job = Job(a, operators, indices)
+        problem = Problem(a, operators, indices)
         memory = torch.randn(40 * 2**20 // a.element_size(), dtype=dtype, device="cuda")
         kept = memory[len(memory) // 2 :].clone()
-        lent = Lent(memory, len(memory) // 2)
-        (result,) = Solver().solve([job], 0.0, [lent])
+        borrowed = BorrowedMemory(memory, len(memory) // 2)
+        (result,) = Solver().solve([problem], 0.0, [borrowed])
         assert torch.equal(memory[len(memory) // 2 :], kept)
         rows = torch.tensor(indices, device="cuda")
         assert not operators[[i for i in range(8) if i not in indices]].any()
@@ -120,33 +118,33 @@ def assert_eigenvectors(a, q, values):
 
 def mixed_jobs(chosen):
     """Factors of several sizes, and old operators."""
-    jobs = []
+    problems = []
     for n, indices in chosen.items():
         a = factors(n, max(indices) + 3, n).float()
-        jobs.append(Job(a, torch.randn_like(a), list(indices)))
-    return jobs
+        problems.append(Problem(a, torch.randn_like(a), list(indices)))
+    return problems
 
 
-def solve_and_check(jobs, entries, solver):
-    """Within lent memory of which a half is free."""
-    before = [job.operators.clone() for job in jobs]
+def solve_and_check(problems, entries, solver):
+    """Within borrowed memory of which a half is free."""
+    before = [problem.operators.clone() for problem in problems]
     memory = torch.randn(entries, device="cuda")
     kept = memory[entries // 2 :].clone()
-    results = solver.solve(jobs, 0.0, [Lent(memory, entries // 2)])
+    results = solver.solve(problems, 0.0, [BorrowedMemory(memory, entries // 2)])
     assert torch.equal(memory[entries // 2 :], kept)
-    for job, result, old in zip(jobs, results, before, strict=True):
+    for problem, result, old in zip(problems, results, before, strict=True):
         assert all(result.converged)
-        rows = torch.tensor(job.indices, device="cuda")
-        assert_eigenvectors(job.factors[rows], job.operators[rows], result.values)
-        others = [i for i in range(len(old)) if i not in job.indices]
-        assert torch.equal(job.operators[others], old[others])
+        rows = torch.tensor(problem.indices, device="cuda")
+        assert_eigenvectors(problem.factors[rows], problem.operators[rows], result.values)
+        others = [i for i in range(len(old)) if i not in problem.indices]
+        assert torch.equal(problem.operators[others], old[others])
 
 
 @pytest.mark.usefixtures("batched_solver")
 @pytest.mark.parametrize("mib", [0, 12, 200, 1000])
 @pytest.mark.parametrize("chosen", [ALL, SOME], ids=["all", "some"])
 def test_sizes_in_two_phases(chosen, mib, monkeypatch):
-    """The large ones in the memory of the small ones' operators, with little and much lent."""
+    """The large ones in the memory of the small ones' operators, with little and much borrowed."""
     schedules = []
 
     def schedule(*arguments):
@@ -224,7 +222,7 @@ def test_warm_start_ends_below_tau(orthogonalization, rank):
     old = torch.linalg.eigh(a + 0.05 * factors(384, 4, 384).float()).eigenvectors
     solver = Solver(method="warm", orthogonalization=orthogonalization)
     q = old.clone()
-    (result,) = solver.solve([Job(a, q, [0, 1, 2, 3])], 0.1)
+    (result,) = solver.solve([Problem(a, q, [0, 1, 2, 3])], 0.1)
     values = result.values
     assert all(result.converged)
     assert relative_off_diagonal(a, q).max() < 0.1
@@ -234,18 +232,18 @@ def test_warm_start_ends_below_tau(orthogonalization, rank):
 
 @pytest.mark.parametrize("indices", [range(40), range(0, 40, 3)])
 def test_warm_start_in_lent_memory(indices):
-    """Within lent memory, in pieces; what was parked is back, and others are untouched."""
+    """Within borrowed memory, in pieces; what was offloaded is back, and others are untouched."""
     a = factors(128, 40, 60).float()
     old = torch.linalg.eigh(a + 0.02 * factors(128, 40, 128).float()).eigenvectors
     q = old.clone()
     memory = torch.randn(600_000, device="cuda")
     kept = memory[200_000:].clone()
     solver = Solver(method="warm", workspace_mib=1)
-    job = Job(a, q, list(indices))
-    (result,) = solver.solve([job], 0.1, [Lent(memory, 200_000)])
+    problem = Problem(a, q, list(indices))
+    (result,) = solver.solve([problem], 0.1, [BorrowedMemory(memory, 200_000)])
     assert torch.equal(memory[200_000:], kept)
-    rows = torch.tensor(job.indices, device="cuda")
-    others = [i for i in range(40) if i not in job.indices]
+    rows = torch.tensor(problem.indices, device="cuda")
+    others = [i for i in range(40) if i not in problem.indices]
     assert torch.equal(q[others], old[others])
     assert relative_off_diagonal(a[rows], q[rows]).max() < 0.1
     rayleigh = (q[rows] * (a[rows] @ q[rows])).sum(-2)
@@ -255,13 +253,15 @@ def test_warm_start_in_lent_memory(indices):
 
 @pytest.mark.usefixtures("batched_solver")
 def test_what_a_warm_start_leaves_over_takes_no_memory_of_its_own():
-    """All of 60, in lent memory; and sizes below WARM_MIN."""
-    jobs = mixed_jobs({384: range(60), 20: range(30)})
+    """All of 60, in borrowed memory; and sizes below WARM_MIN."""
+    problems = mixed_jobs({384: range(60), 20: range(30)})
     solver = Solver(method="warm", max_iterations=1, tolerance=1e-6)
     peaks = []
     for _ in range(2):  # the first time, libraries allocate theirs
-        for job in jobs:
-            job.operators.copy_(torch.eye(job.n, device="cuda").expand_as(job.operators))
+        for problem in problems:
+            problem.operators.copy_(
+                torch.eye(problem.n, device="cuda").expand_as(problem.operators)
+            )
         memory = torch.randn(25 * 2**20, device="cuda")
         kept = memory[10**6 :].clone()
         ones = torch.ones(1, 64, 64, device="cuda")
@@ -269,13 +269,13 @@ def test_what_a_warm_start_leaves_over_takes_no_memory_of_its_own():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        results = solver.solve(jobs, 0.0, [Lent(memory, 10**6)])
+        results = solver.solve(problems, 0.0, [BorrowedMemory(memory, 10**6)])
         peaks.append(torch.cuda.max_memory_allocated() - before)
         assert torch.equal(memory[10**6 :], kept)
-    for job, result in zip(jobs, results, strict=True):
+    for problem, result in zip(problems, results, strict=True):
         assert all(result.converged)
-        rows = torch.tensor(job.indices, device="cuda")
-        assert_eigenvectors(job.factors[rows], job.operators[rows], result.values)
+        rows = torch.tensor(problem.indices, device="cuda")
+        assert_eigenvectors(problem.factors[rows], problem.operators[rows], result.values)
     assert peaks[-1] < 16 * 2**20
 
 

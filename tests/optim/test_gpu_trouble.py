@@ -206,10 +206,10 @@ def test_noise_takes_no_step_and_all_else_does(precision):
 class NoMemory(Solver):
     """Spoils what it has been given, then runs out of memory, once."""
 
-    def solve(self, jobs, tau, lent=()):
-        super().solve(jobs[: len(jobs) // 2 or 1], tau, lent)
-        for job in jobs:
-            job.operators[job.indices[0]] = torch.nan
+    def solve(self, problems, tau, borrowed=()):
+        super().solve(problems[: len(problems) // 2 or 1], tau, borrowed)
+        for problem in problems:
+            problem.operators[problem.indices[0]] = torch.nan
         raise torch.OutOfMemoryError("no memory")
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from algoperf_shampoo.optim import reference
 from algoperf_shampoo.optim.eigen.exact import exact
 from algoperf_shampoo.optim.eigen.orthogonal_iteration import ORTHOGONALIZATIONS
-from algoperf_shampoo.optim.eigen.problem import Job
+from algoperf_shampoo.optim.eigen.problem import Problem
 from algoperf_shampoo.optim.eigen.solver import Solver
 from algoperf_shampoo.optim.ops import linalg
 
@@ -137,7 +137,7 @@ def test_warm_start_ends_below_tau(orthogonalization, rank, scale):
     factors = torch.stack([a[0], a[0], *a[1:]])
     operators = torch.stack([old[0], torch.eye(96), *old[1:]])
     untouched = operators[1].clone()
-    (result,) = solver.solve([Job(factors, operators, [0, 2, 3])], 0.1)
+    (result,) = solver.solve([Problem(factors, operators, [0, 2, 3])], 0.1)
     q = operators[[0, 2, 3]]
     assert all(result.converged)
     assert torch.equal(operators[1], untouched)
@@ -150,7 +150,7 @@ def test_warm_start_falls_back_when_it_does_not_converge():
     a, old = near(96, 2, 96, torch.Generator().manual_seed(1))
     solver = Solver(method="warm", max_iterations=1, tolerance=1e-6)
     operators = old.clone()
-    (result,) = solver.solve([Job(a, operators, [0, 1])], 0.0)
+    (result,) = solver.solve([Problem(a, operators, [0, 1])], 0.0)
     assert all(result.converged)
     assert (linalg.relative_off_diagonal(a, operators) < 1e-5).all()  # eigh's accuracy
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim import EShampoo, Kronecker, reference, reference_kl
+from algoperf_shampoo.optim import EShampoo, PreconditionedOptimizer, reference, reference_kl
 from algoperf_shampoo.optim.eshampoo import EShampooRule
 from algoperf_shampoo.optim.gpu import tiles
 from algoperf_shampoo.optim.gpu.graphs import Recorder
@@ -337,7 +337,7 @@ def test_a_rule_with_state_per_mode_that_only_starts_at_first(back_end, shape):
     )
     start = next(gradients(shape, 1, seed=7))
     params = [torch.nn.Parameter(start.to(device, dtype).clone()) for _ in range(2)]
-    optimizer = Kronecker(
+    optimizer = PreconditionedOptimizer(
         params, ToyKL(), dict(lr=0.01, betas=(0.9, 0.95), eps=0.0, weight_decay=0.0, nadam=False,
         precondition_frequency=4, max_preconditioner_dim=10),
     )  # fmt: skip

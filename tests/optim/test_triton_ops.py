@@ -86,7 +86,7 @@ def start(layout, precision="highest", some=None):
 
 def again(ops, layout, precision="highest", some=None):
     """A section of a step begins: its gradients."""
-    ops.gradients_came(layout.stacks)
+    ops.gradients_gathered(layout.stacks)
     ops.begin(precision)
     return ops.gradients(some or layout.stacks, kept=False)
 

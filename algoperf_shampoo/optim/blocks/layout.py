@@ -26,7 +26,7 @@ ALIGNMENT = 64  # entries; what cuBLAS's and our kernels load at a time starts a
 
 
 @dataclass(frozen=True)
-class Lent:
+class BorrowedMemory:
     """Flat memory that a refresh may work in.
 
     The first ``free`` entries may be overwritten; the others' contents must be there afterwards.
@@ -185,7 +185,7 @@ class Stack:
             whole.index_copy_(0, index, x)
 
 
-class Cuts:
+class BlockViews:
     """The blocks of one parameter as views of a tensor in its merged shape."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -254,9 +254,9 @@ class Layout:
             for row, member in enumerate(stack.members)
             if member.index == 0
         }
-        self._cuts = [Cuts(blocks) for blocks in self.blocks]
+        self._views = [BlockViews(blocks) for blocks in self.blocks]
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        self.lent: list[Lent] = []
+        self.borrowed: list[BorrowedMemory] = []
         self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
         self._transfer: Transfer | None = None
         # As `Stack.bad`, but per parameter: of those on a GPU.
@@ -284,7 +284,7 @@ class Layout:
             self.measured = self.row_absmax is not None
             return present
         to, source = [], []
-        for i, (g, rows, cuts) in enumerate(zip(gradients, self._pieces, self._cuts, strict=True)):
+        for i, (g, rows, cuts) in enumerate(zip(gradients, self._pieces, self._views, strict=True)):
             if g is None:
                 continue
             if g.layout is not torch.strided:
@@ -358,7 +358,9 @@ class Layout:
     def _scatter(self, present: Sequence[bool], alpha: float, once: Once) -> None:
         """parameter <- parameter + alpha * (its rows of the buffer), for those present."""
         to, source = [], []
-        for p, rows, cuts, here in zip(self.params, self._pieces, self._cuts, present, strict=True):
+        for p, rows, cuts, here in zip(
+            self.params, self._pieces, self._views, present, strict=True
+        ):
             if not here:
                 continue
             if len(rows) == 1 and p.dtype == rows[0].dtype:
@@ -403,8 +405,8 @@ class Layout:
         """Zeros [B, *shape] as ``stack.state[name]`` for the names of every stack, as ``g`` and as
         so many ``work`` buffers; and ``stack.vectors``, [B, d_i] filled with the numbers given.
 
-        All in one piece of memory that a refresh can work in (:class:`Lent`): what holds nothing
-        between steps first, so that only the rest has to stand aside.
+        All in one piece of memory that a refresh can borrow (:class:`BorrowedMemory`): what holds
+        nothing between steps first, so that only the rest has to stand aside.
         """
         for dtype, device in dict.fromkeys((stack.dtype, stack.device) for stack in self.stacks):
             mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
@@ -416,7 +418,7 @@ class Layout:
             sizes = {id(s): -(-s.numel // ALIGNMENT) * ALIGNMENT for s in mine}
             totals = [sum(sizes[id(s)] for s in some) for some in users.values()]
             arena = torch.zeros(sum(totals), dtype=dtype, device=device)
-            self.lent.append(Lent(arena, sum(totals[: 1 + work])))
+            self.borrowed.append(BorrowedMemory(arena, sum(totals[: 1 + work])))
             for (key, some), flat in zip(users.items(), arena.split(totals), strict=True):
                 name, number = key
                 if number == 0:

@@ -1,6 +1,6 @@
-"""Which lane decomposes which matrices, in what order, and in which memory.
+"""Which queue decomposes which matrices, in what order, and in which memory.
 
-A lane is a piece of memory and a stream. Everything here is fixed beforehand from sizes and bytes
+A queue is a piece of memory and a stream. Everything here is fixed beforehand from sizes and bytes
 alone. Were it first come, first served, timing would decide whether a matrix is decomposed in a
 batch or alone, by another algorithm with other rounding, and replicas would part.
 """
@@ -18,13 +18,13 @@ LARGE = 512  # larger sizes come first, in the memory of the others' operators t
 # Single matrices on several streams hardly overlap: n = 1024 takes 12.0 ms on one, 9.7 on two, 8.5
 # on four, per matrix.
 SINGLES_OVERLAP = 0.75
-PARKING = 0.06 / 2**20  # ms per byte, to the host and back
-WORTHWHILE = 0.95  # a further lane must save a twentieth of the time
+OFFLOADING = 0.06 / 2**20  # ms per byte, to the host and back
+WORTHWHILE = 0.95  # a further queue must save a twentieth of the time
 
 
 @dataclass(frozen=True)
 class Task:
-    """``count`` matrices of size ``n``, each taking ``bytes_each`` of a lane's memory."""
+    """``count`` matrices of size ``n``, each taking ``bytes_each`` of a queue's memory."""
 
     n: int
     count: int
@@ -42,15 +42,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Per lane its batches, one after the other; milliseconds: expected, until all are done."""
+    """Per queue its batches, one after the other; milliseconds: expected, until all are done."""
 
-    lanes: tuple[tuple[Batch, ...], ...]
+    queues: tuple[tuple[Batch, ...], ...]
     milliseconds: float
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of a piece of lent memory; what is used beyond the first ``free`` is parked."""
+    """Bytes of a piece of borrowed memory; what is used beyond the first ``free`` is offloaded."""
 
     bytes: int
     free: int
@@ -60,8 +60,8 @@ class Room:
 class Schedule:
     """Plans to carry out one after the other, and what they need.
 
-    Lanes are numbered alike in all of them: a workspace, the lent pieces, each task's operators.
-    used: per lane, how many bytes of its memory any batch takes.
+    Queues are numbered alike in all: a workspace, the borrowed pieces, each task's operators.
+    used: per queue, how many bytes of its memory any batch takes.
     """
 
     phases: tuple[Plan, ...]
@@ -70,18 +70,18 @@ class Schedule:
 
 @functools.lru_cache(maxsize=64)
 def schedule(
-    tasks: tuple[Task, ...], idle: tuple[int, ...], lent: tuple[Room, ...], workspace: int
+    tasks: tuple[Task, ...], idle: tuple[int, ...], borrowed: tuple[Room, ...], workspace: int
 ) -> Schedule:
     """The plan of a refresh: all sizes at once, or the large ones first.
 
     While the large ones are decomposed, the others' operators are memory to work in. Of the
-    possibilities (so or at once, with parking or without) the one that takes least memory of its
+    possibilities (so or at once, with offloading or without) the one that takes least memory of its
     own, then least time.
 
     Args:
-        tasks: one for each job.
+        tasks: one for each problem.
         idle: per task, bytes of its operators that may be overwritten until it is decomposed.
-        lent: the lent pieces.
+        borrowed: the borrowed pieces.
         workspace: bytes of the workspace, where that suffices; else it gets what the largest matrix
             needs.
     """
@@ -91,8 +91,8 @@ def schedule(
     orders = [[large, small]] if large and small else []
     options = []
     for order in [*orders, [everything]]:
-        for parking in (True, False):
-            pieces = [room.bytes if parking else room.free for room in lent]
+        for offloading in (True, False):
+            pieces = [room.bytes if offloading else room.free for room in borrowed]
             options.append((order, _rooms(tasks, idle, pieces, workspace, order)))
     least = min(rooms[0][0] for _, rooms in options)
     best, time = None, math.inf
@@ -102,8 +102,8 @@ def schedule(
         found = _in_phases(tasks, rooms, order, time)
         if found is None:
             continue
-        parked = sum(max(0, u - x.free) for x, u in zip(lent, found.used[1:], strict=False))
-        total = sum(p.milliseconds for p in found.phases) + PARKING * parked
+        offloaded = sum(max(0, u - x.free) for x, u in zip(borrowed, found.used[1:], strict=False))
+        total = sum(p.milliseconds for p in found.phases) + OFFLOADING * offloaded
         if total < time:
             best, time = found, total
     assert best is not None
@@ -117,7 +117,7 @@ def _rooms(
     workspace: int,
     order: Sequence[Sequence[int]],
 ) -> list[list[int]]:
-    """Per phase, the bytes of the lanes, if the phases decompose the tasks named."""
+    """Per phase, the bytes of the queues, if the phases decompose the tasks named."""
     rooms = []
     for number, phase in enumerate(order):
         later = {k for other in order[number + 1 :] for k in other}
@@ -137,25 +137,25 @@ def _in_phases(
     """The schedule of these phases, or None if it takes ``limit`` ms."""
     plans: list[Plan] = []
     used = [0] * len(rooms[0])
-    for phase, lanes in zip(order, rooms, strict=True):
+    for phase, queues in zip(order, rooms, strict=True):
         mine = [t if k in phase else replace(t, count=0) for k, t in enumerate(tasks)]
-        found = plan(mine, lanes, limit)
+        found = plan(mine, queues, limit)
         if found is None:
             return None
         limit -= found.milliseconds
         plans.append(found)
-        for i, lane in enumerate(found.lanes):
-            used[i] = max([used[i], *(b.count * tasks[b.task].bytes_each for b in lane)])
+        for i, queue in enumerate(found.queues):
+            used[i] = max([used[i], *(b.count * tasks[b.task].bytes_each for b in queue)])
     return Schedule(tuple(plans), tuple(used))
 
 
 def plan(tasks: Sequence[Task], rooms: Sequence[int], limit: float = math.inf) -> Plan | None:
-    """What each lane does, given the bytes of its memory; None if that takes ``limit`` ms.
+    """What each queue does, given the bytes of its memory; None if that takes ``limit`` ms.
 
-    Lanes that hardly help do nothing.
+    Queues that hardly help do nothing.
 
     Raises:
-        ValueError: no lane holds a matrix of the largest size.
+        ValueError: no queue holds a matrix of the largest size.
     """
     largest_first = sorted(range(len(rooms)), key=lambda i: -rooms[i])
     best = None
@@ -167,31 +167,31 @@ def plan(tasks: Sequence[Task], rooms: Sequence[int], limit: float = math.inf) -
 
 
 def _greedy(
-    tasks: Sequence[Task], rooms: Sequence[int], lanes: Sequence[int], limit: float
+    tasks: Sequence[Task], rooms: Sequence[int], queues: Sequence[int], limit: float
 ) -> Plan | None:
-    """Whichever of the lanes is free first, by the expected times, takes the next batch."""
+    """Whichever of the queues is free first, by the expected times, takes the next batch."""
     order = sorted(range(len(tasks)), key=lambda k: -tasks[k].n)
     left = [task.count for task in tasks]
     batches: list[list[Batch]] = [[] for _ in rooms]
-    free = dict.fromkeys(lanes, 0.0)
+    free = dict.fromkeys(queues, 0.0)
     single_free = end = 0.0
     while any(left):
         if not free:
-            raise ValueError(f"no lane of {max(rooms)} bytes holds a matrix of the largest size")
-        lane = min(free, key=lambda i: free[i])
-        choice = _next(tasks, left, order, rooms[lane])
+            raise ValueError(f"no queue of {max(rooms)} bytes holds a matrix of the largest size")
+        queue = min(free, key=lambda i: free[i])
+        choice = _next(tasks, left, order, rooms[queue])
         if choice is None:
-            del free[lane]
+            del free[queue]
             continue
         k, count = choice
-        batches[lane].append(Batch(k, tasks[k].count - left[k], count))
+        batches[queue].append(Batch(k, tasks[k].count - left[k], count))
         left[k] -= count
         time = milliseconds(tasks[k].n, count)
         if better_alone(tasks[k].n, count):
-            free[lane] = max(free[lane], single_free)
-            single_free = free[lane] + SINGLES_OVERLAP * time
-        free[lane] += time
-        end = max(end, free[lane])
+            free[queue] = max(free[queue], single_free)
+            single_free = free[queue] + SINGLES_OVERLAP * time
+        free[queue] += time
+        end = max(end, free[queue])
         if end >= limit:
             return None
     return Plan(tuple(map(tuple, batches)), end)
@@ -200,10 +200,10 @@ def _greedy(
 def _next(
     tasks: Sequence[Task], left: Sequence[int], order: Sequence[int], room: int
 ) -> tuple[int, int] | None:
-    """(task, count) for a lane of that room, or None where it holds none of what is left.
+    """(task, count) for a queue of that room, or None where it holds none of what is left.
 
-    Large matrices first. A lane with room for a batch looks for what fills one, and takes what does
-    not only when there is nothing else; the other lanes take single ones.
+    Large matrices first. A queue with room for a batch looks for what fills one, and takes what
+    does not only when there is nothing else; the other queues take single ones.
     """
     single = None
     for k in order:

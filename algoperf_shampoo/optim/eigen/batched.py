@@ -15,57 +15,66 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..blocks.layout import Lent
+from ..blocks.layout import BorrowedMemory
 from ..blocks.rows import consecutive, longest_run
 from . import cusolver
 from .batch_plan import Batch, Plan, Room, Task, schedule
 from .exact import mend, scale_of
-from .host_offload import ALIGNMENT, as_bytes, parked, usable
-from .problem import Job, Result
+from .host_offload import ALIGNMENT, as_bytes, offloaded, usable
+from .problem import Problem, Result
 
 
-def decompose(jobs: Sequence[Job], workspace: int, lent: Sequence[Lent] = ()) -> list[Result]:
-    """All jobs, which must be on one device that :mod:`.cusolver` is available for.
+def decompose(
+    problems: Sequence[Problem], workspace: int, borrowed: Sequence[BorrowedMemory] = ()
+) -> list[Result]:
+    """All problems, which must be on one device that :mod:`.cusolver` is available for.
 
-    What the operators at the jobs' indices hold is lost at once.
+    What the operators at the problems' indices hold is lost at once.
 
     Args:
         workspace: bytes of memory taken anew, where that suffices for the largest matrix.
-        lent: memory to work in besides; that on other devices is left alone.
+        borrowed: memory to work in besides; that on other devices is left alone.
     """
-    device = jobs[0].factors.device
+    device = problems[0].factors.device
     # Made anew when it is needed.
     torch._C._cuda_clearCublasWorkspaces()
     memories, rooms = [], []
-    for x in lent:
+    for x in borrowed:
         if x.memory.device == device:
             memories.append(as_bytes(x.memory[: usable(x)]))
             kept = (usable(x) - x.free) * x.memory.element_size()
             rooms.append(Room(len(memories[-1]), max(0, len(memories[-1]) - kept)))
-    idle = [_operator_memory(job) for job in jobs]
-    tasks = tuple(Task(job.n, len(job.indices), _bytes_per_matrix(job)) for job in jobs)
+    idle = [_operator_memory(problem) for problem in problems]
+    tasks = tuple(
+        Task(problem.n, len(problem.indices), _bytes_per_matrix(problem)) for problem in problems
+    )
     found = schedule(tasks, tuple(map(len, idle)), tuple(rooms), workspace)
     own = torch.empty(found.used[0], dtype=torch.uint8, device=device)
-    lanes = [
+    queues = [
         memory[:used] for memory, used in zip([own, *memories, *idle], found.used, strict=True)
     ]
-    results = [Result.empty(job) for job in jobs]
-    with parked([lane[room.free :] for room, lane in zip(rooms, lanes[1:], strict=False)]):
+    results = [Result.empty(problem) for problem in problems]
+    with offloaded([queue[room.free :] for room, queue in zip(rooms, queues[1:], strict=False)]):
         for phase in found.phases:
-            _run(phase, lanes, jobs, results)
+            _run(phase, queues, problems, results)
     return results
 
 
-def _operator_memory(job: Job) -> Tensor:
-    """The memory of those of the job's operators that stand in a row."""
-    first, count = longest_run(job.indices)
-    return as_bytes(job.operators[first : first + count])
+def _operator_memory(problem: Problem) -> Tensor:
+    """The memory of those of the problem's operators that stand in a row."""
+    first, count = longest_run(problem.indices)
+    return as_bytes(problem.operators[first : first + count])
 
 
-def _bytes_per_matrix(job: Job) -> int:
+def _bytes_per_matrix(problem: Problem) -> int:
     """Workspace per matrix, and room for a copy of it where it cannot be decomposed in place."""
-    n, count, dtype, device = job.n, len(job.indices), job.factors.dtype, job.factors.device
-    copy = 0 if consecutive(job.indices) else _aligned(n * n * dtype.itemsize)
+    n, count, dtype, device = (
+        problem.n,
+        len(problem.indices),
+        problem.factors.dtype,
+        problem.factors.device,
+    )
+    copy = 0 if consecutive(problem.indices) else _aligned(n * n * dtype.itemsize)
     # The workspace grows linearly with the number of matrices, but for rounding.
     one, all_ = (cusolver.workspace_bytes(n, dtype, device, c) for c in (1, count))
     return _aligned(max(one, -(-all_ // count))) + copy
@@ -76,18 +85,18 @@ def _aligned(size: int) -> int:
 
 
 def _run(
-    plan: Plan, lanes: Sequence[Tensor], jobs: Sequence[Job], results: Sequence[Result]
+    plan: Plan, queues: Sequence[Tensor], problems: Sequence[Problem], results: Sequence[Result]
 ) -> None:
-    """Carry out a plan: each lane on a stream of its own, with a thread that launches.
+    """Carry out a plan: each queue on a stream of its own, with a thread that launches.
 
     The streams start after what the current stream has been given so far, and it goes on after
     them.
     """
-    device = lanes[0].device
+    device = queues[0].device
     caller = torch.cuda.current_stream(device)
     errors: list[BaseException] = []
 
-    def work(lane: Tensor, mine: Sequence[Batch], stream: torch.cuda.Stream) -> None:
+    def work(queue: Tensor, mine: Sequence[Batch], stream: torch.cuda.Stream) -> None:
         try:
             with torch.cuda.device(device), torch.cuda.stream(stream), torch.no_grad():
                 stream.wait_stream(caller)
@@ -95,12 +104,12 @@ def _run(
                     if errors:
                         return
                     positions = range(batch.start, batch.start + batch.count)
-                    done = _batch(jobs[batch.task].part(positions), lane)
+                    done = _batch(problems[batch.task].part(positions), queue)
                     results[batch.task].put(positions, done)
         except BaseException as error:  # raised again by the caller
             errors.append(error)
 
-    busy = [(lane, mine) for lane, mine in zip(lanes, plan.lanes, strict=True) if mine]
+    busy = [(queue, mine) for queue, mine in zip(queues, plan.queues, strict=True) if mine]
     streams = [_stream(device, i) for i in range(len(busy))]
     threads = [
         threading.Thread(target=work, args=(*arguments, stream))
@@ -120,22 +129,22 @@ def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _batch(job: Job, lane: Tensor) -> Result:
+def _batch(problem: Problem, queue: Tensor) -> Result:
     """One batch on the current stream: in place in ``operators`` where the indices are consecutive,
-    else in the lane's memory. Waits for the device."""
-    factors, first, count, n = job.factors, job.indices[0], len(job.indices), job.n
-    in_place = consecutive(job.indices)
+    else in the queue's memory. Waits for the device."""
+    factors, first, count, n = problem.factors, problem.indices[0], len(problem.indices), problem.n
+    in_place = consecutive(problem.indices)
     if in_place:
-        target, work = job.operators[first : first + count], lane
+        target, work = problem.operators[first : first + count], queue
         target.copy_(factors[first : first + count])
     else:
-        index = torch.tensor(job.indices, device=factors.device)
+        index = torch.tensor(problem.indices, device=factors.device)
         size = count * n * n * factors.element_size()
-        target, work = lane[:size].view(factors.dtype).view(count, n, n), lane[_aligned(size) :]
+        target, work = queue[:size].view(factors.dtype).view(count, n, n), queue[_aligned(size) :]
         torch.index_select(factors, 0, index, out=target)
     scale = scale_of(target)
     values, converged = cusolver.eigh_(target.div_(scale[:, None, None]), work)
-    mend(factors, job.indices, values, target, converged)
+    mend(factors, problem.indices, values, target, converged)
     if not in_place:
-        job.operators.index_copy_(0, index, target)
+        problem.operators.index_copy_(0, index, target)
     return Result(values * scale[:, None], converged)

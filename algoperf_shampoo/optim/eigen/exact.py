@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..blocks.rows import put, take
 from . import cusolver
-from .problem import Job, Result
+from .problem import Problem, Result
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ def exact(a: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
     return values * scale[:, None], vectors, converged
 
 
-def decompose(job: Job, limit: int) -> Result:
+def decompose(problem: Problem, limit: int) -> Result:
     """:func:`exact`, by pieces that take ``limit`` bytes, or by single matrices."""
-    n, itemsize = job.n, job.factors.dtype.itemsize
+    n, itemsize = problem.n, problem.factors.dtype.itemsize
     size = max(1, limit // (4 * n * n * itemsize))
-    result = Result.empty(job)
-    for start in range(0, len(job.indices), size):
-        positions = range(start, min(start + size, len(job.indices)))
-        part = job.part(positions)
+    result = Result.empty(problem)
+    for start in range(0, len(problem.indices), size):
+        positions = range(start, min(start + size, len(problem.indices)))
+        part = problem.part(positions)
         values, vectors, converged = exact(take(part.factors, part.indices))
         put(part.operators, part.indices, vectors)
         result.put(positions, Result(values, converged))

@@ -8,17 +8,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks.layout import Lent
+from ..blocks.layout import BorrowedMemory
 from ..blocks.rows import chunks, take
 
-# At most so much of a piece of lent memory is parked: the host memory for it is kept.
-PARKED_BYTES = 2**29
+# At most so much of a piece of borrowed memory is offloaded: the host memory for it is kept.
+OFFLOADED_BYTES = 2**29
 ALIGNMENT = 256  # bytes; cuSOLVER's workspaces start at a multiple
 
 
-def usable(lent: Lent) -> int:
-    """How many entries of it a refresh may work in: the free ones, and what it may park."""
-    return min(len(lent.memory), lent.free + PARKED_BYTES // lent.memory.element_size())
+def usable(borrowed: BorrowedMemory) -> int:
+    """How many entries of it a refresh may work in: the free ones, and what it may offload."""
+    return min(
+        len(borrowed.memory), borrowed.free + OFFLOADED_BYTES // borrowed.memory.element_size()
+    )
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def as_bytes(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def parked(parts: Sequence[Tensor]) -> Iterator[None]:
+def offloaded(parts: Sequence[Tensor]) -> Iterator[None]:
     """The contents of flat tensors stand aside in (pinned) host memory while their memory serves
     otherwise.
 
@@ -66,11 +68,11 @@ def aside(operators: Tensor, indices: Sequence[int]) -> Tensor:
     return host
 
 
-# Per device one buffer, as large as the most that was parked at a time: at most PARKED_BYTES for
-# each piece of lent memory (one per dtype), which torch rounds up to a power of two. Kept for the
+# Per device one buffer, as large as the most that was offloaded at a time: at most OFFLOADED_BYTES
+# a piece of borrowed memory (one per dtype), which torch rounds up to a power of two. Kept for the
 # life of the process, because pinning takes longer than copying.
 _HOST: dict[torch.device, Tensor] = {}
-# When its contents were back on the device: another optimizer may park from another stream.
+# When its contents were back on the device: another optimizer may offload from another stream.
 _RESTORED: dict[torch.device, torch.cuda.Event] = {}
 
 

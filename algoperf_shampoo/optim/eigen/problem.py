@@ -11,7 +11,7 @@ from ..blocks.rows import put
 
 
 @dataclass(frozen=True)
-class Job:
+class Problem:
     """Matrices to decompose: operators[indices] receive the eigenvectors of factors[indices].
 
     factors, operators: [N, n, n], contiguous. On entry operators[indices] are the old eigenvectors
@@ -26,9 +26,9 @@ class Job:
     def n(self) -> int:
         return self.factors.shape[-1]
 
-    def part(self, positions: Sequence[int]) -> Job:
+    def part(self, positions: Sequence[int]) -> Problem:
         """Those at ``positions`` of the indices."""
-        return Job(self.factors, self.operators, [self.indices[p] for p in positions])
+        return Problem(self.factors, self.operators, [self.indices[p] for p in positions])
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Result:
     permutation: Tensor | None = None
 
     @staticmethod
-    def empty(job: Job) -> Result:
+    def empty(problem: Problem) -> Result:
         """To be filled: values not set yet, and all converged."""
-        values = job.factors.new_empty(len(job.indices), job.n)
-        return Result(values, [True] * len(job.indices))
+        values = problem.factors.new_empty(len(problem.indices), problem.n)
+        return Result(values, [True] * len(problem.indices))
 
     def put(self, positions: Sequence[int], part: Result) -> None:
         """The part's values and convergence at ``positions``."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..blocks.rows import put, take
 from ..criterion import relative_off_diagonal
 from ..ops.linalg import largest_entry, matmul_precision
-from .problem import Job, Result
+from .problem import Problem, Result
 
 
-def iterate(job: Job, tau: float, iterations: int, sort: bool, limit: int) -> Result:
+def iterate(problem: Problem, tau: float, iterations: int, sort: bool, limit: int) -> Result:
     """At most so many iterations of each basis: one at least, and on while Eq. 11 exceeds tau.
 
     Args:
@@ -26,13 +26,13 @@ def iterate(job: Job, tau: float, iterations: int, sort: bool, limit: int) -> Re
     Returns:
         diag(Q'AQ) as values; as permutation where each column came from, with ``sort``.
     """
-    n = job.n
-    size = max(1, limit // (6 * n * n * job.factors.dtype.itemsize))
+    n = problem.n
+    size = max(1, limit // (6 * n * n * problem.factors.dtype.itemsize))
     values, permutations, converged = [], [], []
-    for start in range(0, len(job.indices), size):
-        indices = job.indices[start : start + size]
+    for start in range(0, len(problem.indices), size):
+        indices = problem.indices[start : start + size]
         with matmul_precision("highest"):
-            a, q = take(job.factors, indices), take(job.operators, indices)
+            a, q = take(problem.factors, indices), take(problem.operators, indices)
             # Tiny factors would underflow when squared.
             scale = largest_entry(a).clamp_min(torch.finfo(a.dtype).tiny)
             a = a / scale[:, None, None]
@@ -43,7 +43,7 @@ def iterate(job: Job, tau: float, iterations: int, sort: bool, limit: int) -> Re
             q = _iterated(a, q, tau, iterations)
             values.append(_rayleigh(a, q) * scale[:, None])
         converged += torch.isfinite(q).all(-1).all(-1).tolist()
-        put(job.operators, indices, q)
+        put(problem.operators, indices, q)
     return Result(torch.cat(values), converged, torch.cat(permutations) if sort else None)
 
 

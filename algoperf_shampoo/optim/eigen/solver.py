@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..blocks.layout import Lent
+from ..blocks.layout import BorrowedMemory
 from ..blocks.rows import consecutive, put, take
 from . import batched, cusolver, exact, simultaneous
-from .host_offload import ALIGNMENT, parked, usable
+from .host_offload import ALIGNMENT, offloaded, usable
 from .orthogonal_iteration import ORTHOGONALIZATIONS, sweep_
-from .problem import Job, Result
+from .problem import Problem, Result
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Solver:
         tolerance: of "warm" where tau = 0 (fixed frequency): Eq. 11 is brought below it.
         workspace_mib: bound on the memory a refresh takes anew, if the largest matrix can be
             decomposed within it or elsewhere. cuSOLVER needs 4 to 6 times the matrices it
-            decomposes together, and takes hardly longer for many than for eight, so lent memory
+            decomposes together, and takes hardly longer for many than for eight, so borrowed memory
             serves as well, its contents standing aside on the host, and operators that are not
             decomposed yet.
         sort: of "qr": columns are put in descending order of diag(Q'AQ) before the iterations, and
@@ -83,31 +83,31 @@ class Solver:
 
     def solve(
         self,
-        jobs: Sequence[Job],
+        problems: Sequence[Problem],
         tau: float,
-        lent: Sequence[Lent] = (),
+        borrowed: Sequence[BorrowedMemory] = (),
     ) -> list[Result]:
-        """Decompose all jobs' matrices, which must be symmetric, finite and not zero.
+        """Decompose all problems' matrices, which must be symmetric, finite and not zero.
 
         Args:
             tau: threshold of Eq. 11.
-            lent: memory to work in besides.
+            borrowed: memory to work in besides.
         """
         if self.method == "qr":
             limit = self.workspace_mib * 2**20
             n = self.max_iterations
-            return [simultaneous.iterate(job, tau, n, self.sort, limit) for job in jobs]
+            return [simultaneous.iterate(problem, tau, n, self.sort, limit) for problem in problems]
         if self.method == "eigh":
-            results = self._exact(jobs, lent)
+            results = self._exact(problems, borrowed)
             if self.descending:
-                results = [_reversed(j, r) for j, r in zip(jobs, results, strict=True)]
+                results = [_reversed(j, r) for j, r in zip(problems, results, strict=True)]
             return results
-        results = [Result.empty(job) for job in jobs]
-        left = self._iterate(jobs, results, tau or self.tolerance, lent)
+        results = [Result.empty(problem) for problem in problems]
+        left = self._iterate(problems, results, tau or self.tolerance, borrowed)
         for k, positions in left.items():
-            log.info("%d of size %d not below tau after iterating", len(positions), jobs[k].n)
-        left |= {k: list(range(len(j.indices))) for k, j in enumerate(jobs) if j.n < WARM_MIN}
-        rest = self._exact([jobs[k].part(positions) for k, positions in left.items()], lent)
+            log.info("%d of size %d not below tau after iterating", len(positions), problems[k].n)
+        left |= {k: list(range(len(j.indices))) for k, j in enumerate(problems) if j.n < WARM_MIN}
+        rest = self._exact([problems[k].part(positions) for k, positions in left.items()], borrowed)
         for (k, positions), result in zip(left.items(), rest, strict=True):
             results[k].put(positions, result)
         return results
@@ -123,36 +123,42 @@ class Solver:
         order that the method goes on from."""
         return Solver(workspace_mib=self.workspace_mib, descending=self.method == "qr")
 
-    def _exact(self, jobs: Sequence[Job], lent: Sequence[Lent]) -> list[Result]:
+    def _exact(
+        self, problems: Sequence[Problem], borrowed: Sequence[BorrowedMemory]
+    ) -> list[Result]:
         """By cuSOLVER in batches where it is available, else by torch.linalg.eigh."""
         limit = self.workspace_mib * 2**20
         results: dict[int, Result] = {}
-        for device in dict.fromkeys(job.factors.device for job in jobs):
-            here = [k for k, job in enumerate(jobs) if job.factors.device == device]
-            mine = [jobs[k] for k in here]
+        for device in dict.fromkeys(problem.factors.device for problem in problems):
+            here = [k for k, problem in enumerate(problems) if problem.factors.device == device]
+            mine = [problems[k] for k in here]
             if device.type == "cuda" and cusolver.available():
                 _say_once("cuSOLVER XsyevBatched")
-                done = batched.decompose(mine, limit, lent)
+                done = batched.decompose(mine, limit, borrowed)
             else:
                 _say_once("torch.linalg.eigh")
-                done = [exact.decompose(job, limit) for job in mine]
+                done = [exact.decompose(problem, limit) for problem in mine]
             results.update(zip(here, done, strict=True))
-        return [results[k] for k in range(len(jobs))]
+        return [results[k] for k in range(len(problems))]
 
     def _iterate(
-        self, jobs: Sequence[Job], results: Sequence[Result], tau: float, lent: Sequence[Lent]
+        self,
+        problems: Sequence[Problem],
+        results: Sequence[Result],
+        tau: float,
+        borrowed: Sequence[BorrowedMemory],
     ) -> dict[int, list[int]]:
         """Sweeps over all matrices that are left, one host read after each.
 
-        Returns: per job, the positions of those not below tau by then.
+        Returns: per problem, the positions of those not below tau by then.
         """
-        left = {k: list(range(len(j.indices))) for k, j in enumerate(jobs) if j.n >= WARM_MIN}
+        left = {k: list(range(len(j.indices))) for k, j in enumerate(problems) if j.n >= WARM_MIN}
         limit = self.workspace_mib * 2**20
-        with _two_pieces([jobs[k] for k in left], limit, lent) as pieces:
+        with _two_pieces([problems[k] for k in left], limit, borrowed) as pieces:
             for _ in range(self.max_iterations):
                 if not left:
                     break
-                off = [self._sweep(jobs[k], results[k], left[k], pieces) for k in left]
+                off = [self._sweep(problems[k], results[k], left[k], pieces) for k in left]
                 read = iter(torch.cat([x.to(off[0].device) for x in off]).tolist())
                 # Not `>`: nan, of a failed orthogonalization, stays among those left.
                 again = {k: [p for p in left[k] if not next(read) <= tau] for k in left}
@@ -161,20 +167,20 @@ class Solver:
 
     def _sweep(
         self,
-        job: Job,
+        problem: Problem,
         result: Result,
         positions: list[int],
         pieces: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """One sweep over the job's matrices at ``positions``: the left sides of Eq. 11."""
-        n, factors, operators = job.n, job.factors, job.operators
+        """One sweep over the problem's matrices at ``positions``: the left sides of Eq. 11."""
+        n, factors, operators = problem.n, problem.factors, problem.operators
         one, two = pieces[factors.dtype, factors.device]
         room = min(len(one), len(two)) // (n * n)
         offs = []
         start = 0
         while start < len(positions):
             part = positions[start : start + room]
-            indices = [job.indices[p] for p in part]
+            indices = [problem.indices[p] for p in part]
             if in_place := consecutive(indices):
                 a, x = take(factors, indices), take(operators, indices)
                 y, z = (_stack(piece, 0, len(part), n) for piece in (one, two))
@@ -195,10 +201,10 @@ class Solver:
         return torch.cat(offs)
 
 
-def _reversed(job: Job, result: Result) -> Result:
+def _reversed(problem: Problem, result: Result) -> Result:
     """Columns in the opposite order."""
-    for i in job.indices:
-        job.operators[i] = job.operators[i].flip(-1)
+    for i in problem.indices:
+        problem.operators[i] = problem.operators[i].flip(-1)
     return Result(result.values.flip(-1), result.converged)
 
 
@@ -210,22 +216,28 @@ def _stack(piece: Tensor, number: int, count: int, n: int) -> Tensor:
 
 @contextlib.contextmanager
 def _two_pieces(
-    jobs: Sequence[Job], limit: int, lent: Sequence[Lent]
+    problems: Sequence[Problem], limit: int, borrowed: Sequence[BorrowedMemory]
 ) -> Iterator[dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]]:
     """Per dtype and device two flat pieces of memory, each for two matrices at least.
 
     New memory within ``limit`` bytes where all matrices of a size fit there, or where it is more
-    than what is lent; else that.
+    than what is borrowed; else that.
     """
     pieces, parts = {}, []
-    for kind in {(job.factors.dtype, job.factors.device) for job in jobs}:
-        mine = [job for job in jobs if (job.factors.dtype, job.factors.device) == kind]
-        least = 2 * max(job.n**2 for job in mine)
-        wanted = max(max(len(job.indices) * job.n**2 for job in mine), least)
+    for kind in {(problem.factors.dtype, problem.factors.device) for problem in problems}:
+        mine = [
+            problem
+            for problem in problems
+            if (problem.factors.dtype, problem.factors.device) == kind
+        ]
+        least = 2 * max(problem.n**2 for problem in mine)
+        wanted = max(max(len(problem.indices) * problem.n**2 for problem in mine), least)
         entries = max(least, limit // (2 * kind[0].itemsize))
-        known = [x for x in lent if (x.memory.dtype, x.memory.device) == kind and x.memory.is_cuda]
-        # What holds something is parked only if the rest is too small to sweep well.
-        enough = max(min(len(job.indices), SWEEP_TOGETHER) * job.n**2 for job in mine)
+        known = [
+            x for x in borrowed if (x.memory.dtype, x.memory.device) == kind and x.memory.is_cuda
+        ]
+        # What holds something is offloaded only if the rest is too small to sweep well.
+        enough = max(min(len(problem.indices), SWEEP_TOGETHER) * problem.n**2 for problem in mine)
         room = 0
         if known:
             free = known[0].free // 2
@@ -240,7 +252,7 @@ def _two_pieces(
             size = min(wanted, entries)
             empty = mine[0].factors.new_empty
             pieces[kind] = empty(size), empty(size)
-    with parked(parts):
+    with offloaded(parts):
         yield pieces
 
 

@@ -26,10 +26,10 @@ from ..ops.values import Place
 from . import tiles, triton_kernels
 from .tiles import Tile
 
-Launches = list[Callable[..., None]]
+Calls = list[Callable[..., None]]
 
 
-class Grouped:
+class KernelLaunches:
     """Our kernels on float32 stacks of one GPU, all rows taking part.
 
     Tensors come as places (:class:`~..ops.values.Place`) of the stacks' buffers. What a kernel has
@@ -68,7 +68,7 @@ class Grouped:
         self._rows = {id(s): slice(i, i + len(s)) for s, i in zip(stacks, starts, strict=True)}
         self._ones = torch.ones(count, device=self._device)  # absmax of orthogonal operators
         self._operator_absmax: dict[tuple[int, int], Tensor] = {}
-        self._launches: dict[Hashable, Launches] = {}
+        self._launches: dict[Hashable, Calls] = {}
 
     @property
     def row_absmax_of_gradients(self) -> Tensor:
@@ -120,7 +120,7 @@ class Grouped:
     def limits(self, stacks: Sequence[Stack], h: Hyper) -> None:
         """What is noise in the stacks' bases, see :mod:`..noise`, for the next :meth:`adam`."""
 
-        def build() -> Launches:
+        def build() -> Calls:
             groups = []
             for s in stacks:
                 d = min(s.shape)
@@ -147,7 +147,7 @@ class Grouped:
         corrections = h.corrections
         assert corrections is not None
 
-        def build() -> Launches:
+        def build() -> Calls:
             groups = []
             for s, x, mine, limit in zip(stacks, xs, moments, limited, strict=True):
                 rows = self._rows[id(s)]
@@ -226,9 +226,9 @@ class Grouped:
         name: Hashable,
         stacks: Sequence[Stack],
         xs: Sequence[Place],
-        build: Callable[[], Launches],
+        build: Callable[[], Calls],
         keep: bool = True,
-    ) -> Launches:
+    ) -> Calls:
         """The launches of an operation, with their tables: made once, all addresses stay."""
         numbers = tuple([x.number for x in xs])
         key = name, tuple([id(s) for s in stacks]), numbers, self._marked
@@ -258,7 +258,7 @@ class Grouped:
 
     def measure(self, stacks: Sequence[Stack], xs: Sequence[Place]) -> None:
         """Find the row maxima of places."""
-        def build() -> Launches:
+        def build() -> Calls:
             groups = [
                 [x.tensor.data_ptr(), self._absmax_of(s, x).data_ptr(), math.prod(s.shape)]
                 for s, x in zip(stacks, xs, strict=True)
@@ -278,7 +278,7 @@ class Grouped:
                 self._operator_absmax[id(s), mode] = zeros
         found = [self._operator_absmax[id(s), mode] for s, mode in modes]
 
-        def build() -> Launches:
+        def build() -> Calls:
             groups = [
                 [s.operators[mode].data_ptr(), absmax.data_ptr(), s.shape[mode] ** 2]
                 for (s, mode), absmax in zip(modes, found, strict=True)
@@ -292,7 +292,7 @@ class Grouped:
 
     def _elementwise(
         self, kernel: Any, stacks: Sequence[Stack], groups: list[list[int]], size_at: int
-    ) -> Launches:
+    ) -> Calls:
         """A pass over all rows of all stacks; word ``size_at`` of a group is a row's entries."""
         sizes = [(range(len(s)), group[size_at]) for s, group in zip(stacks, groups, strict=True)]
         return [
@@ -308,7 +308,7 @@ class Grouped:
         mode: int,
         between: bool,
         rows: Sequence[int],
-    ) -> Launches:
+    ) -> Calls:
         """One mode of source into target, the first one if it is ``between`` others; each to be
         called with whether it is back."""
         d, rest = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
@@ -332,7 +332,7 @@ class Grouped:
         mode: int,
         orthogonal: bool,
         split: bool,
-    ) -> Launches:
+    ) -> Calls:
         groups, sizes = [], []
         for stack, x, y in zip(stacks, sources, targets, strict=True):
             d, M = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
@@ -348,10 +348,10 @@ class Grouped:
         groups: Sequence[Sequence[int]],
         sizes: Sequence[tuple[Sequence[int], int, int, int]],
         split: bool,
-    ) -> Launches:
+    ) -> Calls:
         """Products, each to be called with the layouts A_ROWS and B_ROWS."""
         wide = self._wide[split]
-        launches: Launches = []
+        launches: Calls = []
         for kind, mine in tiles.products(sizes, wide).items():
             if kind.shape == "vector":
                 settings = dict(tiles.VECTOR, ALIGN_K=kind.align_k)
@@ -370,7 +370,7 @@ class Grouped:
 
     def _gram_launches(
         self, stacks: Sequence[Stack], xs: Sequence[Place], spares: Sequence[Place], number: int
-    ) -> Launches:
+    ) -> Calls:
         """Each to be called with (beta, weight)."""
         groups: list[list[int]] = []
         sizes: list[tuple[int, int, int, bool]] = []
@@ -387,7 +387,7 @@ class Grouped:
                 marks = self._marks_of(stack).data_ptr()
                 groups.append([*(t.data_ptr() for t in tensors), d, K, marks])
                 sizes.append((len(stack), d, K, columns))
-        launches: Launches = []
+        launches: Calls = []
         kinds = tiles.grams(sizes, self._small)
         pieces = [
             (tiles.NARROW_GRAM if kind.narrow else tiles.GRAM)["S"] ** 2 * len(mine)

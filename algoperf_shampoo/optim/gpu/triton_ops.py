@@ -18,7 +18,7 @@ from ..journal import Once, directly
 from ..nonfinite import Guard
 from ..ops import Hyper, ModeVectors, Operations, Operators, Value
 from ..ops.values import GRADIENT, OWN, Place
-from .launches import Grouped
+from .launches import KernelLaunches
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class TritonOperations(Operations):
     """:class:`~..ops.base.Operations` for float32 stacks on one GPU, all rows taking part.
 
-    For how accurate they are see :class:`.launches.Grouped`.
+    For how accurate they are see :class:`.launches.KernelLaunches`.
 
     Args:
         stacks: all stacks there will be.
@@ -35,7 +35,7 @@ class TritonOperations(Operations):
 
     def __init__(self, stacks: Sequence[Stack], once: Once = directly) -> None:
         super().__init__(once)
-        self._kernels = Grouped(stacks, once)
+        self._kernels = KernelLaunches(stacks, once)
         self._precision = "highest"
         self._by_default: set[str] = set()
 
@@ -58,7 +58,7 @@ class TritonOperations(Operations):
             places[GRADIENT].absmax_known = True
         return places
 
-    def gradients_came(self, stacks: Sequence[Stack], measured: bool = False) -> None:
+    def gradients_gathered(self, stacks: Sequence[Stack], measured: bool = False) -> None:
         if not measured:
             self._kernels.measure(stacks, [self.buffers(s)[GRADIENT] for s in stacks])
 

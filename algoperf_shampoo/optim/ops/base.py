@@ -82,7 +82,7 @@ class Operations:
         """``g`` of the stacks, as gathered. kept: they are needed once more in this step."""
         return Value(stacks, [self.buffers(s)[GRADIENT] for s in stacks], kept)
 
-    def gradients_came(self, stacks: Sequence[Stack], measured: bool = False) -> None:
+    def gradients_gathered(self, stacks: Sequence[Stack], measured: bool = False) -> None:
         """``g`` of all stacks holds the gradients of this step. measured: the gather has measured
         the rows."""
 
