@@ -139,20 +139,20 @@ class Pairs:
 
 def hook(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
     """Mark the sections of every step of one of our optimizers, in its one place for sections."""
-    section, step = optimizer._section, optimizer.step  # type: ignore[attr-defined]
+    once, step = optimizer._once, optimizer.step  # type: ignore[attr-defined]
 
-    def marked_section(number: int, name: str, body: Callable[[], Any]) -> Any:
+    def marked_once(number: int, name: str, body: Callable[..., Any], *arguments: Any) -> Any:
         if name not in SECTIONS:
-            return section(number, name, body)
+            return once(number, name, body, *arguments)
         with timeline.part(SECTIONS[name]):
-            return section(number, name, body)
+            return once(number, name, body, *arguments)
 
     def marked_step(*arguments: Any, **more: Any) -> Any:
         with timeline.part("gather"):
             return step(*arguments, **more)
 
     marked_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    optimizer._section, optimizer.step = marked_section, marked_step  # type: ignore[attr-defined, method-assign]
+    optimizer._once, optimizer.step = marked_once, marked_step  # type: ignore[attr-defined, method-assign]
 
 
 def hook_rotations(optimizer: torch.optim.Optimizer, around: Callable[[], Any]) -> int:
