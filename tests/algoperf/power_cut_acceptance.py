@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,8 @@ def main() -> int:
         "unbroken": {"parameters": expected[0], "cell": expected[1], "evaluated_at": [*whole]},
         "cuts": [],
     }
-    harmed = failed
-    writing = threading.Lock()
 
-    def go_on(number: int) -> bool:
+    def go_on(number: int) -> None:
         image = chosen[number]
         again = plan(args, args.work / f"cut_{number}", "seldom")
         place = again.runs[0].run_dir
@@ -210,31 +208,44 @@ def main() -> int:
         entry["safe_step"], entry["said"] = image.saved_step, said
         if good:
             curve = evaluations(place)
-            safe = {step: value for step, value in whole.items() if step <= image.saved_step}
             over = any("complete already" in line for line in said)
             launched = folder.read_launches(place)[-1]["from_step"]
             entry["went_on_from"] = STEPS if over else launched
+            safe = {step: value for step, value in whole.items() if step <= entry["went_on_from"]}
             entry["evaluated_at"] = [*curve]
             entry["same_parameters"] = kill_acceptance.parameters(place, STEPS) == expected[0]
             entry["same_cell"] = cell(place) == expected[1]
             entry["kept_evaluations"] = {s: curve.get(s) for s in safe} == safe
-            entry["kept_what_was_safe"] = entry["went_on_from"] >= image.saved_step
+            # The runner writes its last checkpoint again, in place, when it ends.
+            least = image.saved_step - (image.saved_step == STEPS)
+            entry["kept_what_was_safe"] = entry["went_on_from"] >= least
             good = all(entry[k] for k in entry if k.startswith(("same_", "kept_")))
-        entry["number"] = number
-        record["cuts"].append(entry)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with writing:
-            record["cuts"].sort(key=lambda e: e["number"])
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+        entry |= {"number": number, "good": good}
+        (args.work / f"cut_{number}.json").write_text(json.dumps(entry))
         print(number, "good" if good else "HARM", entry, flush=True)
         shutil.rmtree(args.work / f"cut_{number}")
-        return good
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        # The middle ones first, should the time not suffice for all.
-        order = sorted(range(len(chosen)), key=lambda n: int(f"{n:05b}"[::-1], 2))
-        harmed += sum(not good for good in pool.map(go_on, order))
-    return 1 if harmed else 0
+    def go_on_from(numbers: list[int]) -> None:
+        for number in numbers:
+            go_on(number)
+
+    # The middle ones first, should the time not suffice for all. Processes, because a launcher ends
+    # what it finds below itself.
+    order = sorted(range(len(chosen)), key=lambda n: int(f"{n:05b}"[::-1], 2))
+    fork = multiprocessing.get_context("fork")
+    workers = [
+        fork.Process(target=go_on_from, args=(order[n :: args.jobs],)) for n in range(args.jobs)
+    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        time.sleep(5)
+        paths = [args.work / f"cut_{number}.json" for number in range(len(chosen))]
+        record["cuts"] = [json.loads(p.read_text()) for p in paths if p.is_file()]
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    cuts = record["cuts"]
+    return 0 if not failed and len(cuts) == len(chosen) and all(c["good"] for c in cuts) else 1
 
 
 if __name__ == "__main__":
