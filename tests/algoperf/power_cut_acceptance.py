@@ -221,7 +221,9 @@ def main() -> int:
             entry["kept_what_was_safe"] = entry["went_on_from"] >= least
             good = all(entry[k] for k in entry if k.startswith(("same_", "kept_")))
         entry |= {"number": number, "good": good}
-        (args.work / f"cut_{number}.json").write_text(json.dumps(entry))
+        fresh = args.work / f"cut_{number}.new"
+        fresh.write_text(json.dumps(entry))
+        fresh.rename(args.work / f"cut_{number}.json")
         print(number, "good" if good else "HARM", entry, flush=True)
         shutil.rmtree(args.work / f"cut_{number}")
 
