@@ -112,7 +112,10 @@ def test_bad_gradients_are_left_out_as_on_a_cpu(variant, precision):
         walked.append((params, optimizer.skipped_gradients()))
     (expected, counts), (params, same) = walked
     assert counts == same and counts[0] == Skipped(2 if INTERPRETED else 3, int(steps == 16))
-    tolerance = 2e-2 if precision == "high" else 2e-4
+    # Rules that decompose the first gradient's factors, of rank one, get null spaces that a GPU
+    # completes otherwise than a CPU.
+    close = precision == "highest" and (INTERPRETED or not late(variant))
+    tolerance = 2e-4 if close else 2e-2
     for a, b in zip(expected, params, strict=True):
         assert b.isfinite().all()
         torch.testing.assert_close(a, b.cpu(), rtol=tolerance, atol=tolerance)
@@ -143,7 +146,7 @@ def test_a_recorded_step_with_bad_gradients_does_not_wait_for_the_device(variant
     for t in range(1, 24):
         give(params, t, bad=(0, 3) if t % 3 == 0 else ())
         torch.cuda.synchronize()
-        if t % 4 and t > 9:
+        if (t - late(variant)) % 4 and t > 9:
             torch.cuda.set_sync_debug_mode("error")
         try:
             optimizer.step()
