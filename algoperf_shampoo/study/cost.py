@@ -271,7 +271,7 @@ def _with_memory(cost: Cost, run: RunSpec, root: Path) -> Cost:
     if run.workload not in memory.workloads():
         return cost
     shapes = memory.shapes(run.workload)
-    own = memory.need(shapes, run.hparams, cost.gpus).total
+    own = memory.need(shapes, run.hparams, cost.gpus, run.variant).total
     path = root / "results" / "measured" / "h100" / "workload_step.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["workloads"]

@@ -23,6 +23,17 @@ CARD_GIB = {"v0.5": 16, "v0.6": 16, "2026": 40}
 """Memory of a GPU of the benchmark's hardware: V100, and A100 (40 GB)."""
 _SHAPES = Path(__file__).parents[1] / "workloads" / "data" / "algoperf_shapes.json"
 
+# Tensors like a block that a rule keeps, those it works in besides the gradient's place, and whether
+# it keeps a vector per mode; of variants that differ from EShampoo.
+_EShampoo = (2, 1, False)
+_KEPT = {
+    "kl_shampoo": (1, 2, True),
+    "kl_soap": (2, 2, True),
+    "shampoo": (1, 1, False),
+    "shampoo2_trace": (1, 1, False),
+    "shampoo_adaptive": (1, 1, True),
+}
+
 Shapes = Sequence[tuple[tuple[int, ...], int]]
 
 
@@ -56,16 +67,19 @@ def shapes(workload: str) -> list[tuple[tuple[int, ...], int]]:
     return [(tuple(entry["shape"]), entry["count"]) for entry in _read()[workload]]
 
 
-def need(parameters: Shapes, point: Mapping[str, Any], processes: int = 4) -> Need:
+def need(
+    parameters: Shapes, point: Mapping[str, Any], processes: int = 4, variant: str = ""
+) -> Need:
     """What a run needs besides activations.
 
     Args:
         parameters: shapes and counts, as :func:`shapes` gives them.
         point: the hyperparameters; without ``max_preconditioner_dim`` there are no factors.
         processes: GPUs of the run; each holds all of the state.
+        variant: whose rule it is; one that is not known here counts as EShampoo.
     """
     entries = sum(math.prod(shape) * count for shape, count in parameters)
-    states = {shape: _state(shape, point) * count for shape, count in parameters}
+    states = {shape: _state(shape, point, variant) * count for shape, count in parameters}
     largest = max(states, key=lambda shape: states[shape])
     workspace = int(point.get("eigen_workspace_mib", 8)) << 20 if _has_factors(point) else 0
     return Need(
@@ -75,7 +89,9 @@ def need(parameters: Shapes, point: Mapping[str, Any], processes: int = 4) -> Ne
     )
 
 
-def preview(point: Mapping[str, Any], version: str = "2026", processes: int = 4) -> list[str]:
+def preview(
+    point: Mapping[str, Any], version: str = "2026", processes: int = 4, variant: str = ""
+) -> list[str]:
     """One line a workload: what it needs of a GPU of the version's hardware, and what does not fit.
 
     Sizes are in GiB.
@@ -83,7 +99,7 @@ def preview(point: Mapping[str, Any], version: str = "2026", processes: int = 4)
     card = CARD_GIB[version]
     lines = []
     for workload in workloads():
-        found = need(shapes(workload), point, processes)
+        found = need(shapes(workload), point, processes, variant)
         line = (
             f"{workload}: {found.total / 2**30:.1f} of {card} GiB a GPU besides activations "
             f"(optimizer {found.optimizer / 2**30:.1f})"
@@ -102,19 +118,31 @@ def _has_factors(point: Mapping[str, Any]) -> bool:
     return "max_preconditioner_dim" in point
 
 
-def _state(shape: tuple[int, ...], point: Mapping[str, Any]) -> int:
+def _kept(point: Mapping[str, Any], variant: str) -> tuple[int, int, bool]:
+    moments, work, vectors = _KEPT.get(variant, _EShampoo)
+    if point.get("grafting") == "adam":  # Shampoo's own grafting has both moments as EShampoo
+        if variant == "shampoo":
+            return _EShampoo
+        return moments + 2, work + 1, vectors
+    return moments, work, vectors
+
+
+def _state(shape: tuple[int, ...], point: Mapping[str, Any], variant: str) -> int:
     """Entries of one parameter's state and buffers in the optimizer."""
     entries = math.prod(shape)
     if not _has_factors(point):
         return 3 * entries  # M, D and gradients in stack order
     one_dim = point.get("one_dim", "full")
-    factors = 0
+    moments, work, vectors = _kept(point, variant)
+    total = 0
     for block in _partition().cut(shape, point["max_preconditioner_dim"]):
         order = len(block.shape)
         kept = {"full": True, "adam": order > 1, "only": order == 1}[one_dim]
         plain = block.shape == (1,) or not kept
-        factors += 0 if plain else 2 * sum(d * d for d in block.shape)
-    return 4 * entries + factors
+        total += (1 + work + (2 if plain else moments)) * math.prod(block.shape)
+        if not plain:
+            total += sum(2 * d * d + vectors * d for d in block.shape)
+    return total
 
 
 @functools.cache

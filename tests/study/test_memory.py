@@ -54,8 +54,9 @@ def test_the_formula_is_what_the_optimizer_allocates(variant, workload):
     for group in optimizer._groups:
         for stack in group.layout.stacks:
             held = [stack.g, *stack.work, *stack.state.values(), *stack.factors, *stack.operators]
+            held += [vector for mine in stack.vectors.values() for vector in mine]
             entries += sum(tensor.numel() for tensor in held)
-    need = memory.need(memory.shapes(workload), point)
+    need = memory.need(memory.shapes(workload), point, variant=variant)
     workspace = complete._asdict().get("eigen_workspace_mib", 0) << 20
     assert need.optimizer == 4 * entries + workspace
     numbers = sum(p.numel() for p in optimizer.param_groups[0]["params"])
