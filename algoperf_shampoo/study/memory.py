@@ -23,8 +23,8 @@ CARD_GIB = {"v0.5": 16, "v0.6": 16, "2026": 40}
 """Memory of a GPU of the benchmark's hardware: V100, and A100 (40 GB)."""
 _SHAPES = Path(__file__).parents[1] / "workloads" / "data" / "algoperf_shapes.json"
 
-# Tensors like a block that a rule keeps, those it works in besides the gradient's place, and whether
-# it keeps a vector per mode; of variants that differ from EShampoo.
+# Tensors like a block that a rule keeps, those it works in besides the gradient's place, and
+# whether it keeps a vector per mode; of variants that differ from EShampoo.
 _EShampoo = (2, 1, False)
 _KEPT = {
     "kl_shampoo": (1, 2, True),
