@@ -42,9 +42,14 @@ def main() -> int:
             "nothing is run; more seeds, or QUICK=1, which decides nothing"
         )
     found = status.look([job.run for job in wanted.jobs])
-    states = {spec.run_dir: now.state for spec, now in found}
-    settled = (progress.DONE, progress.RUNNING)
-    missing = [job for job in wanted.jobs if states[job.run.run_dir] not in settled]
+    looked = {spec.run_dir: now for spec, now in found}
+    missing = [
+        job
+        for job in wanted.jobs
+        if not (now := looked[job.run.run_dir]).over and now.state != progress.RUNNING
+    ]
+    spoiled = status.unlaunchable(found)
+    print(*spoiled, sep="\n", end="\n" if spoiled else "")
     before = results.outcome(declared, wanted, quick)
     print(f"\n{len(missing)} of {len(wanted.jobs)} runs to launch")
     if missing:
@@ -66,7 +71,7 @@ def main() -> int:
         disk.write_atomically(Path(f"{stem}.{ending}"), content.encode())
     written = [f"results/{stem.name}.md", f"results/{stem.name}.json", *_figures(after)]
     print(f"\nwritten: {', '.join(written)}")
-    return 1 if failed else 0
+    return 1 if failed or spoiled else 0
 
 
 def _figures(found: results.Outcome) -> list[str]:

@@ -37,7 +37,7 @@ def main() -> int:
         title += f"; against {names}: steps and time to the same metric value"
 
     def look() -> list[tuple[RunSpec, status.Progress]]:
-        return status.look(runs, slurm.queue(), rivals)
+        return status.look(runs, slurm.queue(), rivals, compare=_STUDY.value is not None)
 
     if status.live() and not _ONCE.value:
         status.watch(title, look, every)

@@ -49,9 +49,15 @@ def main() -> int:
     queue = slurm.queue()
     found = status.look([job.run for job in wanted.jobs], queue)
     print(status.render(f"{wanted.name}: {wanted.title}", found), *wanted.absent, sep="\n")
-    states = {run.run_dir: now.state for run, now in found}
-    settled = (progress.DONE, progress.RUNNING, status.QUEUED)
-    missing = [job for job in wanted.jobs if states[job.run.run_dir] not in settled]
+    looked = {run.run_dir: now for run, now in found}
+    settled = (progress.RUNNING, status.QUEUED)
+    missing = [
+        job
+        for job in wanted.jobs
+        if not (now := looked[job.run.run_dir]).over and now.state not in settled
+    ]
+    spoiled = status.unlaunchable(found)
+    print(*spoiled, sep="\n", end="\n" if spoiled else "")
     print(f"\n{len(missing)} of {len(wanted.jobs)} runs to launch", flush=True)
     if lines := _costs(wanted, missing):
         print("", *lines, sep="\n", flush=True)
@@ -64,16 +70,16 @@ def main() -> int:
         return 0
     echo = functools.partial(print, flush=True)
     if not missing:
-        return 0
+        return 1 if spoiled else 0
     if _LAUNCHER.value == "slurm":
         slurm.submit(wanted, missing, slurm_options(), echo)
         print(f"{_status_command()} shows how they go")
-        return 0
+        return 1 if spoiled else 0
     with interrupt.unwinding(lambda: "the runs under way are ended; make study again goes on"):
         failed = local.run(wanted, missing, _count("JOBS", _JOBS.value), echo)
     found = status.look([job.run for job in wanted.jobs], queue)
     print("\n" + status.render(f"{wanted.name}: {wanted.title}", found))
-    return 1 if failed else 0
+    return 1 if failed or spoiled else 0
 
 
 def _costs(wanted: study.Study, missing: list[study.Job]) -> list[str]:

@@ -26,6 +26,8 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / _RECORD
     try:
         with disk.explained(path):
+            if path.exists() and not path.is_file():  # opening a pipe would block for ever
+                raise UserError(f"{path}: is no regular file; remove it, or set OUT=")
             record = json.loads(path.read_bytes())
     except disk.DiskError as error:
         if isinstance(error.__cause__, FileNotFoundError):

@@ -28,7 +28,8 @@ class RunSpec:
     counts the points of the search space from 1, as AlgoPerf's ``trial_N`` folders do. ``ruleset``
     is AlgoPerf's: "external" hands the point over, in "self" the submission has it built in.
     Without ``stop_at_target`` (embedded harness alone) a run does every step of its budget, past
-    its targets and whatever time that takes: it says nothing on a time to target.
+    its targets and whatever time that takes: it says nothing on a time to target. ``max_steps`` is
+    its step limit where the plan knows it.
     """
 
     variant: str
@@ -40,6 +41,7 @@ class RunSpec:
     run_dir: Path
     ruleset: str = "external"
     stop_at_target: bool = True
+    max_steps: int | None = None
 
     @property
     def name(self) -> str:

@@ -75,6 +75,18 @@ def read_json(path: Path) -> dict[str, Any]:
         Unreadable: not to be read, no JSON, no object, a key twice in an object, nested deeper than
             :data:`MAX_DEPTH`, or a number that no float64 holds.
     """
+    content = read_json_value(path)
+    if not isinstance(content, dict):
+        raise Unreadable(f"holds {_kind(content)}, not an object")
+    return content
+
+
+def read_json_value(path: Path) -> Any:
+    """What a JSON file holds, be it an object or not.
+
+    Raises:
+        Missing, Unreadable: as :func:`read_json`.
+    """
     text = read_text(path, MAX_JSON_BYTES)
     try:
         content = json.loads(text, object_pairs_hook=_object)
@@ -84,8 +96,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise Unreadable(f"is not valid JSON: line {error.lineno}: {error.msg}") from None
     except ValueError as error:  # an integer of thousands of digits
         raise Unreadable(f"is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise Unreadable(f"holds {_kind(content)}, not an object")
     _check_values(content)
     return content
 
@@ -176,7 +186,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _check_values(content: dict[str, Any]) -> None:
+def _check_values(content: Any) -> None:
     """Raise Unreadable for what later arithmetic or printing could not stand."""
     left: list[tuple[Any, int]] = [(content, 1)]
     while left:

@@ -29,6 +29,8 @@ class _Running:
     process: subprocess.Popen[str]
     reader: threading.Thread
     gpus: int
+    log_start: int
+    """Bytes that the log had before: lines of earlier launches."""
 
 
 def run(
@@ -75,9 +77,9 @@ def run(
                         echo(f"{job.run.name}: waits for {need} GPUs that no other run holds")
                     break
                 waiting.remove(job)
-                state = progress.of(job.run.run_dir).state
-                if state in (progress.DONE, progress.RUNNING):
-                    echo(f"{job.run.name}: {state} by another launch")
+                now = progress.of(job.run.run_dir, job.run)
+                if now.over or now.state == progress.RUNNING:
+                    failed += _by_another(job, now, echo)
                     continue
                 running.append(_start(job, study, command, need, echo))
                 room -= need
@@ -109,6 +111,7 @@ def _start(
 ) -> _Running:
     path = log_path(study, job)
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat().st_size if path.exists() else 0
     process = subprocess.Popen(
         [*command, *job.flags],
         cwd=study.root,
@@ -134,13 +137,13 @@ def _start(
     reader = threading.Thread(target=copy, daemon=True)
     reader.start()
     echo(f"{job.run.name}: started" + (f" on {need} GPU{'s' * (need > 1)}" if need else ""))
-    return _Running(job, process, reader, need)
+    return _Running(job, process, reader, need, before)
 
 
 def _ended(entry: _Running, study: Study, echo: Callable[[str], None]) -> int:
     """Say how a job ended; 1 if it failed."""
     entry.reader.join(timeout=10)
-    now = progress.of(entry.job.run.run_dir)
+    now = progress.of(entry.job.run.run_dir, entry.job.run)
     name = entry.job.run.name
     if now.state == progress.DONE:
         missed = f"; {now.metric} {now.value:g} of {now.target:g}" if now.value is not None else ""
@@ -149,13 +152,29 @@ def _ended(entry: _Running, study: Study, echo: Callable[[str], None]) -> int:
             how = ", all steps" if not now.note else f", {now.note}"
         echo(f"{name}: done at step {now.step}{how}")
         return 0
+    if now.state == progress.RUNNING:
+        return _by_another(entry.job, now, echo)
     code = entry.process.returncode
     how = f"ended by {processes.signal_name(-code)}" if code < 0 else f"exit code {code}"
-    why = now.note or _last_line(log_path(study, entry.job))
+    lines = _lines(log_path(study, entry.job), entry.log_start)
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    why = errors[-1] if errors else now.note or (lines[-1] if lines else "no output")
     echo(f"{name}: {how}: {why}; see {log_path(study, entry.job)}")
     return 1
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+def _by_another(job: Job, now: progress.Progress, echo: Callable[[str], None]) -> int:
+    """Say that another launch has a run, or has ended it; 1 if that does not count."""
+    if now.state in (progress.DONE, progress.RUNNING):
+        echo(f"{job.run.name}: {now.state} by another launch")
+        return 0
+    echo(f"{job.run.name}: {now.state}: {now.note}")
+    return 1
+
+
+def _lines(path: Path, start: int) -> list[str]:
+    """Lines of a log from a byte on, without the empty ones."""
+    with path.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode("utf-8", errors="replace")
+    return [line.strip() for line in text.split("\n") if line.strip()]

@@ -14,6 +14,7 @@ from algoperf_shampoo import paths, points, versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import hparams, submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA, Plan, RunSpec
+from algoperf_shampoo.study import files
 
 WORKLOADS = ("fastmri", "imagenet_vit", "ogbg")
 SIZES = ("mini", "full")
@@ -135,6 +136,9 @@ def make_plan(
                         path, number_of_trials, fields, name.removesuffix(MINIDATA)
                     )
                 ]
+            limit = step_limit
+            if limit is None and small_models and config_dir is None:
+                limit = budget(root, base)
             runs += [
                 RunSpec(
                     variant=variant,
@@ -146,6 +150,7 @@ def make_plan(
                     run_dir=folder / label / f"study_{seed}" / f"{name}_pytorch" / f"trial_{trial}",
                     ruleset=ruleset,
                     stop_at_target=not all_steps,
+                    max_steps=limit,
                 )
                 for seed in seed_list
                 for trial, point in enumerate(own, start=1)
@@ -164,6 +169,16 @@ def make_plan(
         version=version,
         dry_run=dry_run,
     )
+
+
+def budget(root: Path, mini: str) -> int | None:
+    """Steps of a mini's budget, by its name without ``_mini``; None where no file says."""
+    try:
+        own = files.read_json(root / "workloads_config" / f"{mini}.json").get("mini")
+    except files.Unreadable:
+        return None
+    steps = own.get("max_steps") if isinstance(own, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def parse_seeds(text: str) -> list[int]:

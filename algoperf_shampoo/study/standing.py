@@ -14,9 +14,13 @@ from pathlib import Path
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.spec import MINI, MINIDATA, RunSpec
-from algoperf_shampoo.study import logs
+from algoperf_shampoo.study import logs, trust
 from algoperf_shampoo.study.evaluations import METRICS, Evaluation
 from algoperf_shampoo.study.logs import Trial
+
+
+class DamagedRival(UserError):
+    """The run to stand against is not what was measured."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def choose(folder: Path, run: RunSpec) -> Rival:
 
     Raises:
         UserError: the folder holds no run of the workload that can be read.
+        DamagedRival: the run has been damaged since it was written.
     """
     where = f"AGAINST={folder}"
     if not folder.is_dir():
@@ -109,11 +114,13 @@ def choose(folder: Path, run: RunSpec) -> Rival:
     fitting = [t for t in fitting if t.path != run.run_dir.absolute()]
     usable = [t for t in fitting if t.metric in METRICS and _points(t.metric, t.evaluations)]
     if not usable:
-        why = fitting[0].holes[:1] if fitting else []
+        reasons = fitting[0].holes[:1] if fitting else []
         names = ", ".join(sorted({t.workload for t in trials})) or "none"
-        known = "; ".join(why) or f"runs there: {names}"
+        known = "; ".join(reasons) or f"runs there: {names}"
         raise UserError(f"{where}: no run of {_base(run.workload)} with evaluations ({known})")
     usable.sort(key=lambda t: (t.workload != run.workload, t.seed != run.seed))
+    if why := trust.damage(usable[0]):
+        raise DamagedRival(f"{where}: {usable[0].path}: damaged: {why}; name another run")
     return _rival(usable[0], run)
 
 
@@ -121,13 +128,15 @@ def choose_each(folder: Path, runs: Sequence[RunSpec]) -> dict[Path, Rival]:
     """The rival of each run by its folder; a run of a workload that has none is not there.
 
     Raises:
-        UserError: no run has a rival.
+        UserError: no run has a rival, or the rival of one is damaged.
     """
     found: dict[Path, Rival] = {}
     reason: UserError | None = None
     for run in runs:
         try:
             found[run.run_dir] = choose(folder, run)
+        except DamagedRival:
+            raise
         except UserError as error:
             reason = reason or error
     if reason is not None and not found:

@@ -17,8 +17,10 @@ from algoperf_shampoo.study.standing import Rival
 
 QUEUED = "queued"
 ORDER = (
-    progress.RUNNING, QUEUED, progress.FAILED, progress.STOPPED, progress.MISSING, progress.DONE
+    progress.RUNNING, QUEUED, progress.FAILED, progress.DAMAGED, progress.OTHER, progress.STOPPED,
+    progress.MISSING, progress.DONE,
 )  # fmt: skip
+_NOT_COUNTED = (progress.DAMAGED, progress.OTHER)
 _BAR = 12
 
 
@@ -26,25 +28,39 @@ def look(
     runs: Sequence[RunSpec],
     queue: Mapping[Path, str] | None = None,
     rivals: Mapping[Path, Rival] | None = None,
+    compare: bool = True,
 ) -> list[tuple[RunSpec, Progress]]:
     """How each run is now.
 
     ``queue`` are jobs of a scheduler that wait or start, by run folder: what they are, in words. A
     run that is neither done nor held by a process is then "queued". ``rivals``: what a run is to
-    stand against, by its folder.
+    stand against, by its folder. ``compare``: a folder is to hold the very run that is named, not
+    only some run.
     """
     found = []
     for run in runs:
-        now = progress.of(run.run_dir)
+        now = progress.of(run.run_dir, run if compare else None)
         waiting = (queue or {}).get(run.run_dir)
-        if waiting and now.state not in (progress.DONE, progress.RUNNING):
+        if waiting and not now.over and now.state != progress.RUNNING:
             now = Progress(**{**vars(now), "state": QUEUED, "note": waiting})
         rival = (rivals or {}).get(run.run_dir)
-        stands = standing.of(run.run_dir, rival) if rival and now.step is not None else None
+        stands = None
+        if rival and now.step is not None and now.state not in _NOT_COUNTED:
+            stands = standing.of(run.run_dir, rival)
         if stands:
             now = Progress(**{**vars(now), "standing": stands.short()})
         found.append((run, now))
     return found
+
+
+def unlaunchable(found: Sequence[tuple[RunSpec, Progress]]) -> list[str]:
+    """A line for each run that is over and not counted: to launch it would train nothing."""
+    return [
+        f"{run.name}: {now.state}: {now.note}; put back a copy, set OUT= to another folder, or "
+        f"remove {run.run_dir}"
+        for run, now in found
+        if now.over and now.state in _NOT_COUNTED
+    ]
 
 
 def render(

@@ -121,6 +121,12 @@ def test_it_is_told_at_each_evaluation_and_in_the_status(tmp_path):
     found = standing.of(later.run_dir, rivals[later.run_dir])
     assert found is not None and now.standing == found.short() and now.state == progress.DONE
     assert f"({found.short()})" in status.render("title", [(later, now)], width=200)
+    spoiled = earlier.run_dir / "eval_measurements.csv"
+    whole = spoiled.read_text()
+    spoiled.write_text(whole.replace("0.", "1.", 1))
+    with pytest.raises(standing.DamagedRival, match="AGAINST=.*trial_1: damaged: .*changed since"):
+        standing.choose_each(tmp_path / "earlier", [later])
+    spoiled.write_text(whole)
     # Against its own copy every ratio is one.
     same = dataclasses.replace(later, run_dir=tmp_path / "elsewhere")
     again = standing.of(later.run_dir, standing.choose(later.run_dir, same))

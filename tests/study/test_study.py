@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import run_lock
+from algoperf_shampoo.harness import run_lock, seal
 from algoperf_shampoo.harness.spec import RunSpec
 from algoperf_shampoo.study import local, progress, status, study
 from algoperf_shampoo.study.study import Options
@@ -166,7 +166,10 @@ def launches(how: str | None) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("files", "state", "note"),
     [
-        ({"run__json": {"status": "finished"}}, progress.DONE, ""),
+        ({"run__json": {"status": "finished"}}, progress.DAMAGED, "identity is null"),
+        ({"run__json": {"status": "finished"}, "flags_0__json": [1]}, "damaged", "holds a list"),
+        ({"launches__json": {"how": "finished"}}, progress.MISSING, ""),
+        ({"launches__json": [{"how": 5}]}, progress.DAMAGED, "how is 5"),
         ({"run__json": {"status": "running"}}, progress.STOPPED, "killed or stopped"),
         ({"launches__json": launches("finished")}, progress.DONE, ""),
         ({"launches__json": launches("finished (launcher killed)")}, progress.DONE, ""),
@@ -184,7 +187,98 @@ def test_state_of_a_folder(tmp_path: Path, files: dict[str, Any], state: str, no
     with run_lock.hold(path):
         held = progress.of(path).state
     finished = files.get("run__json") == {"status": "finished"}
-    assert held == (progress.DONE if finished else progress.RUNNING)
+    assert held == (progress.DAMAGED if finished else progress.RUNNING)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("flags_0.json", '{"max_global_steps": "abc"}', 'flags_0.json: max_global_steps is "abc"'),
+        (
+            "meta_data_0.json",
+            '{"workload.max_allowed_runtime_sec": "abc"}',
+            "workload.max_allowed_runtime_sec is",
+        ),
+        (".failure.json", "[" * 100_000, ".failure.json is nested deeper"),
+        ("flags_1.json", None, "flags_1.json there is no such file"),
+        ("run.json", "pipe", "run.json is no regular file"),
+        ("launches.json", "pipe", "launches.json is no regular file"),
+    ],
+)
+def test_one_odd_file_is_its_own_runs_trouble(
+    tmp_path: Path, name: str, content: str | None, note: str
+) -> None:
+    folder_of(tmp_path / "whole", [0.1, 0.2], launches__json=launches("finished"))
+    odd = folder_of(tmp_path / "odd", [0.1, 0.2], launches__json=launches("finished")) / name
+    odd.unlink(missing_ok=True)
+    if content == "pipe":
+        os.mkfifo(odd)
+    elif content is None:
+        odd.symlink_to("nowhere")
+    else:
+        odd.write_text(content)
+    shown = subprocess.run(
+        [sys.executable, "scripts/status.py", f"--out={tmp_path}", "--once"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "400"},
+    )
+    rows = [line for line in shown.stdout.splitlines() if "seed 1" in line]
+    assert (shown.returncode, len(rows), shown.stderr) == (0, 2, "")
+    now = progress.of(odd.parent)
+    assert note in now.note and "\n" not in now.note
+    assert sum("done" in row for row in rows) >= 1
+
+
+def fake_run(tmp_path: Path) -> tuple[study.Study, Path]:
+    made = small(tmp_path)
+    assert local.run(made, made.jobs[:1], 1, lambda line: None, program("well")) == 0
+    return made, made.jobs[0].run.run_dir
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("hparams", "learning_rate", 0.5, "hparams.learning_rate is 0.5 there"),
+        ("workload_properties", "max_steps", 5, "max_steps is 5 there"),
+        (None, "seed", 9, "seed is 9 there"),
+        (None, "variant", "x", 'variant is "x" there'),
+        (None, "stop_at_target", False, "stop_at_target is false there"),
+    ],
+)
+def test_another_run_in_the_folder_is_not_done(
+    tmp_path: Path, part: str | None, key: str, value: Any, words: str
+) -> None:
+    made, folder = fake_run(tmp_path)
+    assert progress.of(folder, made.jobs[0].run).state == progress.DONE
+    record = json.loads((folder / "run.json").read_text())
+    identity = record["identity"]
+    (identity[part] if part else identity)[key] = value
+    (folder / "hparams.json").write_text(json.dumps(identity["hparams"]))
+    record[seal.FILES] = seal.make(folder)
+    (folder / "run.json").write_text(json.dumps(seal.signed(record)))
+    run = made.jobs[0].run
+    ((_, now),) = found = status.look([run])
+    assert (now.state, now.over, now.hit_step) == (progress.OTHER, True, None)
+    assert f"holds another run: {words}" in now.note
+    assert "0 hits" in status.render("", found) and len(status.unlaunchable(found)) == 1
+
+
+def test_a_damaged_run_is_not_done_and_its_hit_not_counted(tmp_path: Path) -> None:
+    made, folder = fake_run(tmp_path)
+    assert progress.of(folder).hit_step == 1
+    path = folder / "eval_measurements.csv"
+    path.write_text(path.read_text().replace("0.6", "0.7"))
+    ((_, now),) = found = status.look([made.jobs[0].run])
+    assert (now.state, now.hit_step, now.over) == (progress.DAMAGED, None, True)
+    assert now.note.startswith("eval_measurements.csv: has been changed")
+    text = status.render("A study", found, width=300)
+    assert "1 damaged; 0 hits" in text and "(eval_measurements.csv: has been changed" in text
+    lines: list[str] = []
+    assert local.run(made, made.jobs[:1], 1, lines.append, program("well")) == 1
+    assert "damaged: eval_measurements.csv" in lines[0] and len(events(made)) == 2
 
 
 def test_progress_hits_and_time_left(tmp_path: Path) -> None:

@@ -62,7 +62,10 @@ def outcome(declared: Declared, study: Study, quick: bool) -> Outcome:
     wanted = statistics_by_arm(declared.claims)
     runs, problems = [], []
     for job in study.jobs:
-        if progress.of(job.run.run_dir).state != progress.DONE:
+        now = progress.of(job.run.run_dir, job.run)
+        if now.state in (progress.DAMAGED, progress.OTHER):
+            problems.append(f"{job.run.name}: not counted: {now.note}")
+        if now.state != progress.DONE:
             continue
         trial = logs.read_trial(job.run.run_dir)
         if trial.outcome != logs.ALL_STEPS:

@@ -38,7 +38,8 @@ def starting_with(rate: float):
 
 def laid_out(tmp_path: Path) -> tuple[file.Declared, study.Study]:
     path = write(tmp_path / "mine.json", "title", value="Claims")
-    made = study.lay_out(ROOT, str(path), study.Options(out=str(tmp_path / "runs")))
+    options = study.Options(out=str(tmp_path / "runs"), steps="40")  # the tiny workload's budget
+    made = study.lay_out(ROOT, str(path), options)
     return file.read(path), made
 
 
@@ -77,7 +78,8 @@ def test_figures_on_the_papers_axes(tmp_path):
     path = write(tmp_path / "mine.json", "arms", value=arms)
     path.write_text(json.dumps({**json.loads(path.read_text()), "claims": claims}))
     declared = file.read(path)
-    made = study.lay_out(ROOT, str(path), study.Options(seeds="5,", out=str(tmp_path / "runs")))
+    options = study.Options(seeds="5,", steps="40", out=str(tmp_path / "runs"))
+    made = study.lay_out(ROOT, str(path), options)
 
     def logging(**given):  # counts as a submission with factors logs them
         step = given["global_step"]
