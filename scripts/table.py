@@ -6,6 +6,7 @@ lists with the runs that they follow from.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import run_folders
@@ -13,9 +14,13 @@ from absl import flags
 from command_line import ROOT, run
 
 from algoperf_shampoo import paths
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import disk
 from algoperf_shampoo.study import comparisons, table_files, table_text, tables
 
 _COMMITTED = "results/measured/tables.json"
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""A checkout of somebody else's: the table is on the terminal all the same."""
 _TABLE = flags.DEFINE_enum("table", "table1", sorted(tables.TABLES), "Which table of the paper.")
 _OUT = flags.DEFINE_string(
     "out",
@@ -31,6 +36,8 @@ def main() -> int:
     """Print the tables and write them."""
     if _CHECK.value or _WRITE.value:
         return _committed(_WRITE.value)
+    default = f"results/{_TABLE.value}"
+    stem = _stem(_OUT.value or default)
     own = run_folders.are_default()
     found = run_folders.read()
     made = tables.TABLES[_TABLE.value](found, ROOT)
@@ -39,25 +46,33 @@ def main() -> int:
     made = comparisons.annotate(made)
     width = table_text.terminal_width()
     print(*(table_text.render(table, width) for table in made), sep="\n\n")
-    default = f"results/{_TABLE.value}"
     if _OUT.value or own:
-        _write(paths.given("TABLE", _OUT.value or default, ROOT), made, asked=bool(_OUT.value))
+        _write(stem, made, asked=bool(_OUT.value))
     else:
         print(f"\nnot written: {default}.* is of the default runs; TABLE=name writes name.md, ...")
     return 0
 
 
+def _stem(text: str) -> Path:
+    """Where TABLE= says that a table is to be written, without an ending."""
+    stem = paths.given("TABLE", text, ROOT)
+    if text.rpartition("/")[2] in ("", ".", ".."):
+        inside = stem / _TABLE.value
+        raise UserError(f"TABLE={text}: a folder; a name without ending is right: TABLE={inside}")
+    return stem
+
+
 def _write(stem: Path, made: list[tables.Table], asked: bool) -> None:
-    """Write the files; that nothing can be written there is an error only if asked for."""
+    """Write the files; that the folder can be read only is an error only if asked for."""
     try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folders(stem.parent)
         formats = table_files.formats(made, stem, ROOT)
-        for ending, content in formats.items():
-            Path(f"{stem}.{ending}").write_text(content, encoding="utf-8")
-    except OSError as error:
-        if asked:
+        table_files.write_files(stem, formats)
+    except disk.DiskError as error:
+        cause = error.__cause__
+        if asked or not isinstance(cause, OSError) or cause.errno not in _NOT_OURS:
             raise
-        print(f"\nnot written: {paths.complaint(error)}")
+        print(f"\nnot written: {error}")
     else:
         print(f"\nwritten: {paths.shown(stem, ROOT)}.{', .'.join(formats)}")
 

@@ -52,6 +52,31 @@ def write_atomically(path: Path, data: bytes, sync_name: bool = True) -> None:
         sync_folder(path.parent)
 
 
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Write files of one kind, all or none: under temporary names, to disk, then all renamed.
+
+    Raises:
+        DiskError: one cannot be written; then those that were there are as they were.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.tmp") for path in contents}
+    try:
+        for path, data in contents.items():
+            with explained(path):
+                if path.is_dir():  # known before the first is renamed
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                _write(temporaries[path], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, data)
+        for path, temporary in temporaries.items():
+            with explained(path):
+                os.replace(temporary, path)
+    except DiskError:
+        for temporary in temporaries.values():
+            with suppress(OSError):  # the space is needed
+                os.unlink(temporary)
+        raise
+    for folder in dict.fromkeys(path.parent for path in contents):
+        sync_folder(folder)
+
+
 def append(path: Path, data: bytes) -> None:
     """Add to the end of a file that is there, to disk.
 

@@ -76,6 +76,11 @@ def digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def is_whole(record: dict[str, Any]) -> bool:
+    """Whether a record is as it was written, by its own digest."""
+    return isinstance(record.get(RECORD), str) and record[RECORD] == _digest_or_none(record)
+
+
 def problems(folder: Path, record: dict[str, Any], ended: bool) -> list[str]:
     """What differs between a folder and its record; a reason each, the file's name first.
 
@@ -85,7 +90,7 @@ def problems(folder: Path, record: dict[str, Any], ended: bool) -> list[str]:
     """
     if FILES not in record and RECORD not in record:
         return []
-    if not isinstance(record.get(RECORD), str) or record[RECORD] != _digest_or_none(record):
+    if not is_whole(record):
         return ["the record has been changed since it was written: its own digest differs"]
     files = record.get(FILES)
     if files is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
-from algoperf_shampoo.harness import run_folder, submission_loader
+from algoperf_shampoo.harness import run_folder, seal, submission_loader
 from algoperf_shampoo.harness.spec import STOP_AT_TARGET, RunSpec
 
 # Of a session: what may change the last bits of a sum.
@@ -67,7 +67,55 @@ def read(folder: Path) -> Recorded:
     missing = [name for name in needed if not isinstance(identity, dict) or name not in identity]
     if missing:
         raise UserError(f"{folder / 'run.json'}: no identity.{missing[0]}: cannot be repeated")
+    _check(folder / "run.json", record)
     return Recorded(folder, record)
+
+
+def _check(path: Path, record: dict[str, Any]) -> None:
+    """See that a record is as it was written, and of a kind that can be done again.
+
+    Raises:
+        UserError: its own digest differs, or a value is none that the harness writes.
+    """
+    if (seal.FILES in record or seal.RECORD in record) and not seal.is_whole(record):
+        raise UserError(
+            f"{path}: the record has been changed since it was written: its own digest differs; "
+            "put back a copy"
+        )
+    identity = record["identity"]
+    limit = identity["workload_properties"]
+    limit = limit.get("max_steps") if isinstance(limit, dict) else None
+    result, sessions = record.get("result"), record.get("sessions")
+    for key, fits in {
+        **{f"identity.{key}": _is_name(identity[key]) for key in ("variant", "label", "workload")},
+        **{f"identity.{key}": _is_count(identity[key]) for key in ("seed", "trial")},
+        "identity.hparams": isinstance(identity["hparams"], dict),
+        "identity.workload_properties": isinstance(identity["workload_properties"], dict),
+        "identity.workload_properties.max_steps": limit is None or _is_count(limit),
+        "identity.stop_at_target": isinstance(identity.get(STOP_AT_TARGET, True), bool),
+        "sessions": sessions is None
+        or (isinstance(sessions, list) and all(isinstance(one, dict) for one in sessions)),
+        "result": result is None or isinstance(result, dict),
+    }.items():
+        if not fits:
+            value = record
+            for name in key.split("."):
+                value = value.get(name)  # type: ignore[assignment]
+            raise UserError(f"{path}: {key} is {_short(value)}: cannot be repeated")
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value is the name of one folder, so that a path made with it stays in its place."""
+    return (
+        isinstance(value, str)
+        and value not in ("", ".", "..")
+        and value.isprintable()
+        and not set(value) & set("/\\")
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def new_folder(root: Path) -> Path:
@@ -119,8 +167,25 @@ def execute(
         run_dir=place / f"trial_{identity['trial']}",
         stop_at_target=identity.get(STOP_AT_TARGET, True),
     )
+    _check_place(run, spec.run_dir)
     record = runner.execute(spec, workload, submission, root, data_dir=data_dir, echo=echo)
     return Recorded(spec.run_dir, json.loads(json.dumps(record)))
+
+
+def _check_place(run: Recorded, run_dir: Path) -> None:
+    """See that something will be trained.
+
+    Raises:
+        UserError: the folder is the run's own, or holds one that is over.
+    """
+    if run_dir.resolve() == run.folder.resolve():
+        raise UserError(f"OUT=: {run_dir} is the run itself; name another folder, or leave OUT out")
+    there = run_folder.read_record(run_dir)
+    if there is not None and there.get("status") in run_folder.ENDED:
+        raise UserError(
+            f"OUT=: {run_dir} holds a run that is over: nothing would be trained; name another "
+            "folder, or leave OUT out"
+        )
 
 
 def differences(old: Recorded, new: Recorded) -> list[str]:

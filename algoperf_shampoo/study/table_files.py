@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo import json_input
+from algoperf_shampoo.harness import disk
 from algoperf_shampoo.study import comparisons, logs
 from algoperf_shampoo.study import tables as tables_of_paper
 from algoperf_shampoo.study.tables import Row, Table, cells, numbered
@@ -41,14 +42,25 @@ def stale(root: Path, listed: Path, write: bool) -> list[str]:
         made = [replace(t, rows=[r for r in t.rows if r.runs or r.absent]) for t in made]
         made = [table for table in made if any(row.runs for row in table.rows)]
         stem = root / entry["stem"]
-        for ending, content in formats(made, stem, root).items():
+        own = formats(made, stem, root)
+        before = len(found)
+        for ending, content in own.items():
             path = Path(f"{stem}.{ending}")
             there = path.read_text(encoding="utf-8") if path.is_file() else None
             if there != content:
                 found.append(path.relative_to(root).as_posix())
-                if write:
-                    path.write_text(content, encoding="utf-8")
+        if write and len(found) > before:
+            write_files(stem, own)
     return found
+
+
+def write_files(stem: Path, contents: dict[str, str]) -> None:
+    """Write the files of a table by their endings: all of them or, should one fail, none.
+
+    Raises:
+        DiskError: one cannot be written; the table that was there is as it was.
+    """
+    disk.write_together({Path(f"{stem}.{end}"): text.encode() for end, text in contents.items()})
 
 
 def to_markdown(tables: Sequence[Table]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import seal
 from algoperf_shampoo.study import launch, plan, repeat
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def test_where_it_ends_otherwise_what_differs_is_named(run_dir, again, tmp_path)
     record["sessions"][-1]["cpu_model_name"] = "Another CPU"
     record["sessions"][-1]["git_commit_hash"] = "abc123"
     record["identity"]["source_sha256"]["optimizer"] = "1" * 64
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "run.json").write_text(json.dumps(seal.signed(record)))
     losses = (run_dir / "step_losses.csv").read_text().splitlines()
     changed = losses[:2] + [losses[2] + "1"] + losses[3:]
     (tmp_path / "step_losses.csv").write_text("\n".join(changed) + "\n")
@@ -72,7 +73,7 @@ def test_a_run_that_did_not_finish_is_compared_by_its_losses(run_dir, again, tmp
     record = json.loads((run_dir / "run.json").read_text())
     del record["result"]
     record["status"] = "running"
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "run.json").write_text(json.dumps(seal.signed(record)))
     (tmp_path / "step_losses.csv").write_bytes((run_dir / "step_losses.csv").read_bytes()[:-2])
     same, lines = repeat.report(repeat.read(tmp_path), again, ROOT)
     assert "the run is running, not finished" in lines[1] and not same
@@ -99,3 +100,38 @@ def test_new_folders_are_new(tmp_path):
     assert repeat.new_folder(tmp_path) == tmp_path / "results/repeats/1"
     (tmp_path / "results/repeats/1").mkdir(parents=True)
     assert repeat.new_folder(tmp_path) == tmp_path / "results/repeats/2"
+
+
+def test_a_repetition_goes_into_a_folder_of_its_own(run_dir, again):
+    for out in (run_dir.parents[3], again.folder.parents[3]):
+        with pytest.raises(UserError, match="OUT=: .* (the run itself|a run that is over)"):
+            repeat.execute(repeat.read(run_dir), out, ROOT, echo=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("sessions", [1]),
+        ("identity.workload_properties.max_steps", "x"),
+        ("identity.workload_properties", []),
+        ("identity.hparams", [1]),
+        ("identity.label", "../../elsewhere"),
+        ("identity.seed", -1),
+        ("result", [1]),
+    ],
+)
+def test_a_record_that_was_changed_is_refused_in_one_line(run_dir, tmp_path, place, value):
+    record = json.loads((run_dir / "run.json").read_text())
+    *above, name = place.split(".")
+    part = record
+    for key in above:
+        part = part[key]
+    part[name] = value
+    for content, words in (
+        (record, "its own digest differs"),
+        (seal.signed(record), f"{place} is .*: cannot be repeated"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=words) as caught:
+            repeat.read(tmp_path)
+        assert "\n" not in str(caught.value)

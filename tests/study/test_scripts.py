@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from algoperf_shampoo.harness import disk
+from algoperf_shampoo.study import table_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,3 +188,32 @@ def test_an_error_of_the_system_is_one_line_with_its_path(tmp_path):
         assert done.returncode == 2, done.stderr
         (line,) = done.stderr.strip().splitlines()
         assert line.startswith("error: ") and named in line, line
+
+
+@pytest.mark.parametrize("name", ["/", "{}/new/", "{}/..", "{}/."])
+def test_a_table_needs_a_name(tmp_path, name):
+    text = name.format(tmp_path)
+    done = run(f"--runs={tmp_path}", f"--out={text}", script="table.py")
+    assert_refused(done, f"TABLE={text}: a folder; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_table_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call):
+    stem = tmp_path / "table1"
+    table_files.write_files(stem, {"md": "old", "csv": "old"})
+    calls, real = [], getattr(os, call)
+
+    def full(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == (1 if call == "replace" else 2):  # of the second file, or the first name
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        with pytest.raises(disk.DiskError, match=r"table1\.(md|csv): No space left on device"):
+            table_files.write_files(stem, {"md": "new", "csv": "new"})
+    assert snapshot(tmp_path) == {Path(f"{stem}.{e}"): b"old" for e in ("csv", "md")}
+    table_files.write_files(stem, {"md": "new", "csv": "new"})
+    assert set(snapshot(tmp_path).values()) == {b"new"}
