@@ -457,6 +457,11 @@ def _check_together(point: Mapping[str, Any]) -> None:
         )
 
 
+def vanishes(text: str, value: Any) -> bool:
+    """Whether a number other than 0 was written that no float64 is near: 1e-400."""
+    return value == 0 and any(digit in text.lower().partition("e")[0] for digit in "123456789")
+
+
 def _scalar(text: str) -> Any:
     """A JSON number, true, false or null; anything else as a string."""
     if len(text) > 100:
@@ -465,4 +470,6 @@ def _scalar(text: str) -> Any:
         value = json.loads(text, parse_constant=lambda word: word)
     except ValueError:
         return text
-    return value if not isinstance(value, (list, dict)) else text
+    if isinstance(value, (list, dict)) or (isinstance(value, float) and vanishes(text, value)):
+        return text
+    return value

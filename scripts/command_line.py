@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,7 +65,14 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     try:
         return list(flags.FLAGS(arguments))
     except flags.Error as error:
-        sys.exit(_fail(error))
+        sys.exit(_fail(UserError(_words(str(error)))))
+
+
+def _words(text: str) -> str:
+    """What absl says of a flag, as of the word it came from, where it says it as a tuple."""
+    form = r"flag --(\w+)=(.*): \('Non-boolean argument to boolean flag'.*"
+    match = re.fullmatch(form, text, re.DOTALL)
+    return f"{match[1].upper()}={match[2][:60]}: 1, or 0 as without it" if match else text
 
 
 def _fail(error: Exception) -> int:

@@ -138,7 +138,7 @@ def parse_tau(text: str) -> float:
         value = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         value = math.nan
-    if not kind.accepts(value):
+    if not kind.accepts(value) or points.vanishes(text, value):
         raise UserError(f"TAU={text[:40]}: the threshold of Eq. 11, {kind}")
     return value
 

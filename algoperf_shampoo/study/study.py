@@ -135,7 +135,9 @@ def lay_out(root: Path, name: str, options: Options) -> Study:
                 replace(known, rows=(*known.rows, number)) if known is not None else job
             )
     if not jobs:
-        raise UserError(f"STUDY={name} WORKLOAD={options.workload}: no run; {'; '.join(absent)}")
+        has = ", ".join(dict.fromkeys(row["workload"] for row in content["rows"]))
+        why = "; ".join(absent) or f"its rows are of {has}"
+        raise UserError(f"STUDY={name} WORKLOAD={options.workload}: no run; {why}")
     out = next(iter(jobs)).parents[3]
     return Study(
         name=path.stem,

@@ -35,7 +35,7 @@ def stale(root: Path, listed: Path, write: bool) -> list[str]:
 
     ``listed``: a JSON list of {"table": "table1", "runs": [folders], "stem": where, no ending}.
     """
-    found = []
+    found: list[str] = []
     for entry in json_input.read(listed, "list of tables"):
         trials = logs.find_trials([root / folder for folder in entry["runs"]])
         made = comparisons.annotate(tables_of_paper.TABLES[entry["table"]](trials, root))

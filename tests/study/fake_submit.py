@@ -21,7 +21,7 @@ def main() -> int:
     inner = Path(given["variant"]) / f"study_{seed}" / f"{given['workload']}_mini_pytorch"
     event(out, f"start {seed}")
     if mode == "second_fails" and seed == "2":
-        print("error: out of luck", flush=True)
+        print("error: out of luck\n\nnext: make table1\n      (a hint)", flush=True)
         return 3
     with run_lock.hold(out / inner / "trial_1"):
         if mode == "forever":

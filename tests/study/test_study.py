@@ -121,6 +121,11 @@ def test_mistakes_in_a_file_are_named(tmp_path: Path, changes: dict[str, Any], w
     assert "\n" not in str(caught.value)
 
 
+def test_a_workload_without_rows_names_those_with(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="WORKLOAD=x: no run; its rows are of ogbg, fastmri$"):
+        study.lay_out(ROOT, write(tmp_path / "mine.json"), Options(workload="x"))
+
+
 def test_unknown_study() -> None:
     with pytest.raises(UserError, match="STUDY=table2: there is claims, mini, table1, table3"):
         study.lay_out(ROOT, "table2", Options())
@@ -357,6 +362,24 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
     (said,) = [line for line in lines if "exit code 3" in line]
     assert "seed 2" in said and "out of luck" in said
     assert str(local.log_path(made, made.jobs[1])) in said
+
+
+def test_the_reason_is_the_error_of_this_launch_and_no_hint(tmp_path: Path) -> None:
+    made, lines = small(tmp_path), []
+    log = local.log_path(made, made.jobs[1])
+    log.parent.mkdir(parents=True)
+    log.write_text("error: of yesterday\n")
+    assert local.run(made, made.jobs[1:2], 1, lines.append, program("second_fails")) == 1
+    assert lines[-1].endswith(f"exit code 3: out of luck; see {log}")
+
+
+def test_a_run_that_another_launch_has_or_ended_is_not_failed(tmp_path: Path) -> None:
+    made, lines = small(tmp_path), []
+    folder = made.jobs[1].run.run_dir
+    with run_lock.hold(folder):
+        refused = [sys.executable, "-c", "raise SystemExit('error: held')"]
+        assert local.run(made, made.jobs[1:2], 1, lines.append, refused) == 0
+    assert lines == [f"{made.jobs[1].run.name}: running by another launch"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
