@@ -40,6 +40,22 @@ def given(word: str, text: str, root: Path) -> Path:
     return path if path.is_absolute() else root / path
 
 
+def listed(word: str, text: str, root: Path) -> list[Path]:
+    """The folders in a word of the command line, between commas; one whose name has a comma alone.
+
+    Raises:
+        UserError: nothing between two commas, or ``~name`` of no user here.
+    """
+    whole = given(word, text, root)
+    names = [text] if text.strip() and _is_dir(whole) else text.split(",")
+    if not all(name.strip() for name in names):
+        raise UserError(
+            f"{word}={text}: an empty name {'between commas' if ',' in text else 'of a folder'}; "
+            f"folders are listed as {word}=one,two"
+        )
+    return [given(word, name, root) for name in names]
+
+
 def complaint(error: OSError) -> str:
     """One line on an error of the system: the path, what is wrong, and what to do."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
@@ -51,3 +67,10 @@ def complaint(error: OSError) -> str:
 def shown(path: Path, root: Path) -> str:
     """The path as a user would type it in ``root``."""
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long, or with a null character
+        return False

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import collections
 import difflib
+import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -411,6 +413,23 @@ def label(values: Mapping[str, Any]) -> str:
         if len(kept + word) < 125:
             kept += word
     return f"{kept}_{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+
+
+def is_label(text: str) -> bool:
+    """Whether ``text`` could be what :func:`label` gives, nothing at all included."""
+    return _label_pattern().fullmatch(text) is not None
+
+
+@functools.cache
+def _label_pattern() -> re.Pattern[str]:
+    number = r"-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?"
+    words = []
+    for field in DECLARED:
+        named = getattr(field.kind, "words", ()) or (getattr(field.kind, "word", ""),)
+        values = [number, "true", "false", "null", *(re.escape(w) for w in named if w)]
+        joint = "-" if field.short[-1].isdigit() else ""
+        words.append(f"_{re.escape(field.short)}{joint}(?:{'|'.join(values)})")
+    return re.compile(f"(?:{'|'.join(words)})*(?:_[0-9a-f]{{12}})?")
 
 
 def table(variants: Mapping[str, Iterable[str]]) -> str:

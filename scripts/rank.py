@@ -28,7 +28,7 @@ def main() -> int:
     if _RUN.value and _VARIANT.value:
         raise UserError("RUN= and VARIANT=: one of them")
     if _RUN.value:
-        folders = [paths.given("RUN", name, ROOT) for name in _RUN.value.split(",")]
+        folders = paths.listed("RUN", _RUN.value, ROOT)
         entries = rank.of_runs(
             logs.find_trials(folders, lambda note: print(f"note: {note}", file=sys.stderr))
         )

@@ -36,12 +36,10 @@ def read() -> list[logs.Trial]:
     """Every run in the folders; what is left out is noted on the terminal.
 
     Raises:
-        UserError: a folder that was asked for does not exist, or no such version.
+        UserError: a folder that was asked for does not exist or has no name, or no such version.
     """
     wanted = version()
-    whole = paths.given("RUNS", _RUNS.value, ROOT)  # a folder's name may have a comma in it
-    names = [_RUNS.value] if whole.is_dir() else _RUNS.value.split(",")
-    folders = [paths.given("RUNS", name, ROOT) for name in names]
+    folders = paths.listed("RUNS", _RUNS.value, ROOT)
     # Before the first run the default folder does not exist: there are no runs yet.
     default = bool(flags.FLAGS["runs"].using_default_value)
     found = logs.find_trials(

@@ -29,7 +29,7 @@ def main() -> int:
         raise UserError(f"EXPORT= is needed: a folder that was exported; there is {there}")
     folder = paths.given("EXPORT", _EXPORT.value, ROOT)
     if _RUNS.value:
-        roots = [paths.given("RUNS", name, ROOT) for name in _RUNS.value.split(",")]
+        roots = paths.listed("RUNS", _RUNS.value, ROOT)
     else:
         roots = [ROOT / name for name in _DEFAULT_RUNS if (ROOT / name).is_dir()]
     found = logs.find_trials(roots, lambda note: print(f"note: {note}", file=sys.stderr))

@@ -1,8 +1,9 @@
 """What a table's rows say about each other: ratios, and the tests of :mod:`.significance`.
 
 A row of the paper's that has runs is compared with the reference row (``shampoo_grafting``) of its
-workload and version. Beside it stands what the paper's summaries imply on the same two rows.
-Settings that several workloads have are compared once more over all of them together.
+workload, version and terms (target, budget, data). Beside it stands what the paper's summaries
+imply on the same two rows. Settings that several workloads have are compared once more over all of
+them together.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from algoperf_shampoo.study import paper_summary, significance
+from algoperf_shampoo.study.provenance import NONE
 from algoperf_shampoo.study.tables import Comparison, Pooled, Row, Table
 
 MARKS = {"fewer": "*", "more": "†", "equivalent": "=", "undecided": ""}
@@ -128,7 +130,13 @@ def _is_reference(row: Row, of: Row) -> bool:
         and row.paper is not None
         and row.paper["variant"] == significance.REFERENCE
         and (row.workload, row.version) == (of.workload, of.version)
+        and _same_terms(row.terms, of.terms)
     )
+
+
+def _same_terms(a: Sequence[str], b: Sequence[str]) -> bool:
+    """Whether two rows have one target, budget and data, as far as both state them."""
+    return all(x == y or NONE in (x, y) for x, y in zip(a, b, strict=False))
 
 
 def _stratum(rows: Sequence[Row], pair: _Pair) -> significance.Stratum:

@@ -98,9 +98,7 @@ def preview(
         version: of the benchmark, whose budgets hold; ruleset: AlgoPerf's, which may lengthen them.
         records: runs of ours, read; those that ended are gone by.
     """
-    costs = estimate(
-        runs, gpus, version=version, ruleset=ruleset, records=records, root=root
-    )
+    costs = estimate(runs, gpus, version=version, ruleset=ruleset, records=records, root=root)
     card = memory.CARD_GIB[version]
     heading = ["of one run", "runs", "s/step", "ours, ms", "steps", "hours", "at most"]
     heading += ["money", "at most"] if price is not None else []
@@ -175,7 +173,7 @@ def _own(run: RunSpec, ended: Sequence[Trial], root: Path) -> list[Trial]:
         trial
         for trial in ended
         if trial.workload == run.workload
-        and differences.variant_of(trial.label, variants) == run.variant
+        and differences.variant_of(trial, variants) == run.variant
         and trial.evaluations[-1].step > 1
     ]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import points, versions
 from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
 from algoperf_shampoo.study import files
@@ -20,9 +21,16 @@ _STEPS = re.compile(r"_steps(\d+)(?:_|$)")
 _ABSENT = object()
 
 Key = tuple[Any, ...]
-"""Of a row: workload, benchmark version, label, point as JSON, tuning ruleset, framework, and where
-there is no point the number of the trial."""
-_RUN = {1: "version", 4: "ruleset", 5: "framework"}
+"""Of a row, see :func:`.pooling.row_of`: workload, benchmark version, label, point as JSON, tuning
+ruleset, framework, where there is no point the number of the trial, then the terms of the runs."""
+_RUN = {
+    1: "version", 4: "ruleset", 5: "framework", 7: "target", 8: "steps at most",
+    9: "seconds at most", 10: "data",
+}  # fmt: skip
+_SUFFIX = re.compile(
+    r"(?P<point>.*?)(_steps[0-9]+)?"
+    rf"(_(?:{'|'.join(map(re.escape, versions.NAMES))}))?(_allsteps)?(_self)?"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ def find(groups: Mapping[Key, Sequence[Trial]], root: Path) -> dict[Key, list[Di
     variants = submission_loader.variants(root)
     found: dict[Key, list[Difference]] = {}
     for key, group in groups.items():
-        variant = variant_of(key[2], variants)
+        variant = variant_of(group[0], variants)
         has_point = variant is not None and group[0].hparams is not None
         own = own_point(root, variant, key[0]) if variant and has_point else None
         point = group[0].hparams or {}
@@ -61,9 +69,9 @@ def find(groups: Mapping[Key, Sequence[Trial]], root: Path) -> dict[Key, list[Di
             found[key].append(Difference("STEPS", int(steps[1])))
     for alike in _alike(found, groups, variants):
         # Null is a value, and not the same as a field that is not there.
-        points = {key: p for key in alike if (p := groups[key][0].hparams) is not None}
-        for name in dict.fromkeys(name for point in points.values() for name in point):
-            values = {key: point.get(name, _ABSENT) for key, point in points.items()}
+        known = {key: p for key in alike if (p := groups[key][0].hparams) is not None}
+        for name in dict.fromkeys(name for point in known.values() for name in point):
+            values = {key: point.get(name, _ABSENT) for key, point in known.items()}
             if len({json.dumps(v, default=str) for v in values.values()}) > 1:
                 for key, value in values.items():
                     found[key].append(Difference(name, "absent" if value is _ABSENT else value))
@@ -104,13 +112,24 @@ def settings(point: Mapping[str, Any], differs: Sequence[Difference]) -> list[st
 def name_of(key: Key, group: Sequence[Trial], variants: Sequence[str]) -> str:
     """What a row is called: its variant, or the label of what is none of ours."""
     ours = group[0].hparams is not None
-    return (variant_of(key[2], variants) if ours else None) or str(key[2])
+    return (variant_of(group[0], variants) if ours else None) or str(key[2])
 
 
-def variant_of(label: str, variants: Sequence[str]) -> str | None:
-    """The variant that a label begins with: ``eshampoo_fixed`` of ``eshampoo_fixed_F20``."""
-    fitting = [v for v in variants if label == v or label.startswith(f"{v}_")]
+def variant_of(trial: Trial, variants: Sequence[str]) -> str | None:
+    """The variant that a run is of, None for none of ``variants``.
+
+    As its record says. Without one the label must be a variant's and overrides as :mod:`.plan`
+    writes them, ``eshampoo_fixed_F20_self``: ``eshampoo_fixed_mine`` is another submission.
+    """
+    if trial.variant is not None:
+        return trial.variant if trial.variant in variants else None
+    fitting = [v for v in variants if _is_label_of(trial.label, v)]
     return max(fitting, key=len, default=None)
+
+
+def _is_label_of(label: str, variant: str) -> bool:
+    rest = _SUFFIX.fullmatch(label.removeprefix(variant)) if label.startswith(variant) else None
+    return rest is not None and points.is_label(rest["point"])
 
 
 def own_point(root: Path, variant: str, workload: str) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.disk import write_atomically
+from algoperf_shampoo.study import pooling
 from algoperf_shampoo.study.logs import Trial
 from algoperf_shampoo.study.tables import Row, Table, run_name
 
@@ -119,11 +120,19 @@ def _at(curve: Sequence[tuple[int, float]], step: int) -> float:
     return before + (value - before) * (step - left) / (right - left)
 
 
+def counted(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> list[tuple[Row, list[Trial]]]:
+    """Of each row the runs that the table counts, as far as they have curves; no empty ones."""
+    groups = [
+        (row, [t for name in row.runs if (t := by_name.get(name)) and t.outcome in pooling.COUNTED])
+        for row in rows
+    ]
+    groups = [(row, [t for t in group if t.evaluations]) for row, group in groups]
+    return [(row, group) for row, group in groups if group]
+
+
 def _curves(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
     """Metric on the validation split against steps: each run thin, the mean of a row thick."""
-    groups = [(row, [by_name[name] for name in row.runs if name in by_name]) for row in rows]
-    groups = [(row, [t for t in group if t.evaluations]) for row, group in groups]
-    groups = [(row, group) for row, group in groups if group]
+    groups = counted(rows, by_name)
     if not groups:
         return None
     figure, axes = _new(2.8 + 0.16 * len(groups))
@@ -144,7 +153,7 @@ def _curves(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
                 )  # fmt: skip
         axes.plot(
             *mean_curve(group), linewidth=1.4, marker=MARKERS[number % len(MARKERS)],
-            markersize=2.5, markevery=0.15, label=f"{row.name}, n = {len(group)}", **style,
+            markersize=2.5, markevery=0.15, label=f"{row.name}, n = {row.ended}", **style,
         )  # fmt: skip
     _leave_out_the_first(axes, [trial for _, group in groups for trial in group])
     targets = dict.fromkeys(t.target for _, group in groups for t in group if t.target is not None)
@@ -218,6 +227,7 @@ def _curves_caption(workload: str, size: str) -> str:
     return (
         f"{workload}, {size}: validation metric against steps. Thick lines are means over seeds, "
         "as far as all seeds went, thin ones the runs; white marks, where a run hit the target. "
+        "Runs that the table does not count are not drawn. "
         "The first evaluation, of untrained parameters, may lie outside."
     )
 

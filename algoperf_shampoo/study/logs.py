@@ -17,7 +17,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from algoperf_shampoo import versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import seal
 from algoperf_shampoo.harness.spec import MINI, MINIDATA, STOP_AT_TARGET
-from algoperf_shampoo.study import files
+from algoperf_shampoo.study import files, pooling, provenance
 from algoperf_shampoo.study.evaluations import (
     EVALS,
     METRICS,
@@ -34,6 +33,7 @@ from algoperf_shampoo.study.evaluations import (
     read_evaluations,
     spent_with_score,
 )
+from algoperf_shampoo.study.trial import Trial as Trial
 
 FRAMEWORKS = ("pytorch", "jax")
 _RECORD, _LOSSES = "run.json", "step_losses.csv"
@@ -45,50 +45,14 @@ _MAX_TEXT = 1000
 """Length of a hyperparameter that is a text; longer ones are no hyperparameters."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One ``trial_N`` folder, read.
-
-    ``outcome`` is "hit", "miss" (the budget was spent short of the target, or the run diverged),
-    "unfinished" (an embedded run still going, or killed), "all steps" (one that was not to stop at
-    its target, and has ended) or "unknown" (the log does not say, or is not to be trusted; see
-    ``holes``). ``steps_to_target`` and ``time_to_target`` (seconds) are None
-    unless the outcome is a hit.
-    """
-
-    path: Path
-    source: str
-    label: str
-    study: str
-    workload: str
-    framework: str
-    trial: int
-    seed: int | None
-    metric: str | None
-    target: float | None
-    step_hint: int | None
-    hparams: dict[str, Any] | None
-    evaluations: list[Evaluation]
-    holes: list[str]
-    outcome: str
-    steps_to_target: int | None
-    time_to_target: float | None
-    diverged: bool = False
-    version: str = versions.UNKNOWN
-    """AlgoPerf's, told by what the run logged: "v0.6", say; "mini" and "minidata" of small data."""
-    ruleset: str = "external"
-    """AlgoPerf's tuning ruleset, "external" or "self"."""
-    to_target: bool = True
-    """Whether the run stops at its target; one that does not is in no table of times to target."""
-
-
 def find_trials(
     roots: Iterable[Path], say: Callable[[str], None] = lambda note: None
 ) -> list[Trial]:
     """Every trial below ``roots``, in the order of their paths; links are followed.
 
     Each folder is entered once, however many links lead to it, and by its own path if that lies
-    below ``roots``. ``say`` is given a line for each folder or link that is left out.
+    below ``roots``; a run that lies there twice counts once (:func:`.pooling.once`). ``say`` is
+    given a line for each folder or link that is left out.
 
     Raises:
         UserError: a root does not exist.
@@ -120,7 +84,7 @@ def find_trials(
         below = [path / name for name in names if _is_dir(path / name)]
         left += [p for p in below if not p.is_symlink()]
         links = sorted([*links, *(p for p in below if p.is_symlink())], key=_natural, reverse=True)
-    return [read_trial(path) for path in sorted(found, key=_natural)]
+    return pooling.once([read_trial(path) for path in sorted(found, key=_natural)])
 
 
 def is_trial(path: Path) -> bool:
@@ -155,8 +119,9 @@ def read_trial(path: Path) -> Trial:
     flags = _newest(path, names, "flags_", holes)
     study, workload, framework = _place(path, flags, holes)
     record = _read_object(path / _RECORD, holes) if _RECORD in names else None
-    if _LOSSES in names and _RECORD not in names:
-        holes.fault(f"no {_RECORD}, though {_LOSSES} is of the embedded harness")
+    if _RECORD not in names and (_LOSSES in names or size_of(workload) == "mini"):
+        what = _LOSSES if _LOSSES in names else f"the workload {files.printable(workload, 80)}"
+        holes.fault(f"no {_RECORD}, though {what} is of the embedded harness")
     _check_seal(path, names, record, holes)
     hparams = _read_hparams(path, names, flags, holes)
     metric, target = _target(meta, holes)
@@ -167,7 +132,10 @@ def read_trial(path: Path) -> Trial:
         hit = next((e for e in evaluations if reaches(e.value, target)), None)
     embedded = _RECORD in names
     if record is not None:
-        _check_record(record, meta, hparams, workload, hit, evaluations, holes)
+        _check_record(record, meta, hparams, hit, evaluations, holes)
+        provenance.check_place(_identity(record), study, workload, framework, path.name, holes)
+    elif seal.NAME in names:
+        provenance.check_seed(study, meta.get("rng_seed"), holes)
     status = record.get("status") if record is not None else None
     diverged = status == _DIVERGED or _is_not_finite(evaluations)
     if diverged:
@@ -205,6 +173,10 @@ def read_trial(path: Path) -> Trial:
         version=version,
         ruleset=ruleset,
         to_target=to_target,
+        variant=provenance.variant(_identity(record or {})),
+        terms=provenance.terms(metric, target, meta, flags, _identity(record or {})),
+        stamps=provenance.stamps(path, names, record),
+        recorded=embedded or seal.NAME in names,
     )
 
 
@@ -328,7 +300,6 @@ def _check_record(
     record: dict[str, Any],
     meta: dict[str, Any],
     hparams: dict[str, Any] | None,
-    workload: str,
     hit: Evaluation | None,
     evaluations: list[Evaluation],
     holes: Holes,
@@ -343,7 +314,6 @@ def _check_record(
     if identity is None:
         return
     properties = _part(identity, "workload_properties", holes) or {}
-    compare("workload", identity.get("workload"), "the folder's name", workload)
     compare("seed", identity.get("seed"), "meta_data_0.json", meta.get("rng_seed"))
     for key in ("target_metric_name", "validation_target_value"):
         compare(key, properties.get(key), "meta_data_0.json", meta.get(f"workload.{key}"))

@@ -96,7 +96,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _variant(trial: Trial, root: Path) -> str | None:
-    return differences.variant_of(trial.label, submission_loader.variants(root))
+    return differences.variant_of(trial, submission_loader.variants(root))
 
 
 def _same_point(trial: Trial, record: dict[str, Any], fields: Sequence[str]) -> bool:

@@ -1,8 +1,9 @@
 """Table 1 of the paper from run folders: hits, steps and time to target, the paper's beside.
 
 Means and standard errors (sample standard deviation / sqrt(n)) are over the runs that reach the
-target, as in the paper. Runs are pooled only if they share label, workload, hyperparameters and
-benchmark version; seeds alone differ within a row. Every row says what sets its point apart.
+target, as in the paper. Runs are pooled only if they share label, workload, hyperparameters,
+benchmark version, target, budget and data (see :mod:`.pooling`); seeds alone differ within a row.
+Every row says what sets its point apart.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from algoperf_shampoo import json_input
 from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import MINI, MINIDATA
-from algoperf_shampoo.study import differences, files
+from algoperf_shampoo.study import differences, files, pooling
 from algoperf_shampoo.study.differences import F_KEY, TAU_KEY, Difference
 from algoperf_shampoo.study.logs import Trial, size_of
 
@@ -124,6 +125,8 @@ class Row:
     """Steps to target of each run that ended, None for a miss."""
     absent: str = ""
     """Why there can be no runs."""
+    terms: list[str] = field(default_factory=list)
+    """Of the runs: metric and target, most steps, most seconds, digest of the data."""
     comparison: Comparison | None = None
     paper_implies: str = ""
     paper_steps_ratio: float | None = None
@@ -169,17 +172,10 @@ def build(
 
     Runs that are not to stop at their target are in no row; the caption counts them.
     """
-    groups: dict[tuple[Any, ...], list[Trial]] = {}
-    for trial in trials:
-        if not trial.to_target:
-            continue
-        point = json.dumps(trial.hparams, sort_keys=True)
-        # Without a point the number of the trial stands for it.
-        number = trial.trial if trial.hparams is None else 0
-        run = (trial.workload, trial.version, trial.label, point, trial.ruleset, trial.framework)
-        groups.setdefault((*run, number), []).append(trial)
+    groups = pooling.rows(trials)
     differs = differences.find(groups, root)
     variants = submission_loader.variants(root)
+    of = {key: differences.variant_of(group[0], variants) for key, group in groups.items()}
 
     def row(title: str, key: tuple[Any, ...], entry: dict[str, Any] | None) -> Row:
         name = differences.name_of(key, groups[key], variants)
@@ -197,11 +193,15 @@ def build(
                 if size == "mini" and mini_f is not None:
                     f = mini_f.get(str(entry[F_KEY]), entry[F_KEY])
                     matching = [
-                        k for k in here if f and _is_mini_of(here[k][0], differs[k], entry, f)
+                        k
+                        for k in here
+                        if f
+                        and of[k] == entry["variant"]
+                        and _is_mini_of(here[k][0], differs[k], entry, f)
                     ]
                 else:
                     f = entry[F_KEY]
-                    matching = [k for k in here if _is_of(here[k][0], entry, size, root)]
+                    matching = [k for k in here if _is_of(here[k][0], of[k], entry, size, root)]
                 rows += [row(title, key, entry) for key in matching]
                 for key in matching:
                     del here[key]
@@ -251,11 +251,11 @@ def of_runs(trials: Sequence[Trial], root: Path) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def _is_of(trial: Trial, entry: dict[str, Any], size: str, root: Path) -> bool:
+def _is_of(trial: Trial, variant: str | None, entry: dict[str, Any], size: str, root: Path) -> bool:
     points = trial.hparams or {}
     if size == "mini":
         return trial.label == entry["variant"] and trial.trial == 1
-    if not trial.label.startswith(entry["variant"]) and not _is_published(trial, entry, root):
+    if variant != entry["variant"] and not _is_published(trial, entry, root):
         return False
     # A file may state tau = 0 or null for "refresh at every check": the paper's rows without tau.
     same_tau = (points.get("tau") or None) == entry["tau"]
@@ -265,8 +265,7 @@ def _is_of(trial: Trial, entry: dict[str, Any], size: str, root: Path) -> bool:
 def _is_mini_of(trial: Trial, differs: list[Difference], entry: dict[str, Any], f: int) -> bool:
     point = trial.hparams or {}
     return (
-        trial.label.startswith(entry["variant"])
-        and trial.trial == 1
+        trial.trial == 1
         and point.get(F_KEY) == f
         and (point.get(TAU_KEY) or None) == entry["tau"]
         and all(difference.field in (F_KEY, TAU_KEY) for difference in differs)
@@ -331,6 +330,7 @@ def _row(
         differs=differs,
         settings=settings,
         staleness=differences.staleness(first.hparams or {}),
+        terms=list(first.terms),
         ruleset=first.ruleset,
         framework=first.framework,
         values=[t.steps_to_target for t in group if t.outcome in ("hit", "miss")],

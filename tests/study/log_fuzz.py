@@ -295,8 +295,9 @@ def _kind(value: Any) -> str:
 
 
 def copies(sources: list[Path], to: Path) -> Iterator[Path]:
-    """Copies of trial folders, each under a label of its own."""
+    """Copies of trial folders with the folders that name them, each in one of its own."""
     for number, source in enumerate(sources):
-        target = to / f"label_{number}" / "study_1" / source.parent.name / source.name
+        place = source.parents[3]
+        target = to / str(number) / source.relative_to(place)
         shutil.copytree(source, target)
         yield target

@@ -36,6 +36,22 @@ def test_a_mean_goes_as_far_as_every_run_and_between_evaluations(tmp_path):
     assert figures.mean_curve([trials[0], logs.read_trial(broken)]) == ([], [])
 
 
+def test_only_what_the_table_counts_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `figures` is not installed")
+    runs = [made_trial(tmp_path / n, [(1, 1.0, 0.1), (9, 9.0 + len(n), 0.6)]) for n in ("a", "bb")]
+    cut = made_trial(tmp_path / "cut", [(1, 1.0, 0.1), (3, 2.0, 0.2)])
+    shutil.copytree(runs[0], tmp_path / "copy/label/study_1/w_pytorch/trial_1")
+    trials = logs.find_trials([tmp_path])
+    made = tables.build(trials, [], ("full",), tmp_path)
+    (row,) = made[0].rows
+    assert (row.ended, len(row.runs)) == (2, 4) and cut in [t.path for t in trials]
+    svg = figures.draw(made, trials, tmp_path)[0].files["svg"].decode()
+    assert f"{row.name}, n = 2" in svg
+    by_name = {tables.run_name(t.path, tmp_path): t for t in trials}
+    (group,) = [group for _, group in figures.counted([row], by_name)]
+    assert sorted(t.path for t in group) == sorted(runs)
+
+
 class Page(HTMLParser):
     """Collects links, images, anchors and text, and checks that tags are closed."""
 

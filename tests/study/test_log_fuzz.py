@@ -52,6 +52,10 @@ def published(to: Path) -> list[Path]:
 
 
 def under_algoperf(path: Path) -> Path:
+    """With a seal, of the seed that its folder names."""
+    meta = json.loads((path / log_fuzz.META).read_text())
+    seed = int(path.parents[1].name.removeprefix("study_"))
+    (path / log_fuzz.META).write_text(json.dumps({**meta, "rng_seed": seed}))
     record = {"format": 1, seal.FILES: seal.make(path)}
     (path / seal.NAME).write_text(json.dumps(seal.signed(record)))
     return path

@@ -146,11 +146,26 @@ def test_a_run_ended_by_its_step_limit_is_a_miss(tmp_path):
 def embedded_trial(folder: Path, rows: list[tuple], status: str, result: dict) -> Path:
     """An embedded run's folder with a sealed record of these evaluations."""
     path = made_trial(folder, rows, {"rng_seed": 1})
-    properties = {"target_metric_name": "accuracy", "validation_target_value": 0.5}
-    identity = {"workload": "w", "seed": 1, "hparams": {}, "workload_properties": properties}
+    write_record(path, status, result)
+    return path
+
+
+def write_record(path: Path, status: str, result: dict, **changes) -> None:
+    """A record of the files in a folder, as its names say but for ``changes`` of the identity."""
+    meta = json.loads((path / "meta_data_0.json").read_text())
+    names = ("target_metric_name", "validation_target_value")
+    identity = {
+        "variant": path.parents[2].name,
+        "label": path.parents[2].name,
+        "workload": path.parent.name.removesuffix("_pytorch"),
+        "seed": meta["rng_seed"],
+        "trial": int(path.name.removeprefix("trial_")),
+        "hparams": json.loads((path / "hparams.json").read_text()),
+        "workload_properties": {name: meta[f"workload.{name}"] for name in names},
+        **changes,
+    }
     record = {"identity": identity, "status": status, "result": result, "files": seal.make(path)}
     (path / "run.json").write_text(json.dumps(seal.signed(record)))
-    return path
 
 
 HIT = {"steps_to_target": 5, "time_to_target": 5.0, "global_step": 5}

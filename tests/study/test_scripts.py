@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from algoperf_shampoo import paths
+from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk
 from algoperf_shampoo.study import table_files
 
@@ -176,6 +178,21 @@ def test_a_table_of_other_runs_is_written_only_where_asked(tmp_path):
     assert home.returncode == 0 and (tmp_path / "t.md").is_file(), home.stderr
     nobody = run("--runs=~no-such-user/x", script="table.py")
     assert_refused(nobody, "RUNS=~no-such-user/x: no home folder of that name here")
+
+
+@pytest.mark.parametrize("text", ["x,", ",x", "x,,y", "", " ", ","])
+def test_empty_names_in_a_list_of_folders_are_refused(tmp_path, text):
+    with pytest.raises(UserError, match=f"^RUNS={text}: an empty name"):
+        paths.listed("RUNS", text, tmp_path)
+    (tmp_path / "a,").mkdir()
+    assert paths.listed("RUNS", "a,", tmp_path) == [tmp_path / "a,"]
+    assert paths.listed("RUNS", "x,y", tmp_path) == [tmp_path / "x", tmp_path / "y"]
+
+
+@pytest.mark.parametrize("script", ["table.py", "rank.py"])
+def test_scripts_refuse_empty_names_of_folders(script):
+    word = "run" if script == "rank.py" else "runs"
+    assert_refused(run(f"--{word}=results/measured,", script=script), "an empty name")
 
 
 def test_an_error_of_the_system_is_one_line_with_its_path(tmp_path):

@@ -21,7 +21,7 @@ from algoperf_shampoo.study import (
     table_text,
     tables,
 )
-from tests.study.test_logs import made_trial
+from tests.study.test_logs import made_trial, write_record
 
 ROOT = Path(__file__).parents[2]
 MISS = significance.MISS
@@ -166,12 +166,16 @@ def mini_runs(folder: Path, label: str, steps: list[int | None], workload="fastm
     variant = next(name for name in POINTS if label.startswith(name))
     point = POINTS[variant]
     for seed, hit in enumerate(steps, start=1):
-        rows = [(1, 0.1, 0.1)] + ([(hit, float(hit), 0.6)] if hit else [(400, 400.0, 0.2)])
-        made = made_trial(folder / "made", rows, {"workload.max_allowed_runtime_sec": 450.0})
+        last = (hit, float(hit), 0.6) if hit else (400, 400.0, 0.2)
+        rows = [(1, 0.1 + seed / 100, 0.1), last]
+        made = made_trial(folder / "made", rows, {"rng_seed": seed})
         (made / "hparams.json").write_text(json.dumps({**point[0], **changed}))
         target = folder / label / f"study_{seed}" / f"{workload}_mini_pytorch" / "trial_1"
         target.parent.mkdir(parents=True, exist_ok=True)
         made.rename(target)
+        result = {"steps_to_target": hit, "time_to_target": hit and float(hit)}
+        result["global_step"] = hit or 400
+        write_record(target, "finished", result, variant=variant)
         shutil.rmtree(folder / "made")
 
 
