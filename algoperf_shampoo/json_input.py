@@ -44,6 +44,23 @@ def read(path: Path, what: str = "file") -> Any:
         raise UserError(f"{path}: not valid JSON: {error}") from error
 
 
+def check_keys(value: Any, known: set[str], needed: set[str], where: str) -> None:
+    """
+    Args:
+        where: of the value, for the message.
+
+    Raises:
+        UserError: it is no object, has a key that is not ``known``, or lacks one that is needed.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not an object with {', '.join(sorted(known))}")
+    for name in value:
+        if name not in known:
+            raise UserError(f"{where}: unknown key {name!r}: there is {', '.join(sorted(known))}")
+    for name in sorted(needed - set(value)):
+        raise UserError(f"{where}: no {name}")
+
+
 def _text(path: Path, what: str) -> str:
     try:
         _check(path, path.stat(), what)

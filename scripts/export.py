@@ -25,7 +25,7 @@ _AFFILIATIONS = flags.DEFINE_string("affiliations", "", "For submission_info.yml
 def _memory(folder: Path) -> list[str]:
     """What the entry needs of a GPU on each workload; it is run on all of them."""
     record = json.loads((folder / export.RECORD).read_text(encoding="utf-8"))
-    return memory.preview(record["point"])
+    return memory.preview(record["point"], variant=record["variant"])
 
 
 def main() -> int:

@@ -65,7 +65,7 @@ def compose(
         _tables(minis, root) or "None in the records that this text was made from.",
         "## Comments",
         "Memory of one GPU by formula, on the parameter shapes of AlgoPerf's models:",
-        "\n".join(f"- {line}" for line in memory.preview(record["points"][0])),
+        "\n".join(f"- {line}" for line in memory.preview(record["points"][0], variant=variant)),
     ]
     return "\n\n".join(parts) + "\n"
 

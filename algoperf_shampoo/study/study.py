@@ -273,35 +273,25 @@ def _read(path: Path) -> dict[str, Any]:
     content = json_input.read(path, "study")
     if isinstance(content, dict) and "arms" in content:
         content = claims_file.as_study(path, content)
-    _keys(content, _KEYS, {"title", "rows"}, str(path))
+    json_input.check_keys(content, _KEYS, {"title", "rows"}, str(path))
     if not isinstance(content["rows"], list) or not content["rows"]:
         raise UserError(f"{path}: rows: a list of at least one row")
     for size in plan.SIZES:
         if content.get(size) is not None:
-            _keys(content[size], _SIZE_KEYS, set(), f"{path}: {size}")
+            json_input.check_keys(content[size], _SIZE_KEYS, set(), f"{path}: {size}")
             for name in ("F", "set"):
                 if not isinstance(content[size].get(name, {}), dict):
                     raise UserError(f"{path}: {size}.{name}: an object")
             if not isinstance(content[size].get("all_steps", False), bool):
                 raise UserError(f"{path}: {size}.all_steps: true or false")
     for number, row in enumerate(content["rows"], start=1):
-        _keys(row, _ROW_KEYS, {"workload", "variant"}, f"{path}: row {number}")
+        json_input.check_keys(row, _ROW_KEYS, {"workload", "variant"}, f"{path}: row {number}")
         if row["workload"] not in plan.WORKLOADS:
             raise UserError(
                 f"{path}: row {number}: workload {row['workload']!r}: there is "
                 f"{', '.join(plan.WORKLOADS)}"
             )
     return dict(content)
-
-
-def _keys(value: Any, known: set[str], needed: set[str], where: str) -> None:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not an object with {', '.join(sorted(known))}")
-    for name in value:
-        if name not in known:
-            raise UserError(f"{where}: unknown key {name!r}: there is {', '.join(sorted(known))}")
-    for name in sorted(needed - set(value)):
-        raise UserError(f"{where}: no {name}")
 
 
 def _by_workload(value: Any, workload: str) -> Any:

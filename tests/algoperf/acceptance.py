@@ -207,15 +207,7 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
     losses = [entry["loss"] for _, entry in sorted(traces["two"].items())]
     quarter = len(losses) // 4
     result: dict[str, Any] = {
-        "variant": variant,
-        "workload": workload,
-        "submission": "exported, without the package" if args.exported else "in the package",
-        "ruleset": args.ruleset,
-        "commit": _commit(),
-        "point": case.point,
-        "steps": args.steps,
-        "global_batch_size": int(SETTINGS[workload][0]),
-        "model": _model(workload),
+        **_setting(args, case, variant, workload),
         "exit_codes": codes,
         "loss_first_last_quarter": [
             sum(losses[:quarter]) / quarter,
@@ -265,16 +257,8 @@ def accept_briefly(args: argparse.Namespace, variant: str, workload: str) -> dic
     folder = case.folder("one")
     losses = [entry["loss"] for _, entry in sorted(trace.items())]
     result: dict[str, Any] = {
-        "variant": variant,
-        "workload": workload,
-        "submission": "exported, without the package" if args.exported else "in the package",
-        "ruleset": args.ruleset,
-        "commit": _commit(),
-        "point": case.point,
-        "steps": args.steps,
+        **_setting(args, case, variant, workload),
         "killed_before_step": middle,
-        "global_batch_size": int(SETTINGS[workload][0]),
-        "model": _model(workload),
         "exit_codes": codes,
         "steps_seen": len(trace),
         "losses": losses,
@@ -287,6 +271,23 @@ def accept_briefly(args: argparse.Namespace, variant: str, workload: str) -> dic
     path = args.out / f"{args.prefix}{variant}_{workload}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _setting(
+    args: argparse.Namespace, case: Case, variant: str, workload: str
+) -> dict[str, Any]:
+    """What a record begins with: what was run."""
+    return {
+        "variant": variant,
+        "workload": workload,
+        "submission": "exported, without the package" if args.exported else "in the package",
+        "ruleset": args.ruleset,
+        "commit": _commit(),
+        "point": case.point,
+        "steps": args.steps,
+        "global_batch_size": int(SETTINGS[workload][0]),
+        "model": _model(workload),
+    }
 
 
 def _model(workload: str) -> str:

@@ -81,3 +81,9 @@ def test_the_data_say_how_they_were_obtained():
     path = ROOT / "algoperf_shampoo" / "workloads" / "data" / "algoperf_shapes.json"
     record = json.loads(path.read_text())
     assert len(record["algoperf_commit"]) == 40 and "algoperf_shapes.py" in record["source"]
+
+
+def test_a_preview_is_of_the_variant_s_own_rule():
+    point = test_points.point_of("kl_shampoo")
+    own = memory.preview(point, variant="kl_shampoo")
+    assert own != memory.preview(point) and len(own) == 9

@@ -129,13 +129,13 @@ def place(row: int, arms: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _declared(path: Path, content: Any) -> Declared:
-    _keys(content, _FILE, _FILE, str(path))
-    _keys(content["quick"], _QUICK, _QUICK, f"{path}: quick")
+    json_input.check_keys(content, _FILE, _FILE, str(path))
+    json_input.check_keys(content["quick"], _QUICK, _QUICK, f"{path}: quick")
     arms = content["arms"]
     if not isinstance(arms, dict) or not arms:
         raise UserError(f"{path}: arms: an object of at least one arm")
     for name, arm in arms.items():
-        _keys(arm, _ARM, {"variant"}, f"{path}: arm {name}")
+        json_input.check_keys(arm, _ARM, {"variant"}, f"{path}: arm {name}")
     mini = content["mini"]
     if not isinstance(mini, dict) or mini.get("all_steps") is not True:
         raise UserError(f"{path}: mini.all_steps: true: claims are on a fixed number of steps")
@@ -169,7 +169,7 @@ def _declared(path: Path, content: Any) -> Declared:
 
 
 def _claim(claim: Any, arms: Mapping[str, Any], where: str) -> Claim:
-    _keys(claim, _CLAIM, {"name", "source", "hypothesis"}, where)
+    json_input.check_keys(claim, _CLAIM, {"name", "source", "hypothesis"}, where)
     where = f"{where} ({claim['name']})"
     parts, waits_for = claim.get("parts", []), claim.get("waits_for", [])
     if not _texts(waits_for) or not isinstance(parts, list) or bool(parts) == bool(waits_for):
@@ -184,7 +184,7 @@ def _claim(claim: Any, arms: Mapping[str, Any], where: str) -> Claim:
 
 
 def _part(part: Any, arms: Mapping[str, Any], where: str) -> Part:
-    _keys(part, _PART, {"statistic", "low", "rule"}, where)
+    json_input.check_keys(part, _PART, {"statistic", "low", "rule"}, where)
     low, high = part["low"], part.get("high", [])
     if not _texts(low) or not low or not _texts(high) or bool(high) == ("than" in part):
         raise UserError(f"{where}: low is a list of arms, and so is high, or than is a number")
@@ -205,16 +205,6 @@ def _part(part: Any, arms: Mapping[str, Any], where: str) -> Part:
     if not _number(margin) or (part["rule"] == "less") != (margin == 0) or margin < 0:
         raise UserError(f"{where}: margin is {margin!r}: above 0, and none for the rule less")
     return Part(part["statistic"], tuple(low), tuple(high), than, part["rule"], margin)
-
-
-def _keys(value: Any, known: set[str], needed: set[str], where: str) -> None:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not an object with {', '.join(sorted(known))}")
-    for name in value:
-        if name not in known:
-            raise UserError(f"{where}: unknown key {name!r}: there is {', '.join(sorted(known))}")
-    for name in sorted(needed - set(value)):
-        raise UserError(f"{where}: no {name}")
 
 
 def _texts(value: Any) -> bool:
