@@ -17,7 +17,7 @@ _BEFORE = flags.DEFINE_string(
     "before", None, "A commit; that of the committed minis' records if left out."
 )
 _AFTER = flags.DEFINE_string("after", None, "A commit; the files as they are here if left out.")
-_VARIANT = flags.DEFINE_list("variant", None, "Variants, comma-separated; all if left out.")
+_VARIANT = flags.DEFINE_list("variant", None, "Variants, with commas; those of both if left out.")
 _WORKLOAD = flags.DEFINE_string("workload", "all", "fastmri, imagenet_vit, ogbg or all.")
 _STEPS = flags.DEFINE_string("steps", "60", "Steps of each run.")
 
@@ -39,6 +39,10 @@ def main() -> int:
             echo(f"after: {same_curves.checkout(ROOT, _AFTER.value, after)}")
         else:
             echo(f"after: the files in {ROOT}")
+        if not _VARIANT.value:
+            chosen, alone = same_curves.in_both(folder / "before", after)
+            if alone:
+                echo(f"in one of the two alone, not compared: {', '.join(alone)}")
         for tree in (folder / "before", after):
             out = folder / f"runs_{'after' if tree == after else 'before'}"
             same_curves.train(tree, out, after, chosen, _WORKLOAD.value, checked.steps, echo)

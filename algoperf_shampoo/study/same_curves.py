@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.study import repeat, targets
 
 
@@ -70,6 +71,12 @@ def checkout(root: Path, commit: str, folder: Path) -> str:
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")
     return name
+
+
+def in_both(before: Path, after: Path) -> tuple[list[str], list[str]]:
+    """Variants that both trees have, and those that one of them has alone."""
+    old, new = (set(submission_loader.variants(tree)) for tree in (before, after))
+    return sorted(old & new), sorted(old ^ new)
 
 
 def train(

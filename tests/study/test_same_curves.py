@@ -78,6 +78,16 @@ def test_curves_are_compared_by_hash_and_losses(
     assert said in text and f"{int(pair.same)} of 1 curves are the same to the bit" in text
 
 
+def test_variants_of_one_tree_alone_are_left_out(tmp_path: Path) -> None:
+    for tree, names in (("before", ("nadamw", "old")), ("after", ("nadamw", "soap"))):
+        for name in names:
+            folder = tmp_path / tree / "submissions" / name
+            folder.mkdir(parents=True)
+            (folder / "submission.py").touch()
+    found = same_curves.in_both(tmp_path / "before", tmp_path / "after")
+    assert found == (["nadamw"], ["old", "soap"])
+
+
 def test_nothing_is_compared_with_nothing(tmp_path: Path) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()
