@@ -148,31 +148,49 @@ def _pieces(problems: Sequence[Problem]) -> Iterable[list[Problem]]:
 def _decompose(
     problems: Sequence[Problem], solver: Solver, tau: float, borrowed: Sequence[BorrowedMemory]
 ) -> list[Result]:
-    """Solve them. Operators whose decomposition fails, or is none, are as they were; all are,
-    if it raises an error."""
+    """Solve them; what a solver gets wrong is solved again. Operators whose decomposition fails, or
+    is none even so, are as they were; all are, if it raises an error."""
     kept = [aside(problem.operators, problem.indices) for problem in problems]
     try:
         results = solver.solve(problems, tau, borrowed)
-        promised = solver.promised(tau)
-        checked = [
-            sound(problem.factors, problem.operators, problem.indices, result.values, promised)
-            for problem, result in zip(problems, results, strict=True)
-        ]
-        read = iter(torch.cat([x.to(checked[0].device) for x in checked]).tolist())
+        for again in (True, False):
+            wrong = _wrong(problems, results, solver.promised(tau))
+            for problem, result, positions in zip(problems, results, wrong, strict=True):
+                if positions and again:
+                    solver.again(problem, result, positions)
+                for p in positions if not again else ():
+                    result.converged[p] = False
+            if not any(wrong):
+                break
     except BaseException:
         for problem, old in zip(problems, kept, strict=True):
             _restore(problem, range(len(problem.indices)), old)
         raise
     for problem, result, old in zip(problems, results, kept, strict=True):
-        for p, converged in enumerate(result.converged):
-            fine = next(read)
-            if converged and not fine:
-                log.warning(
-                    "a factor of size %d: the solver's result is no eigendecomposition", problem.n
-                )
-            result.converged[p] = converged and fine
         _restore(problem, [p for p, ok in enumerate(result.converged) if not ok], old)
     return results
+
+
+def _wrong(
+    problems: Sequence[Problem], results: Sequence[Result], promised: float
+) -> list[list[int]]:
+    """Per problem, the positions of what is called converged and is no eigendecomposition."""
+    checked = [
+        sound(problem.factors, problem.operators, problem.indices, result.values, promised)
+        for problem, result in zip(problems, results, strict=True)
+    ]
+    read = iter(torch.cat([x.to(checked[0].device) for x in checked]).tolist())
+    wrong = []
+    for problem, result in zip(problems, results, strict=True):
+        fine = [next(read) for _ in problem.indices]
+        wrong.append([p for p, ok in enumerate(result.converged) if ok and not fine[p]])
+        if wrong[-1]:
+            log.warning(
+                "%d factors of size %d: the solver's result is no eigendecomposition",
+                len(wrong[-1]),
+                problem.n,
+            )
+    return wrong
 
 
 def _restore(problem: Problem, positions: Sequence[int], old: Tensor) -> None:

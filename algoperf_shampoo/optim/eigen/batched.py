@@ -19,7 +19,7 @@ from ..blocks.layout import BorrowedMemory
 from ..blocks.rows import consecutive, longest_run
 from . import cusolver
 from .batch_plan import Batch, Plan, Room, Task, schedule
-from .exact import mend, scale_of
+from .exact import mend, scale_of, shift_
 from .host_offload import ALIGNMENT, as_bytes, offloaded, usable
 from .problem import Problem, Result
 
@@ -143,7 +143,9 @@ def _batch(problem: Problem, queue: Tensor) -> Result:
         target, work = queue[:size].view(factors.dtype).view(count, n, n), queue[_aligned(size) :]
         torch.index_select(factors, 0, index, out=target)
     scale = scale_of(target)
-    values, converged = cusolver.eigh_(target.div_(scale[:, None, None]), work)
+    shift = shift_(target.div_(scale[:, None, None]))
+    values, converged = cusolver.eigh_(target, work)
+    values.sub_(shift)
     mend(factors, problem.indices, values, target, converged)
     if not in_place:
         problem.operators.index_copy_(0, index, target)

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 def exact(a: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
     """Eigenvalues [N, n], vectors [N, n, n] and who converged, of a few matrices of one size."""
     scaled, scale = _scaled(a)
+    shift = shift_(scaled)
     if a.is_cuda and cusolver.available():
         vectors, work = scaled, cusolver.workspace(a.shape[-1], a.dtype, a.device, len(a))
         values, converged = cusolver.eigh_(vectors, work)
@@ -28,6 +29,8 @@ def exact(a: Tensor) -> tuple[Tensor, Tensor, list[bool]]:
             values, vectors, converged = _one_by_one(scaled)
         else:
             converged = torch.isfinite(vectors).all(-1).all(-1).tolist()
+    if shift:
+        values.sub_(shift)
     mend(a, range(len(a)), values, vectors, converged)
     return values * scale[:, None], vectors, converged
 
@@ -53,6 +56,36 @@ def scale_of(a: Tensor) -> Tensor:
     Float32 gradients of 1e-12 give factors of 1e-24, whose squares inside a solver underflow.
     """
     return a.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(a.dtype).tiny)
+
+
+def shift_(scaled: Tensor) -> float:
+    """On a GPU, adds a multiple of the identity to matrices divided by :func:`scale_of`; it returns
+    what their eigenvalues are to be reduced by.
+
+    Of a matrix of low rank (which factors of real gradients are) cuSOLVER's float32 solvers return
+    vectors that are not orthogonal in the null space, ||Q'Q - I|| / sqrt(n) up to 1.1
+    (2.3 by torch.linalg.eigh there), and call that converged (CUDA 13). Presumably numbers of 1e-20
+    stand off the diagonal of the tridiagonal form beside eigenvalues as small, and their squares
+    underflow; beside a shift of 8 eps they count as zero. With it 2e-6 is left, and a shift is no
+    more than a solver's own error in the eigenvalues.
+    """
+    if not scaled.is_cuda:
+        return 0.0
+    shift = 8 * torch.finfo(scaled.dtype).eps
+    scaled.diagonal(dim1=-2, dim2=-1).add_(shift)
+    return shift
+
+
+def by_lapack(problem: Problem) -> Result:
+    """In float64 on the CPU, one matrix at a time: what every other means has failed at."""
+    result = Result.empty(problem)
+    for p, i in enumerate(problem.indices):
+        a = problem.factors[i : i + 1]
+        values, vectors, converged = torch.zeros_like(a[..., 0]), torch.empty_like(a), [False]
+        mend(a, [0], values, vectors, converged)
+        problem.operators[i].copy_(vectors[0])
+        result.put([p], Result(values * scale_of(a)[:, None], converged))
+    return result
 
 
 def _scaled(a: Tensor) -> tuple[Tensor, Tensor]:

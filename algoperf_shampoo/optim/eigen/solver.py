@@ -112,6 +112,17 @@ class Solver:
             results[k].put(positions, result)
         return results
 
+    def again(self, problem: Problem, result: Result, positions: Sequence[int]) -> None:
+        """Decompose anew, in float64 on the CPU, what :meth:`solve` returned as converged and is no
+        eigendecomposition; not after "qr", whose old basis is better."""
+        if self.method == "qr":
+            for p in positions:
+                result.converged[p] = False
+            return
+        part = problem.part(positions)
+        found = exact.by_lapack(part)
+        result.put(positions, _reversed(part, found) if self.descending else found)
+
     def promised(self, tau: float) -> float:
         """The left side of Eq. 11 that :meth:`solve` stops at; 0 where it decomposes exactly."""
         if self.method == "qr":
