@@ -94,8 +94,7 @@ def load(root: Path, variant: str) -> Submission:
     Raises:
         UserError: no such variant, or a function is missing or takes other arguments.
     """
-    path = _path(root, variant)
-    return from_module(_import(path, variant), path)
+    return from_module(import_module(root, variant), _path(root, variant))
 
 
 def batch_size(root: Path, variant: str, workload: str) -> int:
@@ -141,7 +140,13 @@ def _path(root: Path, variant: str) -> Path:
     return path
 
 
-def _import(path: Path, variant: str) -> ModuleType:
+def import_module(root: Path, variant: str) -> ModuleType:
+    """The variant's module, imported anew by path.
+
+    Raises:
+        UserError: no such variant, or its file cannot be imported.
+    """
+    path = _path(root, variant)
     spec = importlib.util.spec_from_file_location(f"submissions.{variant}.submission", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: cannot be imported as a Python module")

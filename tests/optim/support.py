@@ -1,13 +1,28 @@
-"""One table of variants: how to make the fast optimizer and the reference of each."""
+"""The variants of the battery, and how to make the fast optimizer and the reference of each.
+
+A variant stands in one place, its folder in ``submissions/``. What the tests must know of it is
+asked of that module: which class it makes of its point for the minis, and with which settings.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from algoperf_shampoo import points
+from algoperf_shampoo.harness import hparams, submission_loader
 from algoperf_shampoo.optim import (
     KLSOAP,
     SOAP,
     AdamW,
     EShampoo,
     KLShampoo,
+    PreconditionedOptimizer,
     Shampoo,
     Shampoo2Trace,
     ShampooAdaptive,
@@ -20,40 +35,92 @@ from algoperf_shampoo.optim import (
 )
 from algoperf_shampoo.optim.blocks import state_dict
 from algoperf_shampoo.optim.blocks.partition import cut
+from algoperf_shampoo.optim.rule import Rule
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.01)
 
-# As the others are by default.
-WHOLE = {"one_dim": "full", "small_matrices": "vector"}
 
-VARIANTS = {
-    "adamw": (AdamW, reference.AdamW, {}),
-    "shampoo_grafting": (Shampoo, reference.ShampooGrafting, {}),
-    # Nothing bounds its steps in a null space but epsilon.
-    "shampoo_ungrafted": (Shampoo, reference_shampoo.shampoo, {"grafting": None, "eps": 1e-4}),
-    "eshampoo_fixed": (EShampoo, reference.EShampoo, {"tau": 0.0}),
-    "eshampoo_adaptive": (EShampoo, reference.EShampoo, {"tau": 0.1}),
-    "eshampoo_qr": (
-        EShampoo,
-        lambda h: reference_eshampoo.EShampooAblation(h, max_iterations=2),
-        {"tau": 0.1, "eigensolver": Solver(method="qr", max_iterations=2)},
-    ),
-    "shampoo_adaptive": (
-        ShampooAdaptive,
-        reference_shampoo.shampoo_adaptive,
-        {"tau": 0.1, "eps": 1e-4},
-    ),
-    "shampoo2_trace": (Shampoo2Trace, reference_shampoo.shampoo2_trace, {"eps": 1e-4}),
-    "soap": (SOAP, lambda h: reference_soap.SOAP(h, precondition_1d=True), WHOLE),
-    "kl_shampoo": (KLShampoo, reference_kl.KLShampoo, WHOLE),
-    "kl_soap": (KLSOAP, reference_kl.KLSOAP, WHOLE),
-}
+@dataclass(frozen=True)
+class Variant:
+    """What a submission makes: a class with settings, and the rule that this is."""
+
+    build: type[PreconditionedOptimizer]
+    settings: dict[str, Any]
+    rule: Rule
+
+    @property
+    def grafted(self) -> bool:
+        """Whether there is a second moment, so that steps are bounded as Adam's are."""
+        return "exp_avg_sq" in self.rule.moments
+
+
+def made_by(module: Any, point: Any) -> tuple[type[PreconditionedOptimizer], dict[str, Any]]:
+    """The class that a submission module calls with a point, and the arguments by name."""
+    made: list[tuple[type[PreconditionedOptimizer], dict[str, Any]]] = []
+    for name, value in list(vars(module).items()):
+        if isinstance(value, type) and issubclass(value, PreconditionedOptimizer):
+            noted = functools.partial(lambda build, _, **given: made.append((build, given)), value)
+            setattr(module, name, noted)
+    module.make_optimizer([], point, None)
+    [(build, given)] = made
+    return build, {name: value for name, value in given.items() if name != "process_group"}
+
+
+def of_submissions(root: Path) -> dict[str, Variant]:
+    """Every variant in ``root/submissions``, as the tests make it.
+
+    The settings are those of its point for the minis, but for what belongs to a task: learning
+    rate, averages, decay, F, the largest dimension. NAdam's numerator is a test's own choice.
+    Where nothing bounds the steps in a null space but epsilon, it is 1e-4.
+    """
+    found = {}
+    for name in submission_loader.variants(root):
+        fields = submission_loader.fields(root, name)
+        [point] = hparams.read_points(root / "search_spaces" / "mini" / f"{name}.json", 1, fields)
+        module = submission_loader.import_module(root, name)
+        build, settings = made_by(module, points.complete(point, fields))
+        settings.pop("eigen_workspace_mib", None)  # of a device; some tests give solvers
+        rule = build([torch.nn.Parameter(torch.zeros(2, 2))], **settings).rule
+        variant = Variant(build, settings | SETTINGS, rule)
+        settings = variant.settings
+        if "nadam" in settings:
+            settings["nadam"] = False
+        if rule.has_factors:
+            settings |= {"precondition_frequency": 5, "max_preconditioner_dim": 1024}
+        if not rule.starts and not variant.grafted:
+            settings["eps"] = 1e-4
+        if isinstance(solver := settings.get("eigensolver"), Solver):
+            settings["eigensolver"] = replace(solver, max_iterations=2)
+        found[name] = variant
+    return found
+
+
+VARIANTS = of_submissions(ROOT)
+PRECONDITIONED = tuple(name for name, v in VARIANTS.items() if v.rule.has_factors)
 # Those whose first step only starts them.
-STARTS = ("soap", "kl_shampoo", "kl_soap")
+STARTS = tuple(name for name, v in VARIANTS.items() if v.rule.starts)
 # Those without NAdam's numerator.
-PLAIN = STARTS
-# Those whose reference takes bases from outside at every step.
-LENT = ("eshampoo_fixed", "eshampoo_adaptive")
+PLAIN = tuple(name for name, v in VARIANTS.items() if "nadam" not in v.settings)
+
+# The reference of each class, from its hyperparameters and the settings it is made with. A variant
+# of a class that is here has one by itself.
+REFERENCES: dict[type[PreconditionedOptimizer], Callable[[Any, dict[str, Any]], Any]] = {
+    AdamW: lambda h, s: reference.AdamW(h),
+    Shampoo: lambda h, s: (
+        reference.ShampooGrafting(h) if s["grafting"] else reference_shampoo.shampoo(h)
+    ),
+    EShampoo: lambda h, s: (
+        reference.EShampoo(h)
+        if isinstance(s["eigensolver"], str)
+        else reference_eshampoo.EShampooAblation(h, max_iterations=s["eigensolver"].max_iterations)
+    ),
+    ShampooAdaptive: lambda h, s: reference_shampoo.shampoo_adaptive(h),
+    Shampoo2Trace: lambda h, s: reference_shampoo.shampoo2_trace(h),
+    SOAP: lambda h, s: reference_soap.SOAP(h, precondition_1d=True),
+    KLShampoo: lambda h, s: reference_kl.KLShampoo(h),
+    KLSOAP: lambda h, s: reference_kl.KLSOAP(h),
+}
 
 
 def late(variant):
@@ -61,13 +128,16 @@ def late(variant):
     return 1 if variant in STARTS else 0
 
 
+def limits(variant, **settings):
+    """Settings of variants with factors, for those."""
+    return settings if variant in PRECONDITIONED else {}
+
+
 def make(variant, params, **overrides):
     """The fast optimizer of a variant, F = 5 unless overridden."""
-    build, _, settings = VARIANTS[variant]
-    frequency = {} if variant == "adamw" else {"precondition_frequency": 5}
     if variant in PLAIN and not overrides.get("nadam", False):
         overrides.pop("nadam", None)
-    return build(params, **{**SETTINGS, **frequency, **settings, **overrides})
+    return VARIANTS[variant].build(params, **{**VARIANTS[variant].settings, **overrides})
 
 
 class ReferenceParameter:
@@ -75,7 +145,7 @@ class ReferenceParameter:
 
     def __init__(self, variant, value, *, max_dim=1024, nadam=False, frequency=5):
         self.variant = variant
-        _, reference_class, settings = VARIANTS[variant]
+        settings = VARIANTS[variant].settings
         beta1, beta2 = SETTINGS["betas"]
         h = reference.Hyperparameters(
             alpha=SETTINGS["lr"],
@@ -85,10 +155,11 @@ class ReferenceParameter:
             nadam=nadam,
             F=frequency,
             tau=settings.get("tau", 0.0),
-            epsilon=settings.get("eps", 1e-8),
+            epsilon=settings["eps"],
         )
         self.blocks = cut(tuple(value.shape), max_dim)
-        self.rules = [reference_class(h) for _ in self.blocks]
+        of = REFERENCES[VARIANTS[variant].build]
+        self.rules = [of(h, settings) for _ in self.blocks]
         self.value = value.double().reshape(self.blocks[0].merged).clone()
 
     def step(self, gradient, bases=None):
@@ -104,7 +175,8 @@ class ReferenceParameter:
         decomposition, after that."""
         borrowed = [[q.cpu() for q in block] for block in bases_of(optimizer, index)]
         first = self.rules[0].t == 0
-        self.step(gradient, bases=borrowed if self.variant in LENT else None)
+        lent = isinstance(self.rules[0], reference.EShampoo)
+        self.step(gradient, bases=borrowed if lent else None)
         if first and self.variant in STARTS:
             self.lend(borrowed)
 

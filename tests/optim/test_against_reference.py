@@ -13,6 +13,7 @@ from .support import (
     ReferenceParameter,
     bases_of,
     gradients,
+    limits,
     make,
 )
 
@@ -30,8 +31,8 @@ def test_hundred_steps(variant, shape, max_dim, nadam, dtype, tolerance):
         pytest.skip("has no numerator of NAdam's")
     start = next(gradients(shape, 1, seed=7))
     parameter = torch.nn.Parameter(start.to(dtype))
-    limits = {} if variant == "adamw" else {"max_preconditioner_dim": max_dim}
-    optimizer = make(variant, [parameter], nadam=nadam, **limits)
+    small = limits(variant, max_preconditioner_dim=max_dim)
+    optimizer = make(variant, [parameter], nadam=nadam, **small)
     expected = ReferenceParameter(variant, start, max_dim=max_dim, nadam=nadam)
     for gradient in gradients(shape, 100, dtype=dtype):
         parameter.grad = gradient.clone()

@@ -8,18 +8,11 @@ import warnings
 import pytest
 import torch
 
-from .support import VARIANTS, blocks_of, gradients, late, make
+from .support import PRECONDITIONED, VARIANTS, blocks_of, gradients, late, limits, make
 
-ROOTS = ("shampoo_grafting", "shampoo_ungrafted", "shampoo2_trace")
-UNGRAFTED = ("shampoo_ungrafted", "shampoo2_trace", "shampoo_adaptive")
-ONE_MOMENT = (*UNGRAFTED, "kl_shampoo")
 SHAPES = [(), (1,), (5,), (7, 4), (4, 3, 2, 2), (1, 6, 1), (20, 3)]
 
 pytestmark = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def limits(variant, **settings):
-    return {} if variant == "adamw" else settings
 
 
 def parameters(dtype=torch.float32, shapes=SHAPES):
@@ -134,7 +127,7 @@ def test_a_convex_problem_is_solved(variant):
     weight = torch.nn.Parameter(torch.zeros(6, 5))
     # Without grafting a stale root, or one of a null space, takes steps of any length.
     alone = dict(precondition_frequency=1, eps=0.1, betas=(0.5, 0.9))
-    own = alone if variant in UNGRAFTED else {}
+    own = {} if late(variant) or VARIANTS[variant].grafted else alone
     optimizer = make(variant, [weight], lr=0.05, weight_decay=0.0, **own)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 300)
     with warnings.catch_warnings():
@@ -187,11 +180,11 @@ def test_zero_gradients_and_a_nan_spare_the_rest(variant):
         optimizer.step()
     assert torch.equal(params[0], start)
     assert params[2].isfinite().all()
-    if variant != "adamw":
+    if variant in PRECONDITIONED:
         zero, nan, good = (blocks_of(optimizer, i)[0] for i in range(3))
         assert nan["failures_0"] == nan["failures_1"] == 2 + late(variant)
         # Of zeros there is a root, and no basis.
-        roots = 2 if variant in ROOTS else 0
+        roots = 2 if VARIANTS[variant].rule.roots else 0
         assert zero["refreshes_0"] == zero["refreshes_1"] == roots
         assert good["refreshes_0"] >= 1
 
@@ -223,7 +216,7 @@ def test_bad_settings_are_named(variant, setting, value):
     ],
 )
 def test_bad_kronecker_settings_are_named(variant, setting, value):
-    if variant == "adamw" or setting == "tau":
+    if variant not in PRECONDITIONED or setting == "tau":
         variant = "eshampoo_fixed"
     with pytest.raises(ValueError, match=setting):
         make(variant, parameters(), **{setting: value})
@@ -253,8 +246,8 @@ def test_a_saved_state_holds_the_state_and_nothing_else(variant):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    entries = (64 * 48 + 200) * (1 if variant in ONE_MOMENT else 2)  # M and D
-    if variant != "adamw":
+    entries = (64 * 48 + 200) * (2 if VARIANTS[variant].grafted else 1)  # M and D
+    if variant in PRECONDITIONED:
         entries += 2 * (64**2 + 48**2 + 200**2)  # factors and bases, or roots
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)

@@ -14,7 +14,7 @@ from algoperf_shampoo.optim.eigen import exact
 from algoperf_shampoo.optim.eshampoo import EShampooRule as Rule
 from algoperf_shampoo.optim.ops import BasisChange
 
-from .support import VARIANTS, gradients, make
+from .support import PRECONDITIONED, VARIANTS, gradients, make
 
 SHAPES = [(12, 10), (12, 10), (20,), (17, 16), (5, 4, 3)]
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -41,7 +41,7 @@ def prepared(variant, dtype=torch.float32, **settings):
     params = [
         torch.nn.Parameter(next(gradients(s, 1, seed=i)).to(dtype)) for i, s in enumerate(SHAPES)
     ]
-    if variant != "adamw":
+    if variant in PRECONDITIONED:
         settings = {"max_preconditioner_dim": 16, **settings}
     optimizer = make(variant, params, weight_decay=0.1, **settings)
     for t in range(1, 5):
@@ -78,7 +78,7 @@ def test_an_error_before_any_operation(variant, t, missing, dtype):
 
 @pytest.mark.parametrize(
     ("variant", "t", "missing", "dtype"),
-    [("eshampoo_adaptive", *CASES[2]), ("shampoo_grafting", *CASES[0]), ("adamw", *CASES[3])],
+    [("eshampoo_adaptive", *CASES[2]), ("shampoo_grafting", *CASES[0]), ("nadamw", *CASES[3])],
 )
 def test_an_error_before_some_operations(variant, t, missing, dtype):
     errors_before_operations(variant, t, missing, dtype, errors=9)

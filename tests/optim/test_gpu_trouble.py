@@ -15,7 +15,8 @@ from algoperf_shampoo.optim.gpu.graphs import Recorder
 from algoperf_shampoo.optim.journal import directly_run
 from algoperf_shampoo.optim.nonfinite import NonFiniteGradientError, Skipped
 
-from .support import VARIANTS, gradients, late, make
+from . import support
+from .support import PRECONDITIONED, VARIANTS, gradients, late, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -74,7 +75,7 @@ def give(params, t, bad=(), value=float("nan")):
 
 
 def limits(variant):
-    return {} if variant == "adamw" else LIMITS
+    return support.limits(variant, **LIMITS)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -82,9 +83,9 @@ def limits(variant):
 def test_bad_gradients_are_left_out_as_on_a_cpu(variant, precision):
     """The same parameters keep what they have, the same counts, and the same walk to rounding; also
     through a step that goes by torch."""
-    if variant == "adamw" and precision == "high":
+    if variant not in PRECONDITIONED and precision == "high":
         pytest.skip("rotates nothing")
-    more = {} if variant == "adamw" else {"matmul_precision": precision}
+    more = support.limits(variant, matmul_precision=precision)
     steps, schedule = 17, {3: (0,), 4: (0, 1), 10: (2,), 12: (3,), 13: (3,), 16: (0, 2)}
     if INTERPRETED:
         steps = 11
@@ -105,7 +106,7 @@ def test_bad_gradients_are_left_out_as_on_a_cpu(variant, precision):
             for i, entry in zip(bad, entries, strict=True):
                 assert torch.equal(params[i], before[i])
                 now = optimizer.state_dict()["state"][i]
-                refreshed = variant != "adamw" and (t - late(variant)) % 5 == 0
+                refreshed = variant in PRECONDITIONED and (t - late(variant)) % 5 == 0
                 for name, x in entry.items():
                     if isinstance(x, torch.Tensor) and name != "step" and not refreshed:
                         assert torch.equal(x, now[name]), name
@@ -121,13 +122,13 @@ def test_bad_gradients_are_left_out_as_on_a_cpu(variant, precision):
         torch.testing.assert_close(a, b.cpu(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("variant", ["eshampoo_adaptive", "adamw"])
+@pytest.mark.parametrize("variant", ["eshampoo_adaptive", "nadamw"])
 def test_the_limit_is_an_error_at_a_check(variant):
     params = parameters(DEVICE)
     optimizer = on_device(make(variant, params, nonfinite_limit=4, **limits(variant)))
     for t in range(1, 6):
         give(params, t, bad=(1,))
-        if t == 5 and variant != "adamw":
+        if t == 5 and variant != "nadamw":
             with pytest.raises(NonFiniteGradientError, match="parameter 1 5 .of 5"):
                 optimizer.step()
         else:
@@ -141,7 +142,7 @@ def test_the_limit_is_an_error_at_a_check(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_recorded_step_with_bad_gradients_does_not_wait_for_the_device(variant):
     params = parameters("cuda")
-    frequency = {} if variant == "adamw" else {"precondition_frequency": 4, **LIMITS}
+    frequency = support.limits(variant, precondition_frequency=4, **LIMITS)
     optimizer = make(variant, params, **frequency)
     for t in range(1, 24):
         give(params, t, bad=(0, 3) if t % 3 == 0 else ())

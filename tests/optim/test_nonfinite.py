@@ -10,16 +10,22 @@ from algoperf_shampoo.optim import nonfinite
 from algoperf_shampoo.optim.blocks import state_dict
 from algoperf_shampoo.optim.nonfinite import BOUND, NonFiniteGradientError, Skipped
 
-from .support import STARTS, VARIANTS, ReferenceParameter, bases_of, gradients, late, make
+from .support import (
+    PRECONDITIONED,
+    STARTS,
+    VARIANTS,
+    ReferenceParameter,
+    bases_of,
+    gradients,
+    late,
+    limits,
+    make,
+)
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 SHAPES = [(17, 4), (9,), (17, 4), (6, 5, 3), ()]
 KEPT = ("0.exp", "0.fac", "0.ope", "0.eig", "0.roo")  # what must be finite in a saved state
 BAD = [float("nan"), float("inf"), -float("inf"), 1e30, BOUND[torch.float32]]
-
-
-def limits(variant, **settings):
-    return {} if variant == "adamw" else settings
 
 
 def start():
@@ -95,7 +101,7 @@ def test_against_the_reference(variant, missing):
 
 @variants
 def test_a_check_that_is_due_takes_place_without_the_gradient(variant):
-    if variant == "adamw":
+    if variant not in PRECONDITIONED:
         pytest.skip("no checks")
     params = start()
     optimizer = make(variant, params, max_preconditioner_dim=16)
@@ -147,7 +153,7 @@ def test_too_many_in_a_row_are_an_error_of_a_complete_step(variant):
     last = 10 + late(variant)
     for t in range(1, last + 1):
         give(params, t, bad=(1, 3) if t != 2 else (3,))
-        if variant != "adamw" and t == last:  # the check after the seventh
+        if variant in PRECONDITIONED and t == last:  # the check after the seventh
             found = f"parameter 1 {last - 2} .of {last - 1} in all., param"
             with pytest.raises(NonFiniteGradientError, match=found):
                 optimizer.step()
