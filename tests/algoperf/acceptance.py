@@ -1,10 +1,11 @@
 """Acceptance of the submissions under AlgoPerf's own runner on a CPU. Takes minutes a workload.
 
-``ALGOPERF_PYTHON=... python tests/algoperf/acceptance.py --data DIR --work DIR --out DIR`` runs,
+``ALGOPERF_PYTHON=... python -m tests.algoperf.acceptance --data DIR --work DIR --out DIR`` runs,
 for each variant and workload, on ``make data-algoperf-mini``'s data:
 
 * two processes, batches recorded from AlgoPerf's pipeline;
-* the same batches again, both processes killed half way and the run resumed;
+* the same batches again, both processes killed half way and the run resumed, from a checkpoint of a
+  few steps before, which already holds bases;
 * the same global batches in one process, half by half, also killed and resumed;
 * with ``--controls``, one process on the batches joined, and joined the other way round: what
   rounding alone does to a run. Eigenvectors of a singular factor are arbitrary in its null space,
@@ -33,8 +34,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from algoperf_shampoo.harness import standalone
+from algoperf_shampoo.harness import standalone, submission_loader
 from algoperf_shampoo.study import export
+from tests.algoperf import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = Path(__file__).with_name("instrumented_runner.py")
@@ -44,16 +46,12 @@ FOLDERS = {
     "imagenet_vit_minidata": "imagenet/pytorch",
     "ogbg_minidata": "ogbg",
 }
-SETTINGS = {  # global batch, seconds between evaluations
-    "mnist": ("64", "3"),
-    "fastmri_minidata": ("2", "45"),
-    "imagenet_vit_minidata": ("8", "60"),
-    "ogbg_minidata": ("32", "30"),
-}
+BATCH = {"mnist": 64, "fastmri_minidata": 2, "imagenet_vit_minidata": 8, "ogbg_minidata": 32}
 PYTHON = os.environ.get("ALGOPERF_PYTHON", sys.executable)
 PACKAGE = "algoperf_shampoo"
 STARTERS = ["harness.algoperf.runner", "harness.algoperf.worker"]
-
+# Launches that are killed, and how they end: torchrun says 1 of a worker's death.
+KILLED = {"two_killed": 1, "one_killed": -9, "killed": -9}
 
 
 class Case:
@@ -61,6 +59,9 @@ class Case:
 
     def __init__(self, args: argparse.Namespace, variant: str, workload: str) -> None:
         self.args, self.variant, self.workload = args, variant, workload
+        self.killed_before = args.steps // 2 + 1  # counted from 0
+        # After a check of the bases, and some steps before the kill: they are done again.
+        self.saved_after = 3 * args.steps // 8
         self.work = args.work / f"{variant}_{workload}"
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(parents=True)
@@ -107,7 +108,6 @@ class Case:
 
     def run(self, name: str, processes: int, **environment: str) -> int:
         """One launch of the runner into the folder of ``name``; its exit code."""
-        batch, period = SETTINGS[self.workload]
         data = self.args.data / FOLDERS[self.workload]
         steps = self.args.steps
         start = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
@@ -133,9 +133,8 @@ class Case:
         settings = {
             # The schedule ends at 0.6 of the step hint: past the run.
             "STEP_HINT": str(math.ceil(steps / 0.6) + 20),
-            # In brief, after the first step and at the end.
-            "EVAL_PERIOD": "3600" if self.args.brief else period,
-            "BATCH": batch,
+            "EVAL_AFTER": str(self.saved_after),
+            "BATCH": str(BATCH[self.workload]),
             "TRACE": str(self.work / name),
             "OMP_NUM_THREADS": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -190,7 +189,7 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
     case = Case(args, variant, workload)
     batches = case.work / "batches"
     batches.mkdir()
-    middle = str(args.steps // 2 + 1)
+    middle = str(case.killed_before)
     codes = {"two": case.run("two", 2, RECORD=str(batches))}
     replay = {"REPLAY": str(batches)}
     codes["two_killed"] = case.run("two_resumed", 2, KILL_AT=middle, **replay)
@@ -227,12 +226,15 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
         "distance_resumed_unbroken_two": case.distance("two", "two_resumed"),
         "distance_one_two": case.distance("two", "one_resumed"),
         "eigenbasis": _last_counts(case.folder("two") / "measurements.csv"),
+        "all_finite": all(math.isfinite(loss) for loss in losses),
+        "resumed_from_step": _last_before_preemption(case.folder("two_resumed")),
         "evaluations": _rows(case.folder("two_resumed") / "eval_measurements.csv"),
         "checkpoints": sorted(p.name for p in case.folder("two_resumed").glob("checkpoint_*")),
     }
     if args.controls:
         result["distance_one_joined_two"] = case.distance("two", "joined")
         result["distance_one_joined_swapped"] = case.distance("joined", "swapped")
+    result["wrong"] = wrong(case, result)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.prefix}{variant}_{workload}"
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -251,26 +253,57 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
 def accept_briefly(args: argparse.Namespace, variant: str, workload: str) -> dict[str, Any]:
     """One process, killed half way and resumed; what came of it."""
     case = Case(args, variant, workload)
-    middle = args.steps // 2 + 1
-    codes = {"killed": case.run("one", 1, KILL_AT=str(middle)), "resumed": case.run("one", 1)}
+    kill_at = str(case.killed_before)
+    codes = {"killed": case.run("one", 1, KILL_AT=kill_at), "resumed": case.run("one", 1)}
     trace = case.trace("one")
     folder = case.folder("one")
     losses = [entry["loss"] for _, entry in sorted(trace.items())]
     result: dict[str, Any] = {
         **_setting(args, case, variant, workload),
-        "killed_before_step": middle,
         "exit_codes": codes,
-        "steps_seen": len(trace),
+        "steps_seen": {"one": len(trace)},
         "losses": losses,
         "all_finite": all(math.isfinite(loss) for loss in losses),
+        "resumed_from_step": _last_before_preemption(folder),
         "eigenbasis": _last_counts(folder / "measurements.csv"),
         "evaluations": _rows(folder / "eval_measurements.csv"),
         "checkpoints": sorted(p.name for p in folder.glob("checkpoint_*")),
     }
+    result["wrong"] = wrong(case, result)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.prefix}{variant}_{workload}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def wrong(case: Case, result: dict[str, Any]) -> list[str]:
+    """What of a record is not as it should be, a line each."""
+    codes = result["exit_codes"]
+    found = [
+        f"{name}: exit code {code}" for name, code in codes.items() if code != KILLED.get(name, 0)
+    ]
+    for name, steps in result["steps_seen"].items():
+        if steps != case.args.steps:
+            found.append(f"{name}: {steps} steps of {case.args.steps}")
+    if result["resumed_from_step"] != case.saved_after:
+        found.append(f"resumed from step {result['resumed_from_step']}, not {case.saved_after}")
+    if not result["all_finite"]:
+        found.append("losses that are not finite")
+    for name, equal in result.get("replicas_equal_at_every_step", {}).items():
+        if not equal:
+            found.append(f"{name}: replicas differ")
+    if not result.get("resumed_equals_unbroken_two_bitwise", True):
+        found.append("the resumed run is not the unbroken one")
+    if result.get("distance_one_two", (0.0, 0.0)) != (0.0, 0.0):
+        found.append("one process and two part on the same gradients")
+    counts = {row["global_step"]: row for row in result["eigenbasis"]}
+    if "precondition_frequency" in case.point:
+        for step in (case.saved_after, case.args.steps):
+            if not counts.get(step, {}).get("eigenbasis_refreshes"):
+                found.append(f"no refresh by step {step}")
+        if any(row["eigenbasis_failures"] for row in counts.values()):
+            found.append("decompositions failed")
+    return found
 
 
 def _setting(
@@ -282,10 +315,11 @@ def _setting(
         "workload": workload,
         "submission": "exported, without the package" if args.exported else "in the package",
         "ruleset": args.ruleset,
-        "commit": _commit(),
+        **provenance.of_this_run(),
         "point": case.point,
         "steps": args.steps,
-        "global_batch_size": int(SETTINGS[workload][0]),
+        "killed_before_step": case.killed_before,
+        "global_batch_size": BATCH[workload],
         "model": _model(workload),
     }
 
@@ -298,17 +332,18 @@ def _model(workload: str) -> str:
     return "the workload's"
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def _last_counts(path: Path) -> list[dict[str, float]]:
     """The eigenbasis counters in the log: step, checks, refreshes, failures."""
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("eigenbasis_checks")]
     names = ("global_step", "eigenbasis_checks", "eigenbasis_refreshes", "eigenbasis_failures")
     return [{name: float(row[name]) for name in names} for row in rows]
+
+
+def _last_before_preemption(folder: Path) -> float:
+    """Step of the checkpoint that was gone on from: the runner saves at each evaluation."""
+    rows = _rows(folder / "eval_measurements.csv")
+    return max(row["global_step"] for row in rows if not row["preemption_count"])
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
@@ -319,12 +354,12 @@ def _rows(path: Path) -> list[dict[str, float]]:
 
 
 def main() -> int:
-    """Run the cases; 1 if one did not even run."""
+    """Run the cases; 1 if one is not as it should be, or did not even run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variants", default="eshampoo_adaptive,eshampoo_fixed,shampoo_grafting")
+    parser.add_argument("--variants", default=",".join(submission_loader.variants(ROOT)))
     parser.add_argument("--workloads", default=",".join(FOLDERS))
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--frequency", type=int, default=5)
@@ -348,6 +383,8 @@ def main() -> int:
                 failed += 1
                 print(f"{variant} {workload}: {type(error).__name__}: {error}", flush=True)
                 continue
+            failed += bool(result["wrong"])
+            print(variant, workload, "; ".join(result["wrong"]) or "good")
             shown = ("exit_codes", "loss_first_last_quarter", "replicas_equal_at_every_step")
             shown += ("steps_seen", "all_finite", "checkpoints")
             print(variant, workload, {k: result[k] for k in shown if k in result}, flush=True)

@@ -5,7 +5,8 @@ wraps the submission's ``data_selection`` and ``update_params``, and does not to
 
 Environment: ``TRACE`` (prefix of the traces, one file a rank), ``RECORD`` or ``REPLAY`` (folder of
 batches), ``KILL_AT`` (step before which the process dies at once), ``BATCH`` (global batch size),
-``STEP_HINT``, ``EVAL_PERIOD``, ``VIT_VARIANT`` (another of AlgoPerf's ViT sizes than S/16),
+``STEP_HINT``, ``EVAL_AFTER`` (number of steps after which to evaluate, and save, beside the first
+and the last; the clock has no say), ``VIT_VARIANT`` (another of AlgoPerf's ViT sizes than S/16),
 ``FASTMRI_CHANNELS`` (another width of its U-Net than 32).
 
 One process that replays what two recorded gets the global batch as ``HALVES`` says: ``apart``
@@ -26,6 +27,8 @@ from typing import Any
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+# Seconds between evaluations, asked after every step. The runner counts the first from 1970.
+PERIOD = property(lambda workload: 0.0 if getattr(workload, "evaluate_now", False) else 1e8)
 
 
 def digest(model: Any) -> str:
@@ -92,6 +95,7 @@ def instrument(module: Any) -> None:
         step, workload = arguments["global_step"], arguments["workload"]
         if str(step) == environment("KILL_AT"):
             os.kill(os.getpid(), signal.SIGKILL)
+        workload.evaluate_now = str(step + 1) == environment("EVAL_AFTER")
         seen: dict[str, Any] = {}
         halves = arguments["batch"].pop("halves", None)
         original, forward = workload.loss_fn, workload.model_fn
@@ -141,7 +145,6 @@ def main() -> None:
         instrument(importlib.import_module(path))
         kinds: dict[str, tuple[str, Any]] = {
             "STEP_HINT": ("step_hint", int),
-            "EVAL_PERIOD": ("eval_period_time_sec", float),
         }
         if "fastmri" in values.workload:
             kinds["FASTMRI_CHANNELS"] = ("num_channels", int)
@@ -152,7 +155,8 @@ def main() -> None:
 
         def import_workload(*a: Any, **k: Any) -> Any:
             workload = load(*a, **k)
-            workload.__class__ = minidata.with_properties(type(workload), changes)
+            cls = minidata.with_properties(type(workload), changes)
+            workload.__class__ = type(cls.__name__, (cls,), {"eval_period_time_sec": PERIOD})
             return workload
 
         registry.import_workload = import_workload

@@ -1,15 +1,16 @@
 """``kill -9`` of a two-process run under AlgoPerf's own runner, at ten moments. Takes an hour.
 
-``ALGOPERF_PYTHON=... python tests/algoperf/kill_acceptance.py --data DIR --work DIR --out FILE``
-trains NAdamW on ``make data-algoperf-mini``'s OGBG with ``PROCESSES=2``, and kills, in a run folder
-each, the launcher, torchrun, a worker, or the launcher's process group; then gives the same
-command again, every second time at once, without a look at what is left. Measured per kill: how
-long any process of the launch lived on (30 s are allowed), and whether one was alive when the next
-launch had got as far as torchrun. At the end each run is let to its end: its evaluations must be
-one curve, as the log reader sees it, ``launches.json`` must say of every launch how it ended, and
-its parameters must be those of an unbroken run of as many steps, to the bit (resumed launches read
-past the batches already used: ``SHAMPOO_RESUME_DATA=replay``). ``--ruleset=self`` does it with the
-point built in.
+``ALGOPERF_PYTHON=... python -m tests.algoperf.kill_acceptance --data DIR --work DIR --out FILE``
+trains ``--variant`` on ``make data-algoperf-mini``'s OGBG by ``make submit-... PROCESSES=2``, and
+kills, in a run folder each, the launcher, torchrun, a worker, or make's process group; then gives
+the same command again, every second time at once, without a look at what is left. Measured per
+kill: how long any process of the launch lived on (30 s are allowed), and whether one was alive
+when the next launch had got as far as torchrun. At the end each run is let to its end: its
+evaluations must be one curve, as the log reader sees it, ``launches.json`` must say of every launch
+how it ended, and its parameters must be those of an unbroken run of as many steps, to the bit
+(resumed launches read past the batches already used: ``SHAMPOO_RESUME_DATA=replay``).
+``--ruleset=self`` does it with the point built in, ``--frequency`` with a check of the bases every
+so many steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 
-from algoperf_shampoo.harness import run_lock
 from algoperf_shampoo.harness.algoperf import folder, processes
 from algoperf_shampoo.study import logs
+from algoperf_shampoo.study.plan import Plan, make_plan
+from tests.algoperf import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOM = ("launcher", "torchrun", "worker", "group")
@@ -69,22 +70,20 @@ def make_data(source: Path, target: Path, period: int = 2) -> None:
 
 
 class Launch:
-    """One launch of the command, in a process group of its own."""
+    """One launch of the command, make, in a process group of its own."""
 
     def __init__(self, args: argparse.Namespace, out: Path, number: int, steps: int) -> None:
         self.number, self.marker = number, f"{out.name}-{number}"
-        label = "nadamw" if args.ruleset == "external" else "nadamw_self"
-        self.run_dir = out / label / "study_1" / "ogbg_minidata_pytorch" / "trial_1"
+        words = submit_words(args, args.work / "data", out, steps)
+        made = plan_of(args, args.work / "data", out)
+        self.run_dir = made.runs[0].run_dir
         self.console = self.run_dir / folder.CONSOLE
         self.from_byte = self.console.stat().st_size if self.console.exists() else 0
-        command = [sys.executable, "scripts/submit.py", "--variant=nadamw", "--workload=ogbg"]
-        command += ["--harness=algoperf", "--size=mini", "--processes=2", f"--steps={steps}"]
-        command += [f"--data_dir={args.work / 'data'}", f"--out={out}", f"--ruleset={args.ruleset}"]
         with (args.work / f"{out.name}.log").open("a") as log:
             self.process = subprocess.Popen(
-                command,
+                words,
                 cwd=ROOT,
-                env={**os.environ, MARK: self.marker, "PYTHONPATH": str(ROOT), **REPLAY},
+                env={**outside_make(), MARK: self.marker, "PYTHONPATH": str(ROOT), **REPLAY},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -120,15 +119,15 @@ class Launch:
         torchrun, workers = self.pids()
         if whom == "group":
             os.killpg(self.process.pid, signal.SIGKILL)
-            return "group of the launcher"
+            return "group of make and the launcher"
         if whom == "worker" and not workers:  # at the first moment there is none yet
             while not workers:
                 time.sleep(0.02)
                 workers = self.pids()[1]
         rank = self.number % 2 if len(workers) > 1 else 0
-        chosen = {"launcher": self.process.pid, "torchrun": torchrun}
+        assert torchrun is not None
+        chosen = {"launcher": parent_of(torchrun), "torchrun": torchrun}
         pid = workers[rank] if whom == "worker" else chosen[whom]
-        assert pid is not None
         os.kill(pid, signal.SIGKILL)
         return whom if whom != "worker" else f"worker, number {rank}"
 
@@ -143,6 +142,41 @@ class Launch:
             except OSError:
                 continue
         return found
+
+
+def submit_words(args: argparse.Namespace, data: Path, out: Path, steps: int) -> list[str]:
+    """The command of a user."""
+    words = ["make", "--no-print-directory", f"submit-{args.variant.replace('_', '-')}"]
+    words += ["VENV=none", f"PYTHON={sys.executable}", "WORKLOAD=ogbg", "SIZE=mini", "SEEDS=1"]
+    words += ["HARNESS=algoperf", "PROCESSES=2", f"RULESET={args.ruleset}", f"STEPS={steps}"]
+    words += [f"DATA_DIR={data}", f"OUT={out}"]
+    return words + ([f"F={args.frequency}"] if args.frequency else [])
+
+
+def plan_of(args: argparse.Namespace, data: Path, out: Path) -> Plan:
+    """What the command will run: for the name of its folder."""
+    return make_plan(
+        ROOT,
+        [args.variant],
+        workload="ogbg",
+        size="mini",
+        harness="algoperf",
+        data_dir=str(data),
+        f=args.frequency,
+        out=str(out),
+        ruleset=args.ruleset,
+    )
+
+
+def outside_make() -> dict[str, str]:
+    """The environment without what a make around us says to those below it."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+
+
+def parent_of(pid: int) -> int:
+    """The process that started it."""
+    text = Path(f"/proc/{pid}/stat").read_text()
+    return int(text[text.rindex(")") + 2 :].split()[1])
 
 
 def command_of(pid: int) -> str:
@@ -239,12 +273,6 @@ def accept(args: argparse.Namespace, whom: str) -> dict[str, Any]:
     return result
 
 
-def commit() -> str:
-    """Of the sources that ran."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def main() -> int:
     """Run the cases; 1 if one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -252,16 +280,17 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--whom", default=",".join(WHOM))
+    parser.add_argument("--variant", default="nadamw")
+    parser.add_argument("--frequency", help="F of the point; of variants with bases")
     parser.add_argument("--ruleset", default="external", choices=("external", "self"))
     args = parser.parse_args()
     args.data, args.work, args.out = (p.resolve() for p in (args.data, args.work, args.out))
     make_data(args.data, args.work / "data")
     results: dict[str, Any] = {
-        "what": "kill -9 of a two-process NAdamW run on ogbg_minidata under AlgoPerf's runner",
-        "commit": commit(),
+        "what": "kill -9 of a two-process run on ogbg_minidata under AlgoPerf's runner",
+        **provenance.of_this_run(),
+        "variant": args.variant,
         "ruleset": args.ruleset,
-        "machine": f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
-        "boot_id_known": run_lock.boot_id() is not None,
         "killed": {},
     }
     good = True

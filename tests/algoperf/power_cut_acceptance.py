@@ -1,6 +1,6 @@
 """Power cuts under AlgoPerf's own runner, simulated. Takes half an hour.
 
-``ALGOPERF_PYTHON=... python tests/algoperf/power_cut_acceptance.py --data DIR --work DIR --out
+``ALGOPERF_PYTHON=... python -m tests.algoperf.power_cut_acceptance --data DIR --work DIR --out
 FILE`` trains NAdamW on ``make data-algoperf-mini``'s OGBG and keeps account of what the disk was
 told to keep: of a file its bytes at its last fsync, of a folder its names at its own. The runner
 itself syncs nothing; the launcher does. After each fsync two folders are what a cut could leave:
@@ -17,7 +17,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import sys
 import time
@@ -29,7 +28,7 @@ from algoperf_shampoo.harness import disk
 from algoperf_shampoo.harness.algoperf import door, folder
 from algoperf_shampoo.study import logs
 from algoperf_shampoo.study.plan import Plan, make_plan
-from tests.algoperf import kill_acceptance
+from tests.algoperf import kill_acceptance, provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -187,9 +186,8 @@ def main() -> int:
     chosen = [images[i * (len(images) - 1) // (args.cuts - 1)] for i in range(args.cuts)]
     record: dict[str, Any] = {
         "what": "power cuts of a NAdamW run on ogbg_minidata under AlgoPerf's runner, simulated",
-        "commit": kill_acceptance.commit(),
+        **provenance.of_this_run(),
         "ruleset": args.ruleset,
-        "machine": f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
         "steps": STEPS,
         "fsyncs": len(watch.images) // 2,
         "different_folders": len(images),
