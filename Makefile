@@ -17,6 +17,7 @@ words.figures := RUNS OUT VERSION
 words.report := RUNS OUT TITLE VERSION
 words.repeat := RUN OUT DATA_DIR
 words.same-curves := BEFORE AFTER VARIANT WORKLOAD STEPS
+words.test-algoperf := PARTS DATA_DIR OUT ALGOPERF_PYTHON
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA ALGOPERF_COMMIT DRY_RUN
@@ -68,7 +69,7 @@ quoted = '$(subst ','\'',$(1))'
 IN_RUN := @exec sh scripts/in_venv.sh run
 IN_DEV := @exec sh scripts/in_venv.sh dev
 
-.PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm \
+.PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm test-algoperf \
   test-gpu test-kernels lint types table1 table3 tables rank figures report repeat study claims status same-curves \
   submission-pr FORCE
 .DEFAULT_GOAL := help
@@ -213,6 +214,11 @@ test-gpu: words ## the tests that need a CUDA device
 
 test-slurm: words ## a study on a real Slurm of two nodes on this machine (root; slurmctld slurmd munge)
 	@exec sh scripts/in_venv.sh dev -m pytest -m slurm tests/slurm
+
+# PARTS= of tests/algoperf/all_acceptance.py, OUT= for the records.
+test-algoperf: words ## AlgoPerf's own runner on a CPU: kills, power cuts, every variant and export; two hours
+	@OMP_NUM_THREADS=1 exec sh scripts/in_venv.sh dev -m tests.algoperf.all_acceptance \
+	  $(call flag,PARTS,parts) $(call flag,DATA_DIR,data_dir) $(call flag,OUT,out)
 
 test-kernels: words ## the GPU kernels without a GPU: compiled, and interpreted (Linux)
 	@exec sh scripts/in_venv.sh dev-kernels -m pytest -n auto tests/optim/test_kernels_compile.py

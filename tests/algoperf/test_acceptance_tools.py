@@ -1,0 +1,97 @@
+"""The tools of the acceptance runs say what is wrong, and leave no variant out."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from algoperf_shampoo.errors import UserError
+from algoperf_shampoo.harness import submission_loader
+from tests.algoperf import acceptance, all_acceptance, kill_acceptance, provenance
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD: dict[str, Any] = {
+    "exit_codes": {"two": 0, "two_killed": 1, "two_resumed": 0, "one_killed": -9},
+    "steps_seen": {"two": 32},
+    "resumed_from_step": 12.0,
+    "all_finite": True,
+    "replicas_equal_at_every_step": {"two": True},
+    "resumed_equals_unbroken_two_bitwise": True,
+    "distance_one_two": (0.0, 0.0),
+    "eigenbasis": [
+        {"global_step": step, "eigenbasis_refreshes": 6.0, "eigenbasis_failures": 0.0}
+        for step in (12.0, 32.0)
+    ],
+}
+HARM: list[tuple[str, Any, str]] = [
+    ("exit_codes", {"two": 0, "two_killed": 0}, "two_killed: exit code 0"),
+    ("exit_codes", {"two": 1}, "two: exit code 1"),
+    ("steps_seen", {"two": 31}, "two: 31 steps of 32"),
+    ("resumed_from_step", 1.0, "resumed from step 1.0, not 12"),
+    ("all_finite", False, "losses that are not finite"),
+    ("replicas_equal_at_every_step", {"two": False}, "two: replicas differ"),
+    ("resumed_equals_unbroken_two_bitwise", False, "the resumed run is not the unbroken one"),
+    ("distance_one_two", (1e-9, 1e-8), "one process and two part on the same gradients"),
+    ("eigenbasis", GOOD["eigenbasis"][1:], "no refresh by step 12"),
+    ("eigenbasis", [{**row, "eigenbasis_failures": 1.0} for row in GOOD["eigenbasis"]], "failed"),
+]
+
+
+def case(point: dict[str, Any]) -> Any:
+    args = argparse.Namespace(steps=32)
+    return SimpleNamespace(args=args, saved_after=12, point=point)
+
+
+def test_a_good_case_has_nothing_wrong_and_each_harm_is_named() -> None:
+    made = case({"precondition_frequency": 5})
+    assert acceptance.wrong(made, GOOD) == []
+    for name, value, line in HARM:
+        (found,) = acceptance.wrong(made, {**GOOD, name: value})
+        assert line in found
+    assert acceptance.wrong(case({}), {**GOOD, "eigenbasis": []}) == []
+
+
+def test_every_variant_is_tried_under_algoperfs_runner() -> None:
+    old = set(all_acceptance.OLD.removeprefix("--variants=").split(","))
+    newer = [name for names in all_acceptance.OURS.values() for name in names.split(",")]
+    assert len(newer) == len(set(newer)) and not old & set(newer)
+    assert old | set(newer) == set(submission_loader.variants(ROOT))
+
+
+def test_parts_are_commands_of_tools_that_there_are(tmp_path: Path) -> None:
+    assert all_acceptance.chosen("kills,cuts") == ["cuts", "kills"]
+    assert all_acceptance.chosen("") == [*all_acceptance.PARTS]
+    with pytest.raises(UserError, match="no part 'cut': there is cuts, kills"):
+        all_acceptance.chosen("kills,cut")
+    outs = []
+    for part, commands in all_acceptance.PARTS.items():
+        for words in commands:
+            whole = all_acceptance.command(part, words, tmp_path / "data", tmp_path / "out")
+            assert importlib.util.find_spec(whole[2]) is not None
+            outs += [word for word in whole if word.startswith("--out=")]
+            assert len([word for word in whole if word.startswith("--out=")]) == 1
+    assert f"--out={tmp_path}/out/power_cuts.json" in outs and f"--out={tmp_path}/out" in outs
+
+
+def test_records_name_no_place_of_a_machine() -> None:
+    assert doctest.testmod(provenance).attempted and doctest.testmod(provenance).failed == 0
+    spaced = ["kill_acceptance.py", "--work", "/x y", "--data=/z", "--ruleset", "self"]
+    expected = "python -m tests.algoperf.kill_acceptance --work=WORK --data=DATA --ruleset self"
+    assert provenance.command(spaced) == expected
+
+
+def test_a_killed_run_is_the_command_of_a_user(tmp_path: Path) -> None:
+    args = argparse.Namespace(variant="eshampoo_adaptive", ruleset="self", frequency="3")
+    (tmp_path / "data").mkdir()
+    words = kill_acceptance.submit_words(args, tmp_path / "data", tmp_path / "out", 7)
+    assert words[0] == "make" and "submit-eshampoo-adaptive" in words
+    assert {"PROCESSES=2", "RULESET=self", "STEPS=7", "F=3"} <= set(words)
+    run = kill_acceptance.plan_of(args, tmp_path / "data", tmp_path / "out").runs[0]
+    assert run.ruleset == "self" and run.hparams["precondition_frequency"] == 3
+    assert run.run_dir.is_relative_to(tmp_path / "out")
