@@ -42,7 +42,10 @@ def cases(*more: str) -> list[tuple[str, ...]]:
 
 # What is run for a part: a module of this folder, its record (none: it names its own) and options.
 PARTS: dict[str, list[tuple[str, ...]]] = {
-    "cuts": [("power_cut_acceptance", "--out=power_cuts.json")],
+    "cuts": [
+        ("power_cut_acceptance", "--out=power_cuts.json"),
+        ("power_cut_acceptance", "--out=power_cuts_unmended.json", "--unmended", "--cuts=10"),
+    ],
     "kills": [("kill_acceptance", "--out=kills.json")],
     "kills-self": [("kill_acceptance", "--out=kills_self.json", "--ruleset=self", *ADAPTIVE)],
     "variants": cases(),
@@ -68,7 +71,7 @@ def chosen(words: str) -> list[str]:
     return [name for name in PARTS if name in names]
 
 
-def command(part: str, words: Sequence[str], data: Path, out: Path) -> list[str]:
+def command(words: Sequence[str], data: Path, work: Path, out: Path) -> list[str]:
     """One command of a part, with its places."""
     module, *options = words
     record = [word for word in options if word.startswith("--out=")]
@@ -76,7 +79,7 @@ def command(part: str, words: Sequence[str], data: Path, out: Path) -> list[str]
     place = out / record[0].removeprefix("--out=") if record else out
     head = [sys.executable, "-m", f"tests.algoperf.{module}", f"--out={place}"]
     if module != "workflow_acceptance":
-        head += [f"--data={data}", f"--work={out / 'work' / part}"]
+        head += [f"--data={data}", f"--work={work}"]
     return [*head, *rest]
 
 
@@ -102,16 +105,17 @@ def main() -> int:
     environment = {**os.environ, **SMALL, env.PYTHON_VARIABLE: found.executable}
     failed = []
     for part in parts:
-        shutil.rmtree(out / "work" / part, ignore_errors=True)
+        work = out / "work" / part
+        shutil.rmtree(work, ignore_errors=True)
         codes = []
-        for words in PARTS[part]:
-            whole = command(part, words, data, out)
+        for number, words in enumerate(PARTS[part]):
+            whole = command(words, data, work / str(number), out)
             print(f"{part}: {' '.join(whole[1:])}", flush=True)
             codes.append(subprocess.run(whole, cwd=ROOT, env=environment).returncode)
         if any(codes):
             failed.append(part)
         else:
-            shutil.rmtree(out / "work" / part, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
     print(f"{len(parts) - len(failed)} of {len(parts)} parts went well; records: {out}")
     if failed:
         print(f"failed: {', '.join(failed)}; their runs: {out / 'work'}")

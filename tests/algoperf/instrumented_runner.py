@@ -6,8 +6,9 @@ wraps the submission's ``data_selection`` and ``update_params``, and does not to
 Environment: ``TRACE`` (prefix of the traces, one file a rank), ``RECORD`` or ``REPLAY`` (folder of
 batches), ``KILL_AT`` (step before which the process dies at once), ``BATCH`` (global batch size),
 ``STEP_HINT``, ``EVAL_AFTER`` (number of steps after which to evaluate, and save, beside the first
-and the last; the clock has no say), ``VIT_VARIANT`` (another of AlgoPerf's ViT sizes than S/16),
-``FASTMRI_CHANNELS`` (another width of its U-Net than 32).
+and the last; the clock has no say), ``EVAL_BATCH`` (another batch size of evaluations),
+``VIT_VARIANT`` (another of AlgoPerf's ViT sizes than S/16), ``FASTMRI_CHANNELS`` (another width of
+its U-Net than 32).
 
 One process that replays what two recorded gets the global batch as ``HALVES`` says: ``apart``
 sends the halves through the model one after the other, so that gradients have the very bits of two
@@ -145,6 +146,7 @@ def main() -> None:
         instrument(importlib.import_module(path))
         kinds: dict[str, tuple[str, Any]] = {
             "STEP_HINT": ("step_hint", int),
+            "EVAL_BATCH": ("eval_batch_size", int),
         }
         if "fastmri" in values.workload:
             kinds["FASTMRI_CHANNELS"] = ("num_channels", int)

@@ -8,6 +8,9 @@ without the names that were not synced, and with them but without data that were
 command goes on from each of ``--cuts`` of them, evenly spread. Its parameters in the end must be
 an unbroken run's to the bit, its evaluations one curve that begins with those of the last
 checkpoint that was safe, and its row's cell what the unbroken run's is.
+
+With ``--unmended`` the launcher brings checkpoints to disk, and nothing else that the runner wrote:
+then a cut must do harm, or this could not see any.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk
 from algoperf_shampoo.harness.algoperf import door, folder
 from algoperf_shampoo.study import logs
@@ -141,6 +145,13 @@ def train(made: Plan) -> tuple[int, list[str]]:
     return door.launch(made, {"steps": str(STEPS)}, echo=said.append), said
 
 
+def sync_checkpoints_alone(run_dir: Path) -> None:
+    """In the place of :func:`.folder.sync`, what it was before it was mended."""
+    for path in folder.checkpoints(run_dir)[:1]:
+        disk.sync_file(path)
+    disk.sync_folder(run_dir)
+
+
 def cell(run_dir: Path) -> tuple[str, int | None, list[str]]:
     """What a table says of the run."""
     trial = logs.read_trial(run_dir)
@@ -168,9 +179,12 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--ruleset", default="external", choices=("external", "self"))
+    parser.add_argument("--unmended", action="store_true", help="wants harm to be seen")
     args = parser.parse_args()
     args.data, args.work, args.out = (p.resolve() for p in (args.data, args.work, args.out))
     os.environ |= kill_acceptance.REPLAY
+    if args.unmended:
+        folder.sync = sync_checkpoints_alone
     # The run that is cut evaluates, and saves, after every step; one that goes on at its end.
     kill_acceptance.make_data(args.data, args.work / "often", 0)
     kill_acceptance.make_data(args.data, args.work / "seldom", 3600)
@@ -188,6 +202,7 @@ def main() -> int:
         "what": "power cuts of a NAdamW run on ogbg_minidata under AlgoPerf's runner, simulated",
         **provenance.of_this_run(),
         "ruleset": args.ruleset,
+        "unmended": args.unmended,
         "steps": STEPS,
         "fsyncs": len(watch.images) // 2,
         "different_folders": len(images),
@@ -200,7 +215,10 @@ def main() -> int:
         again = plan(args, args.work / f"cut_{number}", "seldom")
         place = again.runs[0].run_dir
         watch.restore(image, place)
-        failed, said = train(again)
+        try:
+            failed, said = train(again)
+        except UserError as error:  # refused
+            failed, said = 1, [f"error: {error}"]
         good = not failed
         entry: dict[str, Any] = {"after": image.after, "lost": image.lost, "failed": failed}
         entry["safe_step"], entry["said"] = image.saved_step, said
@@ -245,7 +263,9 @@ def main() -> int:
         record["cuts"] = [json.loads(p.read_text()) for p in paths if p.is_file()]
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     cuts = record["cuts"]
-    return 0 if not failed and len(cuts) == len(chosen) and all(c["good"] for c in cuts) else 1
+    whole_record = not failed and len(cuts) == len(chosen)
+    good = [cut["good"] for cut in cuts]
+    return 0 if whole_record and (not all(good) if args.unmended else all(good)) else 1
 
 
 if __name__ == "__main__":

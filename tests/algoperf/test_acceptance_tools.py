@@ -70,9 +70,10 @@ def test_parts_are_commands_of_tools_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no part 'cut': there is cuts, kills"):
         all_acceptance.chosen("kills,cut")
     outs = []
-    for part, commands in all_acceptance.PARTS.items():
+    places = tmp_path / "data", tmp_path / "work", tmp_path / "out"
+    for commands in all_acceptance.PARTS.values():
         for words in commands:
-            whole = all_acceptance.command(part, words, tmp_path / "data", tmp_path / "out")
+            whole = all_acceptance.command(words, *places)
             assert importlib.util.find_spec(whole[2]) is not None
             outs += [word for word in whole if word.startswith("--out=")]
             assert len([word for word in whole if word.startswith("--out=")]) == 1
