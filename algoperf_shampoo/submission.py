@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +22,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from . import batch_sizes, points
+from . import batch_sizes, factor_log, points
 from .contract import ForwardPassMode
 from .optim import PreconditionedOptimizer
+from .optim.telemetry import COLUMNS, Telemetry, describe
 
 log = logging.getLogger(__name__)
 
 # Set to "replay" to read past the batches that were used before a run under AlgoPerf's harness was
 # resumed (exact continuation, but on the clock); by default the input pipeline starts over.
 RESUME_DATA = "SHAMPOO_RESUME_DATA"
+# Checks of factors that are written down in a run of the whole schedule, at most.
+SAMPLES = 100
 
 MakeOptimizer = Callable[
     [list[torch.nn.Parameter], Any, "dist.ProcessGroup | None"], PreconditionedOptimizer
@@ -101,10 +105,19 @@ class Monitor:
     """Training loss since the last evaluation, kept on the device, and the batches drawn so far.
 
     Logging inside update_params is on the benchmark's clock, so nothing is read or written
-    before prepare_for_eval.
+    before prepare_for_eval. The factors' telemetry, which is more, is read off the clock: where
+    the embedded harness flushes its tables; under AlgoPerf's in :meth:`state_dict`, which that
+    calls on rank 0 when it saves a checkpoint after an evaluation.
+
+    Args:
+        telemetry: of the optimizer's factors, if they are watched.
+        file: of its rows under AlgoPerf's harness.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, telemetry: Telemetry | None = None, file: factor_log.FactorLog | None = None
+    ) -> None:
+        self.telemetry, self.file = telemetry, file
         self.batches = 0
         self.resumed_here = False  # batches were drawn by an earlier process
         self._sum: Tensor | None = None
@@ -124,11 +137,21 @@ class Monitor:
         return {"loss": mean}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches, "sum": self._sum, "count": self._count}
+        state: dict[str, Any] = {"batches": self.batches, "sum": self._sum, "count": self._count}
+        if self.telemetry is not None:
+            if self.file is not None:
+                self.file.append(self.telemetry.rows())
+                state[factor_log.NAME] = self.file.content
+            state["telemetry"] = self.telemetry.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.batches, self._sum, self._count = state["batches"], state["sum"], state["count"]
         self.resumed_here = True
+        if self.telemetry is not None and "telemetry" in state:
+            self.telemetry.load_state_dict(state["telemetry"])
+        if self.file is not None:
+            self.file.replace(state.get(factor_log.NAME, ""))
 
 
 class Submission:
@@ -203,7 +226,8 @@ class Submission:
                     group[name] = int(getattr(point, name) * total)
         warmup = int(point.warmup_factor * total)
         scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
-        return {"optimizer": optimizer, "scheduler": scheduler, "monitor": Monitor()}
+        monitor = Monitor(*_watch(optimizer, model_params, total))
+        return {"optimizer": optimizer, "scheduler": scheduler, "monitor": monitor}
 
     def update_params(
         self,
@@ -281,9 +305,14 @@ class Submission:
         metrics["gradients_skipped"] = sum(count.total for count in skipped.values())
         in_a_row = [count.in_a_row for count in skipped.values()]
         metrics["gradients_skipped_in_a_row"] = max(in_a_row, default=0)
-        if getattr(workload, "metrics_logger", None) is not None:  # None off rank 0
-            workload.metrics_logger.append_scalar_metrics(metrics, global_step)
+        logger = getattr(workload, "metrics_logger", None)
+        if logger is not None:  # None off rank 0
+            logger.append_scalar_metrics(metrics, global_step)
             log.info("step %d: %s", global_step, metrics)
+        if (telemetry := optimizer.telemetry) is not None:
+            telemetry.gather(_process_group())
+            if logger is not None and hasattr(logger, "append_rows"):  # the embedded harness's
+                logger.append_rows(factor_log.NAME, telemetry.rows)
         optimizer.check_gradients()
         return optimizer_state, current_param_container, model_state
 
@@ -321,6 +350,29 @@ class Submission:
 def _train_mode() -> Any:
     """ForwardPassMode.TRAIN of the harness at work: AlgoPerf's once it has been imported."""
     return getattr(sys.modules.get("algoperf.spec"), "ForwardPassMode", ForwardPassMode).TRAIN
+
+
+def _watch(
+    optimizer: PreconditionedOptimizer, model: torch.nn.Module, total_steps: float
+) -> tuple[Telemetry | None, factor_log.FactorLog | None]:
+    """Watch the optimizer's factors, where that is wanted and there are any.
+
+    Raises:
+        ValueError: what the environment says is neither "off" nor a folder.
+    """
+    variable = factor_log.VARIABLE
+    asked = os.environ.get(variable, "")
+    if asked not in ("", "off") and not Path(asked).is_dir():
+        raise points.PointError(f'{variable}={asked}: it must be "off", or a folder that is there')
+    under_algoperf = "algoperf.spec" in sys.modules
+    wanted = asked != "off" and (asked or not under_algoperf)
+    if not wanted or not any(True for _ in optimizer.factor_sets()):
+        return None, None
+    every = max(1, math.ceil(total_steps / SAMPLES))
+    optimizer.telemetry = Telemetry(optimizer, describe(model), every)
+    if not under_algoperf or (_process_group() and dist.get_rank()):
+        return optimizer.telemetry, None
+    return optimizer.telemetry, factor_log.FactorLog(Path(asked), COLUMNS)
 
 
 def _process_group() -> dist.ProcessGroup | None:

@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "algoperf_shampoo"
 SHARED = set(
-    "batch_sizes contract errors interrupt json_input paths points versions".split() + [""]
-)
+    "batch_sizes contract errors factor_log interrupt json_input paths points versions".split()
+) | {""}
 """Modules of the package that any other may use but optim; "" is the package itself."""
 BELOW = {
     "study": {"harness", "workloads", "optim"} | SHARED,

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from algoperf_shampoo import factor_log
 from algoperf_shampoo.harness import disk
 
 MEASUREMENTS, EVALS, LOSSES = "measurements.csv", "eval_measurements.csv", "step_losses.csv"
+TABLES = (MEASUREMENTS, EVALS, LOSSES, factor_log.NAME)
 
 
 def write_json(path: Path, content: Any, sync_name: bool = True) -> None:
@@ -122,9 +124,10 @@ class MetricsLogger:
         """
         self._tables = {
             name: CsvTable(run_dir / name, contents.get(name, ""))
-            for name in (MEASUREMENTS, EVALS, LOSSES)
+            for name in TABLES
         }
         self._pending: dict[str, list[dict[str, Any]]] = {name: [] for name in self._tables}
+        self._makers: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []
 
     def append_scalar_metrics(
         self,
@@ -145,6 +148,17 @@ class MetricsLogger:
         """Losses of training steps, as (1-based step, mean loss over its valid examples)."""
         self._pending[LOSSES] += [{"global_step": step, "loss": loss} for step, loss in losses]
 
+    def append_rows(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> None:
+        """Rows of another table, made at the next flush, off the clock; AlgoPerf's logger has no
+        such method.
+
+        Raises:
+            ValueError: no table of a run folder.
+        """
+        if name not in self._tables:
+            raise ValueError(f"{name!r} is no table of a run: {', '.join(TABLES)}")
+        self._makers.append((name, make))
+
     def flush(self, before_rewriting: Callable[[], None] = lambda: None) -> None:
         """Write what is pending, to disk.
 
@@ -155,6 +169,9 @@ class MetricsLogger:
         Raises:
             DiskError: a file is gone, or cannot be written.
         """
+        for name, make in self._makers:
+            self._pending[name] += make()
+        self._makers.clear()
         pending = {name: [_plain(row) for row in rows] for name, rows in self._pending.items()}
         if any(table.brings_columns(pending[name]) for name, table in self._tables.items()):
             before_rewriting()

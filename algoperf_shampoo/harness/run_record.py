@@ -165,7 +165,7 @@ class RunRecord:
 
     def _check_files(self, found: dict[str, Any]) -> None:
         """The CSVs and hparams.json are made again; the record and the other files cannot be."""
-        rebuilt = (record.EVALS, record.MEASUREMENTS, record.LOSSES, "hparams.json")
+        rebuilt = (*record.TABLES, "hparams.json")
         found_problems = seal.problems(self._run.run_dir, found, ended=False)
         lost = [p for p in found_problems if p.split(":")[0] not in rebuilt]
         if lost:

@@ -198,7 +198,7 @@ class _Training:
             self.ledger.unseal()
         checkpoint.discard_after(run_dir, self.global_step)
         if self.saved_step is None and self.preemption_count:
-            for name in (record.EVALS, record.MEASUREMENTS, record.LOSSES):
+            for name in record.TABLES:
                 if (run_dir / name).exists():
                     disk.set_aside(run_dir / name)
         self.logger = record.MetricsLogger(run_dir, self._contents)

@@ -28,6 +28,7 @@ PATTERNS = (
     "eval_measurements.csv",
     "measurements.csv",
     "step_losses.csv",
+    "factors.csv",
     "hparams.json",
     "meta_data_*.json",
     "flags_*.json",

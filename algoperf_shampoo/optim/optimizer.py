@@ -25,6 +25,7 @@ from .ops.linalg import matmul_precision
 from .refresh import refresh
 from .rule import Rule
 from .saving import Saving
+from .telemetry import Telemetry
 
 T = TypeVar("T")
 
@@ -89,6 +90,8 @@ class PreconditionedOptimizer(Saving):
         ValueError: an option out of range (named, with its range), or a parameter that is empty,
             sparse or not of real floating-point numbers (named by its number).
     """
+
+    telemetry: Telemetry | None = None  # watches the factors; copies and pickles are without
 
     def __init__(
         self,
@@ -166,6 +169,8 @@ class PreconditionedOptimizer(Saving):
             worst = [
                 self._step_group(number, here) for number, here in enumerate(present) if any(here)
             ]
+        if self.telemetry is not None:
+            self.telemetry.step += 1
         if any(worst):
             self.check_gradients()
         loss, self._loss = self._loss, None
@@ -278,6 +283,7 @@ class PreconditionedOptimizer(Saving):
             self.process_group,
             mend=h.skip,
             first=True,
+            telemetry=self.telemetry,
         )
         for stack in stacks:
             for row in rows[id(stack)]:
@@ -346,6 +352,7 @@ class PreconditionedOptimizer(Saving):
                 self.process_group,
                 step.run,
                 step.h.skip,
+                telemetry=self.telemetry,
             )
             for tau, due in _by_tau(step).items()
         ]

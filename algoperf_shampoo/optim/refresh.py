@@ -25,6 +25,7 @@ from .journal import Once, Run, directly_run
 from .ops import BasisChange, Operations, State
 from .ops.linalg import matmul_precision
 from .rule import Rule
+from .telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def refresh(
     run: Run = directly_run,
     mend: bool = True,
     first: bool = False,
+    telemetry: Telemetry | None = None,
 ) -> bool:
     """Check the factors of the rows that are due, and give those that fail a new operator.
 
@@ -59,6 +61,7 @@ def refresh(
         run: may record the check of all factors as a graph, see :mod:`.graphs`.
         mend: whether factors that are not finite start anew.
         first: whether the rows start now (``Rule.starts``).
+        telemetry: is told what is found.
 
     Returns:
         Whether memory that is borrowed was worked in.
@@ -72,11 +75,16 @@ def refresh(
     for factor_set, indices in due:
         score = {i: next(read) for i in indices}
         spoiled = [i for i, s in score.items() if math.isnan(s)]
+        if telemetry is not None:
+            once(telemetry.checked, factor_set, score, tau, rule.orthogonal)
         once(_count_checks, factor_set, indices, spoiled)
         if spoiled and mend:
             once(factor_set.factors.index_fill_, 0, _index(factor_set, spoiled), 0.0)
         if tau == 0 and rule.roots and (zero := [i for i, s in score.items() if s == 0]):
             once(_roots_of_zero, factor_set, zero, rule, beta2)
+            if telemetry is not None:
+                zeros = factor_set.factors.new_zeros(len(zero), factor_set.n)
+                once(telemetry.decomposed, factor_set, zero, zeros)
         if rule.eigenvalues_at_checks and (good := [i for i, s in score.items() if s <= tau]):
             _keep(factor_set, good, rule, beta2, ops)
         if failing := [i for i, s in score.items() if s > tau]:
@@ -106,7 +114,7 @@ def refresh(
             parts.append(result := next(left))
             part = problem.indices[done : done + len(result.converged)]
             done += len(part)
-            _finish(factor_set, part, result, rule, beta2, once)
+            _finish(factor_set, part, result, rule, beta2, once, telemetry)
         for (change, positions), move in zip(mine, generators, strict=True):
             _tell(change, positions, parts)
             next(move, None)
@@ -260,11 +268,14 @@ def _finish(
     rule: Rule,
     beta2: float,
     once: Once,
+    telemetry: Telemetry | None,
 ) -> None:
     """Count, mark rows as ready, and turn eigenvectors into the rule's operators."""
     once(_count_results, factor_set, indices, result)
     good = [p for p, ok in enumerate(result.converged) if ok]
     indices = [indices[p] for p in good]
+    if telemetry is not None and good:
+        once(telemetry.decomposed, factor_set, indices, take(result.values, good))
     order, correction = _orders(factor_set, indices, beta2)
     position = 0
     for chunk in chunks(indices, factor_set.n):

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from algoperf_shampoo import paths
+from algoperf_shampoo import factor_log, paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import gpus, tracking
 from algoperf_shampoo.harness.spec import Plan, RunSpec, Standing
@@ -34,6 +34,11 @@ def launch(
     Raises:
         UserError: something is wrong with the plan; no run has been started then.
     """
+    asked = os.environ.get(factor_log.VARIABLE, "")
+    if asked not in ("", "off"):
+        raise UserError(
+            f'{factor_log.VARIABLE}={asked}: here it is "off" or not set: runs have the file'
+        )
     if plan.harness == "algoperf":
         return _launch_algoperf(plan, flags or {})
     return _launch_embedded(plan, flags or {}, load_workload, echo)

@@ -36,8 +36,8 @@ figcaption { font-size: .85rem; color: #444; }
 """
 # What a log consists of, as far as it is there.
 _FILES = (
-    "eval_measurements.csv", "measurements.csv", "step_losses.csv", "hparams.json", "run.json",
-    "launches.json", "meta_data_0.json", "flags_0.json", "console.log",
+    "eval_measurements.csv", "measurements.csv", "step_losses.csv", "factors.csv", "hparams.json",
+    "run.json", "launches.json", "meta_data_0.json", "flags_0.json", "console.log",
 )  # fmt: skip
 
 

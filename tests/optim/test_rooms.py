@@ -25,6 +25,7 @@ ROOMS = {
     "gradients": "nonfinite",
     "operations": "ops noise",
     "criterion": "criterion",
+    "telemetry": "telemetry",
     "decompositions": "eigen",
     "rule": "rule",
     "refresh": "refresh",

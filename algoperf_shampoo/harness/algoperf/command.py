@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import factor_log
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import tracking
 from algoperf_shampoo.harness.algoperf import benchmark, data_check, env, folder, minidata
@@ -99,6 +101,8 @@ def compose(
     if place.visible is None:
         flags.append("--notorch_compile")
     settings = {"PYTHONPATH": env.python_path(plan.root)}
+    if os.environ.get(factor_log.VARIABLE) != "off":
+        settings[factor_log.VARIABLE] = str(run.run_dir)
     if run.ruleset == "self":
         settings["PYTHONPATH"] = f"{run.run_dir / folder.ENTRY}:{settings['PYTHONPATH']}"
     if plan.version is not None:

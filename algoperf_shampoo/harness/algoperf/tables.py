@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import factor_log
 from algoperf_shampoo.harness import disk
 
 EVALS, MEASUREMENTS = "eval_measurements.csv", "measurements.csv"
@@ -30,7 +31,8 @@ def bring_to(run_dir: Path, checkpoint: dict[str, Any] | None) -> list[str]:
     step = checkpoint["global_step"] if checkpoint else 0
     evaluations = checkpoint["eval_results"] if checkpoint else []
     notes = []
-    for name in (MEASUREMENTS, EVALS):
+    # The submission's own file it brings to the checkpoint itself; without one nothing is left.
+    for name in (MEASUREMENTS, EVALS, factor_log.NAME):
         path = run_dir / name
         header, rows = read(path)
         kept = [row for row in rows if _step(header, row) <= step]
