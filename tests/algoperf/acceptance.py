@@ -1,20 +1,23 @@
 """Acceptance of the submissions under AlgoPerf's own runner on a CPU. Takes minutes a workload.
 
 ``ALGOPERF_PYTHON=... python -m tests.algoperf.acceptance --data DIR --work DIR --out DIR`` runs,
-for each variant and workload, on ``make data-algoperf-mini``'s data:
+for each variant and workload, on ``make data-algoperf-mini``'s data, two processes whose batches
+are recorded from AlgoPerf's pipeline, and then, on the same batches, those of ``--runs``:
 
-* two processes, batches recorded from AlgoPerf's pipeline;
-* the same batches again, both processes killed half way and the run resumed, from a checkpoint of a
-  few steps before, which already holds bases;
-* the same global batches in one process, half by half, also killed and resumed;
-* with ``--controls``, one process on the batches joined, and joined the other way round: what
+* ``two_resumed``: both processes killed half way and the run resumed, from a checkpoint of a few
+  steps before, which already holds bases;
+* ``exported_resumed``: the same of what ``make export-<variant>`` writes, in a folder of its own
+  where neither the optimizers nor the submissions of our package can be imported: only the modules
+  that start AlgoPerf's runner are copied beside it;
+* ``one_resumed``: the same global batches in one process, half by half, also killed and resumed;
+* ``joined``, ``swapped``: one process on the batches joined, and joined the other way round: what
   rounding alone does to a run. Eigenvectors of a singular factor are arbitrary in its null space,
   so from the first refresh on it does much, and equal gradients are what a comparison needs.
 
-With ``--exported`` the submission is what ``make export-<variant>`` writes, in a folder of its own
-where neither the optimizers nor the submissions of our package can be imported: only the modules
-that start AlgoPerf's runner are copied beside it. With ``--ruleset=self`` it is the self-tuning
-export, its point built in, under ``--tuning_ruleset=self`` and without a search space.
+The first three must end with the parameters of the unbroken run, to the bit.
+
+With ``--exported`` every run is of the exported submission. With ``--ruleset=self`` it is the
+self-tuning export, its point built in, under ``--tuning_ruleset=self`` and without a search space.
 
 With ``--brief`` it is one process alone, killed half way and resumed, its batches AlgoPerf's.
 
@@ -25,12 +28,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +58,24 @@ PYTHON = os.environ.get("ALGOPERF_PYTHON", sys.executable)
 PACKAGE = "algoperf_shampoo"
 STARTERS = ["harness.algoperf.runner", "harness.algoperf.worker"]
 # Launches that are killed, and how they end: torchrun says 1 of a worker's death.
-KILLED = {"two_killed": 1, "one_killed": -9, "killed": -9}
+KILLED = {"two_killed": 1, "exported_killed": 1, "one_killed": -9, "killed": -9}
+# Runs on recorded batches: processes, and how one process takes the two halves.
+RUNS = {
+    "two_resumed": (2, ""),
+    "exported_resumed": (2, ""),
+    "one_resumed": (1, "apart"),
+    "joined": (1, "joined"),
+    "swapped": (1, "swapped"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a submission is imported from, the tool that starts it, and its path there."""
+
+    cwd: Path
+    tool: Path
+    submission: str
 
 
 class Case:
@@ -75,41 +97,41 @@ class Case:
         self.space = self.work / "space.json"
         self.space.write_text(json.dumps([point]))
         self.point = point
-        self.submission = f"submissions/{variant}/submission.py"
-        self.cwd, self.tool = ROOT, TOOL
+        self.package = Place(ROOT, TOOL, f"submissions/{variant}/submission.py")
         if args.exported:
-            self._export()
+            self.package = self.exported
 
-    def _export(self) -> None:
-        """Set the folder up in which the exported submission is alone."""
-        self.cwd = self.work / "alone"
-        command = ["scripts/export.py", f"--variant={self.variant}", f"--out={self.cwd}"]
+    @functools.cached_property
+    def exported(self) -> Place:
+        """The folder in which the exported submission is alone."""
+        cwd = self.work / "alone"
+        command = ["scripts/export.py", f"--variant={self.variant}", f"--out={cwd}"]
         command += [f"--ruleset={self.args.ruleset}", f"--search_space={self.space}"]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         folder = export.RULESETS[self.args.ruleset]
-        self.submission = f"{folder}/{self.variant}/submission.py"
         package = ROOT / PACKAGE
         for name in ["", *standalone.modules_needed(package, STARTERS)]:
             file = package.joinpath(*name.split("."))
             source = file.with_suffix(".py") if name else package
             source = source if source.is_file() else file / "__init__.py"
-            target = self.cwd / source.relative_to(ROOT)
+            target = cwd / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
-        self.tool = Path(shutil.copy(TOOL, self.cwd))
+        place = Place(cwd, Path(shutil.copy(TOOL, cwd)), f"{folder}/{self.variant}/submission.py")
         for module in ("optim", "submission"):
             code = f"import {PACKAGE}.{module}"
             found = subprocess.run(
-                [PYTHON, "-c", code], cwd=self.cwd, env=self._environment(), capture_output=True
+                [PYTHON, "-c", code], cwd=cwd, env=environment_in(cwd), capture_output=True
             )
             if b"ModuleNotFoundError" not in found.stderr:
-                raise RuntimeError(f"{PACKAGE}.{module} can be imported in {self.cwd}")
+                raise RuntimeError(f"{PACKAGE}.{module} can be imported in {cwd}")
+        return place
 
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(self.cwd)}
-
-    def run(self, name: str, processes: int, **environment: str) -> int:
+    def run(
+        self, name: str, processes: int, place: Place | None = None, **environment: str
+    ) -> int:
         """One launch of the runner into the folder of ``name``; its exit code."""
+        place = place or self.package
         data = self.args.data / FOLDERS[self.workload]
         steps = self.args.steps
         start = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
@@ -117,7 +139,7 @@ class Case:
         flags = {
             "framework": "pytorch",
             "workload": self.workload,
-            "submission_path": self.submission,
+            "submission_path": place.submission,
             "tuning_ruleset": self.args.ruleset,
             "data_dir": data,
             "experiment_dir": self.work,
@@ -149,12 +171,12 @@ class Case:
                 [
                     PYTHON,
                     *start,
-                    str(self.tool),
+                    str(place.tool),
                     *(f"--{k}={v}" for k, v in flags.items()),
                     *switches,
                 ],
-                cwd=self.cwd,
-                env={**self._environment(), **settings},
+                cwd=place.cwd,
+                env={**environment_in(place.cwd), **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -188,25 +210,37 @@ class Case:
         return float(whole), float(worst)
 
 
+def environment_in(cwd: Path) -> dict[str, str]:
+    """Ours, with that folder to import from."""
+    return {**os.environ, "PYTHONPATH": str(cwd)}
+
+
+def launch(case: Case, name: str, batches: Path) -> dict[str, int]:
+    """A run of :data:`RUNS` on recorded batches; the exit code of each of its launches."""
+    processes, halves = RUNS[name]
+    place = case.exported if name.startswith("exported") else None
+    words = {"REPLAY": str(batches), **({"HALVES": halves} if halves else {})}
+    if not name.endswith("_resumed"):
+        return {name: case.run(name, processes, place, **words)}
+    kill_at = str(case.killed_before)
+    killed = case.run(name, processes, place, KILL_AT=kill_at, **words)
+    key = name.replace("_resumed", "_killed")
+    return {key: killed, name: case.run(name, processes, place, **words)}
+
+
 def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, Any]:
     """All runs of one case, and what came of them."""
     case = Case(args, variant, workload)
     batches = case.work / "batches"
     batches.mkdir()
-    middle = str(case.killed_before)
     codes = {"two": case.run("two", 2, RECORD=str(batches))}
-    replay = {"REPLAY": str(batches)}
-    codes["two_killed"] = case.run("two_resumed", 2, KILL_AT=middle, **replay)
-    codes["two_resumed"] = case.run("two_resumed", 2, **replay)
-    codes["one_killed"] = case.run("one_resumed", 1, KILL_AT=middle, HALVES="apart", **replay)
-    codes["one_resumed"] = case.run("one_resumed", 1, HALVES="apart", **replay)
-    runs = ["two", "two_resumed", "one_resumed"]
-    if args.controls:
-        for halves in ("joined", "swapped"):
-            codes[halves] = case.run(halves, 1, HALVES=halves, **replay)
-            runs.append(halves)
+    runs = ["two", *args.runs]
+    for name in args.runs:
+        codes |= launch(case, name, batches)
     traces = {name: case.trace(name) for name in runs}
+    resumed = [name for name in runs if name.endswith("_resumed")]
     last = args.steps - 1
+    equal = {name: traces[name][last]["hash"] == traces["two"][last]["hash"] for name in resumed}
     losses = [entry["loss"] for _, entry in sorted(traces["two"].items())]
     quarter = len(losses) // 4
     result: dict[str, Any] = {
@@ -222,22 +256,24 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
                 for step, entry in traces[name].items()
             )
             for name in runs
-            if name.startswith("two")
+            if name == "two" or RUNS[name][0] == 2
         },
         "steps_seen": {name: len(trace) for name, trace in traces.items()},
-        "resumed_equals_unbroken_two_bitwise": traces["two"][last]["hash"]
-        == traces["two_resumed"][last]["hash"],
-        "distance_resumed_unbroken_two": case.distance("two", "two_resumed"),
-        "distance_one_two": case.distance("two", "one_resumed"),
+        "ends_as_the_unbroken_run_bitwise": equal,
+        "distance_from_the_unbroken_run": {
+            name: case.distance("two", name) for name in args.runs if not equal.get(name)
+        },
         "eigenbasis": _last_counts(case.folder("two") / "measurements.csv"),
         "all_finite": all(math.isfinite(loss) for loss in losses),
-        "resumed_from_step": _last_before_preemption(case.folder("two_resumed")),
-        "evaluations": _rows(case.folder("two_resumed") / "eval_measurements.csv"),
-        "checkpoints": sorted(p.name for p in case.folder("two_resumed").glob("checkpoint_*")),
+        "resumed_from_step": {name: _last_before_preemption(case.folder(name)) for name in resumed},
+        "evaluations": {
+            name: _rows(case.folder(name) / "eval_measurements.csv")
+            for name in runs
+            if name not in ("joined", "swapped")
+        },
     }
-    if args.controls:
-        result["distance_one_joined_two"] = case.distance("two", "joined")
-        result["distance_one_joined_swapped"] = case.distance("joined", "swapped")
+    if {"joined", "swapped"} <= {*runs}:
+        result["distance_joined_swapped"] = case.distance("joined", "swapped")
     result["wrong"] = wrong(case, result)
     args.out.mkdir(parents=True, exist_ok=True)
     name = f"{args.prefix}{variant}_{workload}"
@@ -268,7 +304,7 @@ def accept_briefly(args: argparse.Namespace, variant: str, workload: str) -> dic
         "steps_seen": {"one": len(trace)},
         "losses": losses,
         "all_finite": all(math.isfinite(loss) for loss in losses),
-        "resumed_from_step": _last_before_preemption(folder),
+        "resumed_from_step": {"one": _last_before_preemption(folder)},
         "eigenbasis": _last_counts(folder / "measurements.csv"),
         "evaluations": _rows(folder / "eval_measurements.csv"),
         "checkpoints": sorted(p.name for p in folder.glob("checkpoint_*")),
@@ -289,17 +325,17 @@ def wrong(case: Case, result: dict[str, Any]) -> list[str]:
     for name, steps in result["steps_seen"].items():
         if steps != case.args.steps:
             found.append(f"{name}: {steps} steps of {case.args.steps}")
-    if result["resumed_from_step"] != case.saved_after:
-        found.append(f"resumed from step {result['resumed_from_step']}, not {case.saved_after}")
+    for name, step in result["resumed_from_step"].items():
+        if step != case.saved_after:
+            found.append(f"{name}: resumed from step {step:g}, not {case.saved_after}")
     if not result["all_finite"]:
         found.append("losses that are not finite")
     for name, equal in result.get("replicas_equal_at_every_step", {}).items():
         if not equal:
             found.append(f"{name}: replicas differ")
-    if not result.get("resumed_equals_unbroken_two_bitwise", True):
-        found.append("the resumed run is not the unbroken one")
-    if result.get("distance_one_two", (0.0, 0.0)) != (0.0, 0.0):
-        found.append("one process and two part on the same gradients")
+    for name, equal in result.get("ends_as_the_unbroken_run_bitwise", {}).items():
+        if not equal:
+            found.append(f"{name}: not the unbroken run's parameters")
     counts = {row["global_step"]: row for row in result["eigenbasis"]}
     if "precondition_frequency" in case.point:
         for step in (case.saved_after, case.args.steps):
@@ -368,7 +404,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--frequency", type=int, default=5)
     parser.add_argument("--tau", type=float)
-    parser.add_argument("--controls", action="store_true")
+    parser.add_argument("--runs", default="two_resumed,exported_resumed,one_resumed")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--prefix", default="", help="of the names of the files in --out")
     parser.add_argument("--ruleset", default="external", choices=sorted(export.RULESETS))
@@ -378,6 +414,9 @@ def main() -> int:
     if args.ruleset == "self" and not args.exported:
         parser.error("--ruleset=self is of exports: give --exported too")
     args.data, args.work, args.out = (p.resolve() for p in (args.data, args.work, args.out))
+    args.runs = [name for name in args.runs.split(",") if name]
+    if unknown := {*args.runs} - {*RUNS}:
+        parser.error(f"--runs: there is {', '.join(RUNS)}, not {', '.join(sorted(unknown))}")
     failed = 0
     for workload in args.workloads.split(","):
         for variant in args.variants.split(","):
@@ -392,7 +431,7 @@ def main() -> int:
             shown = ("exit_codes", "loss_first_last_quarter", "replicas_equal_at_every_step")
             shown += ("steps_seen", "all_finite", "checkpoints")
             print(variant, workload, {k: result[k] for k in shown if k in result}, flush=True)
-            print({k: v for k, v in result.items() if k.startswith(("distance", "resumed"))})
+            print({k: v for k, v in result.items() if k.startswith(("ends", "dist", "resumed"))})
     return 1 if failed else 0
 
 

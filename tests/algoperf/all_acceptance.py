@@ -27,17 +27,9 @@ OURS = {
     "ogbg_minidata": "shampoo2_trace,kl_soap",
 }
 SMALL = {"VIT_VARIANT": "Ti/16", "FASTMRI_CHANNELS": "8"}
-EXPORTED = ("--exported", "--prefix=exported_")
 BRIEF = ("--brief", "--steps=8", "--frequency=3", "--exported", "--workloads=ogbg_minidata")
 OLD = "--variants=nadamw,shampoo_grafting,eshampoo_fixed,eshampoo_adaptive"
 ADAPTIVE = ("--variant=eshampoo_adaptive", "--frequency=3", "--whom=group")
-
-
-def cases(*more: str) -> list[tuple[str, ...]]:
-    """Commands of the acceptance: every variant on MNIST, each of the newer ones on one of ours."""
-    mnist = ("acceptance", "--workloads=mnist", *more)
-    ours = [("acceptance", f"--workloads={w}", f"--variants={v}", *more) for w, v in OURS.items()]
-    return [mnist, *ours]
 
 
 # What is run for a part: a module of this folder, its record (none: it names its own) and options.
@@ -48,8 +40,10 @@ PARTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "kills": [("kill_acceptance", "--out=kills.json")],
     "kills-self": [("kill_acceptance", "--out=kills_self.json", "--ruleset=self", *ADAPTIVE)],
-    "variants": cases(),
-    "exports": cases(*EXPORTED),
+    "variants": [
+        ("acceptance", "--workloads=mnist"),
+        *(("acceptance", f"--workloads={name}", f"--variants={of}") for name, of in OURS.items()),
+    ],
     "rulesets": [
         ("acceptance", OLD, *BRIEF, f"--ruleset={ruleset}", f"--prefix=exported_{name}")
         for ruleset, name in (("external", "brief_"), ("self", "self_"))
