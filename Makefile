@@ -3,10 +3,10 @@
 # Words of the command line, by target. A word that its targets do not take is refused.
 words.all := VENV PYTHON
 words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE TRIALS STEPS OUT \
-  PROCESSES WANDB KEEP_DIVERGED ALL_STEPS RULESET VERSION AGAINST PRICE DRY_RUN ALGOPERF_PYTHON
+  PROCESSES WANDB KEEP_DIVERGED ALL_STEPS EVALS RULESET VERSION AGAINST PRICE DRY_RUN ALGOPERF_PYTHON
 words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
   ALGOPERF_PYTHON RULESET VERSION PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
-words.claims := QUICK CLAIMS OUT JOBS DRY_RUN
+words.claims := QUICK CLAIMS OUT JOBS WALL DRY_RUN
 words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT RULESET VERSION AGAINST EVERY ONCE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
@@ -21,7 +21,7 @@ words.test-algoperf := PARTS DATA_DIR OUT ALGOPERF_PYTHON
 words.algoperf-env := TORCH ALGOPERF_VENV ALGOPERF_COMMIT
 words.data-algoperf-mini := OUT ALGOPERF_PYTHON ALGOPERF_VENV
 words.docker-build := ENGINE IMAGE BASE TORCH CUDA ALGOPERF_COMMIT DRY_RUN
-words.docker-submit := $(filter-out HARNESS KEEP_DIVERGED ALL_STEPS AGAINST PRICE ALGOPERF_PYTHON,$(words.submit)) \
+words.docker-submit := $(filter-out HARNESS KEEP_DIVERGED ALL_STEPS EVALS AGAINST PRICE ALGOPERF_PYTHON,$(words.submit)) \
   ENGINE IMAGE TORCH
 # Families of targets, by the beginning of their names.
 families := submit export docker-submit
@@ -98,6 +98,7 @@ help: words ## list targets and variables
 	@echo '  KEEP_DIVERGED=     1: with the embedded harness, a run whose loss is not finite goes on'
 	@echo '  AGAINST=           a run, or a folder of runs: at each evaluation, where this one stands'
 	@echo '  ALL_STEPS=         1: with the embedded harness, every step of the budget, past the targets'
+	@echo '  EVALS=             with ALL_STEPS=1: steps between two evaluations, instead of the mini'"'"'s 25'
 	@echo '  PRICE=             of an hour of one GPU: shown with the time of full-size runs'
 	@echo '  RULESET=external   AlgoPerf'"'"'s; self: the point built into the submission'
 	@echo '  VERSION=           AlgoPerf'"'"'s, v0.5, v0.6 or 2026: its budgets, targets, step hints; with HARNESS=algoperf'
@@ -121,7 +122,7 @@ submit-%: words FORCE
 	  $(call flag,SET,set) $(call flag,SEARCH_SPACE,search_space) $(call flag,TRIALS,trials) \
 	  $(call flag,STEPS,steps) $(call flag,PROCESSES,processes) $(call flag,OUT,out) \
 	  $(call flag,WANDB,wandb) $(call flag,KEEP_DIVERGED,keep_diverged) \
-	  $(call flag,ALL_STEPS,all_steps) $(call flag,PRICE,price) \
+	  $(call flag,ALL_STEPS,all_steps) $(call flag,EVALS,evals) $(call flag,PRICE,price) \
 	  $(call flag,RULESET,ruleset) $(call flag,VERSION,version) $(call flag,AGAINST,against) \
 	  $(call flag,DRY_RUN,dry_run)
 
@@ -174,7 +175,7 @@ study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SI
 
 claims: words ## what the paper claims, on the minis, decided by a declared rule; QUICK=1: does it run?
 	$(IN_RUN) scripts/claims.py $(call flag,CLAIMS,claims) $(call flag,QUICK,quick) \
-	  $(call flag,OUT,out) $(call flag,JOBS,jobs) $(call flag,DRY_RUN,dry_run)
+	  $(call flag,OUT,out) $(call flag,JOBS,jobs) $(call flag,WALL,wall) $(call flag,DRY_RUN,dry_run)
 
 status: words ## how the runs of a study go, live on a terminal: STUDY=table3, or all in OUT=
 	$(IN_RUN) scripts/status.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \

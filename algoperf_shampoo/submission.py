@@ -301,6 +301,7 @@ class Submission:
         if sets:
             for name in ("checks", "refreshes", "failures"):
                 metrics[f"eigenbasis_{name}"] = sum(sum(getattr(s, name)) for s in sets)
+            metrics |= _by_kind(sets)
         skipped = optimizer.skipped_gradients()
         metrics["gradients_skipped"] = sum(count.total for count in skipped.values())
         in_a_row = [count.in_a_row for count in skipped.values()]
@@ -345,6 +346,20 @@ class Submission:
         monitor.resumed_here = False
         monitor.batches += 1
         return next(input_queue)
+
+
+def _by_kind(sets: Sequence[Any]) -> dict[str, int]:
+    """Checks and refreshes so far by kind of factor: of 1-D blocks (the paper's A), of the first
+    dimension of others (its L), and of their last (its R)."""
+    counts: dict[str, int] = {}
+    for factors in sets:
+        for span in factors.spans:
+            order, rows = len(span.stack.shape), slice(span.start, span.start + len(span.stack))
+            kind = "one_dim" if order == 1 else {0: "left", order - 1: "right"}.get(span.mode)
+            for name in ("checks", "refreshes") if kind else ():
+                key = f"eigenbasis_{name}_{kind}"
+                counts[key] = counts.get(key, 0) + sum(getattr(factors, name)[rows])
+    return counts
 
 
 def _train_mode() -> Any:

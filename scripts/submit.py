@@ -35,6 +35,7 @@ _KEEP_DIVERGED = flags.DEFINE_bool(
 _ALL_STEPS = flags.DEFINE_bool(
     "all_steps", False, "Embedded harness: every step of the budget, past the targets."
 )
+_EVALS = flags.DEFINE_string("evals", None, "With all steps: steps between two evaluations.")
 _PRICE = flags.DEFINE_string("price", None, "Of an hour of one GPU, for the preview of costs.")
 _RULESET = flags.DEFINE_string("ruleset", "external", "external, or self: the point built in.")
 _VERSION = flags.DEFINE_string("version", None, "AlgoPerf's: v0.5, v0.6 or 2026.")
@@ -68,6 +69,7 @@ def main() -> int:
         ruleset=_RULESET.value,
         version=_VERSION.value,
         all_steps=_ALL_STEPS.value,
+        evals=_EVALS.value,
         dry_run=_DRY_RUN.value,
     )
     if wanted.dry_run and wanted.harness == "embedded":

@@ -34,8 +34,10 @@ class Gpu:
 
 def here() -> list[Gpu]:
     """The GPUs that a program started now would see; empty without NVIDIA's driver."""
-    known = _driver()
     shown = os.environ.get(VISIBLE)
+    if shown is not None and not shown.replace(",", ""):
+        return []  # hidden: the driver need not be asked, which takes a second
+    known = _driver()
     if shown is None:
         return [Gpu(index, uuid) for index, uuid in known.items()]
     names = [name for name in shown.split(",") if name]

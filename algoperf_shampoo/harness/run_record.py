@@ -9,7 +9,7 @@ from typing import Any
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import environment, record, run_folder, seal
-from algoperf_shampoo.harness.spec import STOP_AT_TARGET, RunSpec
+from algoperf_shampoo.harness.spec import EVAL_PERIOD, STOP_AT_TARGET, RunSpec
 
 Echo = Callable[[str], None]
 Files = dict[str, dict[str, Any]]
@@ -33,6 +33,7 @@ def identity(run: RunSpec, workload: Any, root: Path, data_dir: Path | None) -> 
         "source_sha256": environment.source_digests(root, run.variant),
         # Said where it is not so: records without it are of runs to the target.
         **({} if run.stop_at_target else {STOP_AT_TARGET: False}),
+        **({} if run.eval_period is None else {EVAL_PERIOD: run.eval_period}),
     }
 
 

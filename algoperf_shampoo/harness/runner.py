@@ -34,6 +34,7 @@ from algoperf_shampoo.harness import (
     run_folder,
     run_lock,
     run_record,
+    step_norms,
 )
 from algoperf_shampoo.harness.clock import now as _now
 from algoperf_shampoo.harness.progress import summary
@@ -295,7 +296,7 @@ class _Training:
     def _eval_is_due(self, now: float) -> bool:
         if self.train_state["training_complete"]:
             return True
-        period = self.workload.eval_period_steps
+        period = self.run.eval_period or self.workload.eval_period_steps
         if period is not None:
             return self.global_step == 1 or self.global_step % period == 0
         since = now - self.train_state["last_eval_time"]
@@ -346,6 +347,8 @@ class _Training:
         self.logger.append_scalar_metrics(
             row, self.global_step, self.preemption_count, is_eval=True
         )
+        if known := step_norms.metrics(self.optimizer_state):
+            self.logger.append_scalar_metrics(known, self.global_step, self.preemption_count)
         self._flush()
         self._save()
         state["accumulated_logging_time"] += _now() - end

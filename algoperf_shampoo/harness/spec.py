@@ -16,6 +16,8 @@ MINIDATA = "_minidata"
 
 STOP_AT_TARGET = "stop_at_target"
 """Of a run's identity: False where the run does every step of its budget."""
+EVAL_PERIOD = "eval_period_steps"
+"""Of a run's identity: steps between evaluations, where they are not the workload's."""
 ALL_STEPS_DONE = "all steps done"
 """The ``stop_reason`` of such a run."""
 
@@ -29,7 +31,8 @@ class RunSpec:
     is AlgoPerf's: "external" hands the point over, in "self" the submission has it built in.
     Without ``stop_at_target`` (embedded harness alone) a run does every step of its budget, past
     its targets and whatever time that takes: it says nothing on a time to target. ``max_steps`` is
-    its step limit where the plan knows it.
+    its step limit where the plan knows it, ``eval_period`` the steps between its evaluations where
+    they are not the workload's (embedded harness alone; no step depends on it).
     """
 
     variant: str
@@ -42,6 +45,7 @@ class RunSpec:
     ruleset: str = "external"
     stop_at_target: bool = True
     max_steps: int | None = None
+    eval_period: int | None = None
 
     @property
     def name(self) -> str:

@@ -3,10 +3,12 @@ without."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .blocks.layout import Stack
 from .ops import Hyper, Operations, State, Value, bias_corrections
 from .ops.linalg import inverse_root, matmul_precision
 from .optimizer import PreconditionedOptimizer
@@ -93,6 +95,18 @@ class UngraftedShampoo(_InverseRoots):
             for stack, x in zip(G.stacks, tensors, strict=True):
                 x.div_(bias_corrections(stack, h)[0])
         return ops.rotate(G, s.roots)
+
+
+def _norm_ratios(stack: Stack, beta2: float, eps: float) -> list[float]:
+    """||L^-1/4 M R^-1/4|| / ||M / (sqrt(D^) + eps)|| of each row that has roots."""
+    M, D = stack.state["exp_avg"], stack.state["exp_avg_sq"]
+    A = M / ((D / stack.bias_correction(beta2)).sqrt() + eps)
+    S = M
+    with matmul_precision("highest"):
+        for mode, root in enumerate(stack.operators, start=1):
+            S = torch.einsum("b...i,bji->b...j", S.movedim(mode, -1), root).movedim(-1, mode)
+    lengths = [x.flatten(1).norm(dim=1) for x in (S, A)]
+    return (lengths[0] / lengths[1])[stack.ready_rows()].tolist()
 
 
 def numerator(x: Value, s: State, h: Hyper, ops: Operations) -> None:
@@ -187,3 +201,18 @@ class Shampoo(PreconditionedOptimizer):
             cuda_graph=cuda_graph,
             process_group=process_group,
         )
+
+    @torch.no_grad()
+    def norm_ratios(self) -> list[tuple[tuple[int, ...], float]]:
+        """Shape of each block that has roots, and the norm of Shampoo's direction over Adam's, both
+        of the moments as they are: what grafting divides by. [] without grafting, which keeps no D.
+        Reads from the device.
+        """
+        found = []
+        for group, options in zip(self._groups, self.param_groups, strict=True):
+            for rule, stacks in group.rules:
+                if isinstance(rule, GraftedShampoo):
+                    for stack in (s for s in stacks if s.based):
+                        ratios = _norm_ratios(stack, options["betas"][1], rule.grafting_eps)
+                        found += [(stack.shape, ratio) for ratio in ratios]
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import gpus
 from algoperf_shampoo.harness.algoperf import processes
 from algoperf_shampoo.study import progress
+from algoperf_shampoo.study.forks import Forked, Forks
 from algoperf_shampoo.study.study import Job, Study
 
 HIDDEN = ".study"
@@ -26,7 +28,7 @@ HIDDEN = ".study"
 @dataclass
 class _Running:
     job: Job
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
     reader: threading.Thread
     gpus: int
     log_start: int
@@ -39,12 +41,18 @@ def run(
     at_once: int | None,
     echo: Callable[[str], None],
     program: Sequence[str] | None = None,
+    more: Callable[[Job], Sequence[Job]] = lambda ended: (),
+    seconds: float | None = None,
+    forks: Forks | None = None,
 ) -> int:
-    """Run these jobs to their ends; the number that failed.
+    """Run these jobs, the large ones first, to their ends; the number that failed.
 
     Args:
         at_once: how many at the same time; None: as many as there are GPUs for, one on a CPU.
         program: what takes a job's flags; ``scripts/submit.py`` by default.
+        more: asked when a job is done, for jobs that can be run now; they come after the others.
+        seconds: when these are over, what is under way is ended and nothing started any more.
+        forks: jobs are forks of this server's, where one runs ``scripts/submit.py``.
 
     Raises:
         UserError: a job needs more GPUs than this machine has; none has been started then.
@@ -59,13 +67,22 @@ def run(
             )
     limit = at_once or (len(present) or 1)
     command = list(program or (sys.executable, str(study.root / "scripts" / "submit.py")))
+    begin = functools.partial(_popen, command) if forks is None else functools.partial(_fork, forks)
+    end = math.inf if seconds is None else time.monotonic() + seconds
     running: list[_Running] = []
     failed, told = 0, False
     try:
         while waiting or running:
             for entry in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(entry)
-                failed += _ended(entry, study, echo)
+                failed += (ended_badly := _ended(entry, study, echo))
+                waiting += [] if ended_badly else more(entry.job)
+            if time.monotonic() > end:
+                echo(
+                    f"{seconds:g} seconds are over: {len(running)} runs under way are ended, "
+                    f"{len(waiting)} have not begun"
+                )
+                break
             room = len(gpus.free(present)) if present else 0
             # A run that has just started may not have taken its GPUs yet.
             room = min(room, len(present) - sum(entry.gpus for entry in running))
@@ -80,8 +97,9 @@ def run(
                 now = progress.of(job.run.run_dir, job.run)
                 if now.over or now.state == progress.RUNNING:
                     failed += _by_another(job, now, echo)
+                    waiting += more(job) if now.state == progress.DONE else []
                     continue
-                running.append(_start(job, study, command, need, echo))
+                running.append(_start(job, study, begin, need, echo))
                 room -= need
             time.sleep(0.1)
     finally:
@@ -106,13 +124,8 @@ def _need(job: Job, present: int) -> int:
     return 1 if dict(job.words)["HARNESS"] == "embedded" else present
 
 
-def _start(
-    job: Job, study: Study, command: Sequence[str], need: int, echo: Callable[[str], None]
-) -> _Running:
-    path = log_path(study, job)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.stat().st_size if path.exists() else 0
-    process = subprocess.Popen(
+def _popen(command: Sequence[str], job: Job, study: Study) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [*command, *job.flags],
         cwd=study.root,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -124,6 +137,23 @@ def _start(
         # A study that is killed takes its runs along, and finds them stopped when given again.
         preexec_fn=functools.partial(processes.die_with_parent, os.getpid()),
     )
+
+
+def _fork(forks: Forks, job: Job, study: Study) -> Forked:
+    return forks.start(study.root / "scripts" / "submit.py", job.flags)
+
+
+def _start(
+    job: Job,
+    study: Study,
+    begin: Callable[[Job, Study], subprocess.Popen[str] | Forked],
+    need: int,
+    echo: Callable[[str], None],
+) -> _Running:
+    path = log_path(study, job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.stat().st_size if path.exists() else 0
+    process = begin(job, study)
 
     def copy() -> None:
         assert process.stdout is not None
@@ -154,7 +184,7 @@ def _ended(entry: _Running, study: Study, echo: Callable[[str], None]) -> int:
         return 0
     if now.state == progress.RUNNING:
         return _by_another(entry.job, now, echo)
-    code = entry.process.returncode
+    code = entry.process.returncode or 0
     how = f"ended by {processes.signal_name(-code)}" if code < 0 else f"exit code {code}"
     lines = _lines(log_path(study, entry.job), entry.log_start)
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -44,6 +44,7 @@ def make_plan(
     ruleset: str = "external",
     version: str | None = None,
     all_steps: bool = False,
+    evals: str | None = None,
     dry_run: bool = False,
 ) -> Plan:
     """Check the words of a command line and lay out its runs.
@@ -51,7 +52,8 @@ def make_plan(
     ``harness`` None means embedded for mini and AlgoPerf's for full. ``trials`` is the number of
     points of the search space to run, the first ones. ``settings`` are fields of the point to
     replace, ``learning_rate=0.02 one_dim=adam``. ``processes`` and ``wandb`` are checked here and
-    used by AlgoPerf's door. With ``all_steps`` runs do not stop at their targets.
+    used by AlgoPerf's door. With ``all_steps`` runs do not stop at their targets, and ``evals`` is
+    the number of steps between two evaluations.
 
     Raises:
         UserError: naming the first bad word and what would be right.
@@ -80,6 +82,12 @@ def make_plan(
             "ALL_STEPS=1: AlgoPerf's harness stops at the targets; HARNESS=embedded SIZE=mini goes "
             "on to the last step"
         )
+    if evals is not None and not all_steps:
+        raise UserError(
+            f"EVALS={evals}: a run to its target is evaluated as its workload says; with "
+            "ALL_STEPS=1 every so many steps"
+        )
+    period = None if evals is None else _count("EVALS", evals)
     if size == "full" and harness == "embedded":
         raise UserError("SIZE=full HARNESS=embedded: full size runs under HARNESS=algoperf alone")
     seed_list = parse_seeds(seeds)
@@ -121,6 +129,7 @@ def make_plan(
         # The default's numbers are those that the pinned AlgoPerf has itself.
         label += f"_{version}" if version not in (None, versions.DEFAULT) else ""
         label += "_allsteps" if all_steps else ""
+        label += "" if period is None else f"_evals{period}"
         label += "_self" if ruleset == "self" else ""
         path = spaces[variant] = _search_space(root, variant, small_models, search_space)
         for base in workloads:
@@ -151,6 +160,7 @@ def make_plan(
                     ruleset=ruleset,
                     stop_at_target=not all_steps,
                     max_steps=limit,
+                    eval_period=period,
                 )
                 for seed in seed_list
                 for trial, point in enumerate(own, start=1)

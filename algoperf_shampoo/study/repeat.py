@@ -17,7 +17,7 @@ from typing import Any
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import run_folder, seal, submission_loader
-from algoperf_shampoo.harness.spec import STOP_AT_TARGET, RunSpec
+from algoperf_shampoo.harness.spec import EVAL_PERIOD, STOP_AT_TARGET, RunSpec
 
 # Of a session: what may change the last bits of a sum.
 _MACHINE = (
@@ -93,6 +93,7 @@ def _check(path: Path, record: dict[str, Any]) -> None:
         "identity.workload_properties": isinstance(identity["workload_properties"], dict),
         "identity.workload_properties.max_steps": limit is None or _is_count(limit),
         "identity.stop_at_target": isinstance(identity.get(STOP_AT_TARGET, True), bool),
+        "identity.eval_period_steps": _is_period(identity.get(EVAL_PERIOD)),
         "sessions": sessions is None
         or (isinstance(sessions, list) and all(isinstance(one, dict) for one in sessions)),
         "result": result is None or isinstance(result, dict),
@@ -116,6 +117,10 @@ def _is_name(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**31
+
+
+def _is_period(value: Any) -> bool:
+    return value is None or (_is_count(value) and value > 0)
 
 
 def new_folder(root: Path) -> Path:
@@ -166,6 +171,7 @@ def execute(
         hparams=identity["hparams"],
         run_dir=place / f"trial_{identity['trial']}",
         stop_at_target=identity.get(STOP_AT_TARGET, True),
+        eval_period=identity.get(EVAL_PERIOD),
     )
     _check_place(run, spec.run_dir)
     record = runner.execute(spec, workload, submission, root, data_dir=data_dir, echo=echo)

@@ -10,7 +10,8 @@
 ``rows`` are the table's, as the paper has them: ``F``, ``tau`` and ``set`` (further fields of the
 point) replace what the variant's search space says. ``full`` and ``mini`` hold what a size decides:
 ``seeds`` (a count, or a list such as "3,4"), ``gpus``, both for all workloads or by workload,
-``set``, ``all_steps`` (true: runs do not stop at their targets), and ``F``, which translates the
+``set``, ``all_steps`` (true: runs do not stop at their targets), ``evals`` (of such runs: steps
+between two evaluations), and ``F``, which translates the
 paper's F to a mini's; null there means that the row has no counterpart at that size. A size that is
 not there cannot be run.
 
@@ -33,7 +34,7 @@ from algoperf_shampoo.study.claims import file as claims_file
 
 STUDIES = Path(__file__).with_name("studies")
 _KEYS = {"title", "full", "mini", "rows"}
-_SIZE_KEYS = {"seeds", "gpus", "F", "set", "all_steps"}
+_SIZE_KEYS = {"seeds", "gpus", "F", "set", "all_steps", "evals"}
 _ROW_KEYS = {"workload", "variant", "F", "tau", "set"}
 
 
@@ -92,6 +93,7 @@ class Options:
     data_dir: str | None = None
     out: str | None = None
     steps: str | None = None
+    evals: str | None = None
     processes: str | None = None
     wandb: bool = False
     version: str | None = None
@@ -103,14 +105,19 @@ def names() -> list[str]:
     return sorted(path.stem for path in STUDIES.glob("*.json"))
 
 
-def lay_out(root: Path, name: str, options: Options) -> Study:
+def lay_out(
+    root: Path, name: str, options: Options, content: dict[str, Any] | None = None
+) -> Study:
     """Every run of a study. Needs neither data, GPUs nor torch, and writes nothing.
+
+    Args:
+        content: in place of the file's; a row that is None is not known yet, and has no runs.
 
     Raises:
         UserError: no such study, a mistake in its file, or a word that does not fit.
     """
     path = find(name)
-    content = _read(path)
+    content = _read(path) if content is None else _checked(path, content)
     size = options.size
     if size not in plan.SIZES:
         raise UserError(f"SIZE={size}: there is {', '.join(plan.SIZES)}")
@@ -123,7 +130,7 @@ def lay_out(root: Path, name: str, options: Options) -> Study:
     jobs: dict[Path, Job] = {}
     absent = []
     for number, row in enumerate(content["rows"], start=1):
-        if options.workload not in ("all", row["workload"]):
+        if row is None or options.workload not in ("all", row["workload"]):
             continue
         made = _row(root, path, number, row, settings, replace(options, harness=harness))
         if made is None:
@@ -134,11 +141,11 @@ def lay_out(root: Path, name: str, options: Options) -> Study:
             jobs[job.run.run_dir] = (
                 replace(known, rows=(*known.rows, number)) if known is not None else job
             )
-    if not jobs:
+    if not jobs and all(content["rows"]):
         has = ", ".join(dict.fromkeys(row["workload"] for row in content["rows"]))
         why = "; ".join(absent) or f"its rows are of {has}"
         raise UserError(f"STUDY={name} WORKLOAD={options.workload}: no run; {why}")
-    out = next(iter(jobs)).parents[3]
+    out = paths.given("OUT", options.out or f"results/runs/{size}", root.resolve())
     return Study(
         name=path.stem,
         title=content["title"],
@@ -171,6 +178,7 @@ def _row(
         gpus = None
     changes = {**settings.get("set", {}), **row.get("set", {})}
     words = _own_words(root, row, frequency, changes, o, where)
+    evals = o.evals or (str(settings["evals"]) if "evals" in settings else None)
     made = plan.make_plan(
         root,
         [row["variant"]],
@@ -189,6 +197,7 @@ def _row(
         version=o.version,
         ruleset=o.ruleset,
         all_steps=settings.get("all_steps", False),
+        evals=evals,
     )
     shared = {
         "WORKLOAD": workload,
@@ -204,6 +213,7 @@ def _row(
         "OUT": str(made.out) if o.out else None,
         "STEPS": o.steps,
         "ALL_STEPS": "1" if settings.get("all_steps") else None,
+        "EVALS": evals,
         "WANDB": "1" if o.wandb else None,
     }
     return [
@@ -273,6 +283,10 @@ def _read(path: Path) -> dict[str, Any]:
     content = json_input.read(path, "study")
     if isinstance(content, dict) and "arms" in content:
         content = claims_file.as_study(path, content)
+    return _checked(path, content)
+
+
+def _checked(path: Path, content: Any) -> dict[str, Any]:
     json_input.check_keys(content, _KEYS, {"title", "rows"}, str(path))
     if not isinstance(content["rows"], list) or not content["rows"]:
         raise UserError(f"{path}: rows: a list of at least one row")
@@ -285,6 +299,8 @@ def _read(path: Path) -> dict[str, Any]:
             if not isinstance(content[size].get("all_steps", False), bool):
                 raise UserError(f"{path}: {size}.all_steps: true or false")
     for number, row in enumerate(content["rows"], start=1):
+        if row is None:
+            continue
         json_input.check_keys(row, _ROW_KEYS, {"workload", "variant"}, f"{path}: row {number}")
         if row["workload"] not in plan.WORKLOADS:
             raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from algoperf_shampoo.harness import seal
-from algoperf_shampoo.harness.spec import MINIDATA, STOP_AT_TARGET, RunSpec
+from algoperf_shampoo.harness.spec import EVAL_PERIOD, MINIDATA, STOP_AT_TARGET, RunSpec
 from algoperf_shampoo.study import files
 from algoperf_shampoo.study.evaluations import METRICS, Evaluation
 from algoperf_shampoo.study.logs import Trial
@@ -73,6 +73,7 @@ def _embedded(run: RunSpec, identity: dict[str, Any]) -> list[tuple[str, Any, An
         limit = properties.get("max_steps") if isinstance(properties, dict) else None
         pairs.append(("max_steps", limit, run.max_steps))
     pairs.append((STOP_AT_TARGET, identity.get(STOP_AT_TARGET, True), run.stop_at_target))
+    pairs.append((EVAL_PERIOD, identity.get(EVAL_PERIOD), run.eval_period))
     return pairs
 
 

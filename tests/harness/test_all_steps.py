@@ -39,6 +39,19 @@ def test_it_goes_on_past_its_targets_and_says_so(tmp_path):
     assert losses[1][: len(losses[0])] == losses[0] and len(losses[1]) == 40
 
 
+def test_evaluations_of_its_own_change_no_step(tmp_path):
+    usual, own = spec_in(tmp_path / "a"), spec_in(tmp_path / "b", eval_period=16)
+    records = [fakes.execute(run, fakes.FakeWorkload(**LOW)) for run in (usual, own)]
+    assert "eval_period_steps" not in records[0]["identity"]
+    assert records[1]["identity"]["eval_period_steps"] == 16
+    steps = [[row["global_step"] for row in rows(run.run_dir / "eval_measurements.csv")]
+             for run in (usual, own)]  # fmt: skip
+    assert steps == [["1", "10", "20", "30", "40"], ["1", "16", "32", "40"]]
+    assert progress.of(own.run_dir, own).state == progress.DONE
+    other = dataclasses.replace(own, eval_period=20)
+    assert "eval_period_steps is 16 there and 20 now" in progress.of(own.run_dir, other).note
+
+
 def test_a_run_to_the_target_is_another_run(tmp_path):
     fakes.execute(fakes.spec_in(tmp_path))
     assert "stop_at_target" not in json.loads(
@@ -124,5 +137,11 @@ def test_words(tmp_path):
     assert run.label == "nadamw_allsteps" and not run.stop_at_target
     cut = plan.make_plan(ROOT, ["nadamw"], workload="ogbg", all_steps=True, steps="50")
     assert cut.runs[0].label == "nadamw_steps50_allsteps"
+    rare = plan.make_plan(ROOT, ["nadamw"], workload="ogbg", all_steps=True, evals="125")
+    assert rare.runs[0].label == "nadamw_allsteps_evals125" and rare.runs[0].eval_period == 125
+    with pytest.raises(UserError, match="EVALS=125: a run to its target is evaluated as its"):
+        plan.make_plan(ROOT, ["nadamw"], workload="ogbg", evals="125")
+    with pytest.raises(UserError, match="EVALS=0: an integer of at least 1"):
+        plan.make_plan(ROOT, ["nadamw"], workload="ogbg", all_steps=True, evals="0")
     with pytest.raises(UserError, match="ALL_STEPS=1: AlgoPerf's harness stops at the targets"):
         plan.make_plan(ROOT, ["nadamw"], harness="algoperf", all_steps=True)

@@ -117,6 +117,7 @@ def test_a_repetition_goes_into_a_folder_of_its_own(run_dir, again):
         ("identity.hparams", [1]),
         ("identity.label", "../../elsewhere"),
         ("identity.seed", -1),
+        ("identity.eval_period_steps", 0),
         ("result", [1]),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_workload_without_rows_names_those_with(tmp_path: Path) -> None:
 
 
 def test_unknown_study() -> None:
-    with pytest.raises(UserError, match="STUDY=table2: there is claims, mini, table1, table3"):
+    with pytest.raises(UserError, match="STUDY=table2: there is claims, family, mini, table1"):
         study.lay_out(ROOT, "table2", Options())
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 _RATE = "learning_rate"
 
 
-def draw(found: Outcome) -> list[Drawn]:
-    """Loss against learning rate, and refreshes against steps, as far as there are runs.
+def draw(found: Outcome, name: str = "claims") -> list[Drawn]:
+    """Loss against learning rate, and refreshes against steps, as far as there are runs; their
+    names begin with ``name``.
 
     Raises:
         ModuleNotFoundError: no matplotlib.
@@ -32,20 +33,21 @@ def draw(found: Outcome) -> list[Drawn]:
 
     drawn = []
     with matplotlib.rc_context(SETTINGS):
-        for name, figure, caption in (
-            ("claims_rates", _rates(found), _RATES),
-            ("claims_refreshes", _refreshes(found), _REFRESHES),
+        for kind, figure, caption in (
+            ("rates", _tuned(found) if found.choices else _rates(found), _RATES),
+            ("refreshes", _refreshes(found), _REFRESHES),
         ):
             if figure is not None:
                 quick = " Quick: few seeds and steps, no verdicts." if found.quick else ""
-                drawn.append(saved(figure, name, caption + quick))
+                drawn.append(saved(figure, f"{name}_{kind}", caption + quick))
     return drawn
 
 
 _RATES = (
     "Mean training loss of the last tenth of the steps against the learning rate, the axes of the "
     "paper's Figure 2 (there: Imagewoof, final loss after 100 epochs; here: the minis). A mark is "
-    "a run, the line the mean over seeds; a run that diverged is left out."
+    "a run, the line the mean over seeds; a run that diverged is left out. Where rates were tuned, "
+    "the runs are those of the tuning seeds, and a mark their mean."
 )
 _REFRESHES = (
     "Eigendecompositions over checks, of all factors between two evaluations, the axes of the "
@@ -93,6 +95,22 @@ def _rates(found: Outcome) -> Figure | None:
         axes.set_xlabel("learning rate")
     grid[0].set_ylabel("training loss, last tenth")
     return _with_legend(figure, grid[0], len(lines))
+
+
+def _tuned(found: Outcome) -> Figure:
+    """The grids that rates were chosen from."""
+    arms = list(dict.fromkeys(arm for arm, _ in found.choices))
+    figure, grid = _panels(found.minis, len(arms))
+    for mini, axes in zip(found.minis, grid, strict=True):
+        for number, arm in enumerate(arms):
+            choice = found.choices.get((arm, mini))
+            losses = choice.losses if choice else {}
+            points = {r: [v] if math.isfinite(v) else [] for r, v in losses.items()}
+            _line(axes, number, arm, points)
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+    grid[0].set_ylabel("training loss, last tenth")
+    return _with_legend(figure, grid[0], len(arms))
 
 
 def _refreshes(found: Outcome) -> Figure | None:

@@ -21,6 +21,11 @@ a difference in differences is written. ``rule`` is
 * "noninferior": it is below ``margin``;
 * "equivalent": it is between -``margin`` and ``margin``.
 
+An arm whose learning rate is tuned has ``rates`` in place of one, its own grid, and the file says
+by which seeds: ``"tuning": {"seeds": "101,102", "evals": 500}``, none that it reports. On each
+mini an arm's rate is that with the lowest mean loss over them (:mod:`.tuning`). All grids are of
+one size.
+
 The margin of a loss is relative: 0.02 is a loss that is 2% larger. A claim holds if all of its
 parts do. One that ``waits_for`` something has no parts yet, and is a row that says so.
 """
@@ -28,7 +33,7 @@ parts do. One that ``waits_for`` something has no parts yet, and is a row that s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +44,10 @@ from algoperf_shampoo.study.claims.statistics import STATISTICS
 
 RULES = ("less", "noninferior", "equivalent")
 _FILE = {"title", "mini", "quick", "arms", "claims"}
-_QUICK = {"seeds", "steps"}
-_ARM = {"variant", "F", "tau", "set"}
+_QUICK = {"seeds", "steps", "evals"}
+_TUNING = {"seeds", "evals"}
+_ARM = {"variant", "F", "tau", "set", "rates"}
+RATE = "learning_rate"
 _CLAIM = {"name", "source", "hypothesis", "parts", "waits_for"}
 _PART = {"statistic", "low", "high", "than", "rule", "margin"}
 
@@ -87,7 +94,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Declared:
-    """A file of claims, read. ``arms`` in its order; seeds as the words of ``SEEDS=``."""
+    """A file of claims, read. ``arms`` in its order; ``rates``: the grids of those that are tuned,
+    ascending."""
 
     title: str
     arms: tuple[str, ...]
@@ -95,6 +103,9 @@ class Declared:
     seeds: tuple[int, ...]
     quick_seeds: tuple[int, ...]
     quick_steps: int
+    quick_evals: int | None = None
+    tuning_seeds: tuple[int, ...] = ()
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def read(path: Path) -> Declared:
@@ -111,15 +122,42 @@ def as_study(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """The content of a file of claims in the form of any other study: rows, and its mini.
 
     Raises:
-        UserError: a mistake in it, in one line.
+        UserError: a mistake in it, in one line; or its arms are to be tuned first.
     """
-    declared = _declared(path, content)
+    if _declared(path, content).rates:
+        raise UserError(f"{path}: learning rates are tuned first: make claims CLAIMS={path.stem}")
+    return measured(content, {})
+
+
+def measured(content: dict[str, Any], rates: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+    """The runs that claims are about, as a study. Rows of arms that are tuned, but have no entry in
+    ``rates`` (by arm and workload) yet, are None."""
     rows = [
-        {"workload": workload, **content["arms"][arm]}
-        for arm in declared.arms
+        _row(content["arms"][arm], workload, rates.get((arm, workload)))
+        for arm in content["arms"]
         for workload in plan.WORKLOADS
     ]
     return {"title": content["title"], "mini": content["mini"], "rows": rows}
+
+
+def tuning(content: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str, float]]]:
+    """The runs that rates are chosen by, as a study, and arm, workload and rate of each row."""
+    places = [
+        (name, workload, rate)
+        for name, arm in content["arms"].items()
+        for workload in plan.WORKLOADS
+        for rate in sorted(arm.get("rates", ()))
+    ]
+    rows = [_row(content["arms"][arm], workload, rate) for arm, workload, rate in places]
+    mini = {**content["mini"], **content.get("tuning", {})}
+    return {"title": content["title"], "mini": mini, "rows": rows}, places
+
+
+def _row(arm: dict[str, Any], workload: str, rate: float | None) -> dict[str, Any] | None:
+    row = {"workload": workload, **{name: v for name, v in arm.items() if name != "rates"}}
+    if "rates" not in arm:
+        return row
+    return None if rate is None else {**row, "set": {**row.get("set", {}), RATE: rate}}
 
 
 def place(row: int, arms: tuple[str, ...]) -> tuple[str, str]:
@@ -129,8 +167,8 @@ def place(row: int, arms: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _declared(path: Path, content: Any) -> Declared:
-    json_input.check_keys(content, _FILE, _FILE, str(path))
-    json_input.check_keys(content["quick"], _QUICK, _QUICK, f"{path}: quick")
+    json_input.check_keys(content, _FILE | {"tuning"}, _FILE, str(path))
+    json_input.check_keys(content["quick"], _QUICK, _QUICK - {"evals"}, f"{path}: quick")
     arms = content["arms"]
     if not isinstance(arms, dict) or not arms:
         raise UserError(f"{path}: arms: an object of at least one arm")
@@ -141,9 +179,10 @@ def _declared(path: Path, content: Any) -> Declared:
         raise UserError(f"{path}: mini.all_steps: true: claims are on a fixed number of steps")
     if "F" in mini:
         raise UserError(f"{path}: mini.F: leave it out: the F of an arm is a mini's own")
-    steps = content["quick"]["steps"]
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise UserError(f"{path}: quick.steps is {steps!r}: a whole number of at least 1")
+    for name in ("steps", "evals"):
+        number = content["quick"].get(name, 1)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise UserError(f"{path}: quick.{name} is {number!r}: a whole number of at least 1")
     if not isinstance(content["claims"], list) or not content["claims"]:
         raise UserError(f"{path}: claims: a list of at least one claim")
     claims = tuple(
@@ -158,14 +197,50 @@ def _declared(path: Path, content: Any) -> Declared:
     unused = next((arm for arm in arms if arm not in used), None)
     if unused is not None:
         raise UserError(f"{path}: arm {unused}: no claim has it")
+    seeds = tuple(plan.parse_seeds(str(mini.get("seeds", 1))))
+    rates = _rates(path, arms)
+    tuning_seeds = _tuning_seeds(path, content, seeds) if rates or "tuning" in content else ()
     return Declared(
         title=str(content["title"]),
         arms=tuple(arms),
         claims=claims,
-        seeds=tuple(plan.parse_seeds(str(mini.get("seeds", 1)))),
+        seeds=seeds,
         quick_seeds=tuple(plan.parse_seeds(str(content["quick"]["seeds"]))),
-        quick_steps=steps,
+        quick_steps=content["quick"]["steps"],
+        quick_evals=content["quick"].get("evals"),
+        tuning_seeds=tuning_seeds,
+        rates=rates,
     )
+
+
+def _rates(path: Path, arms: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    grids = {}
+    for name, arm in arms.items():
+        if "rates" not in arm:
+            continue
+        grid, where = arm["rates"], f"{path}: arm {name}: rates"
+        if not isinstance(grid, list) or not all(_number(r) and r > 0 for r in grid):
+            raise UserError(f"{where} is {grid!r}: a list of numbers above 0")
+        if len(set(grid)) < max(2, len(grid)):
+            raise UserError(f"{where} is {grid!r}: at least two, each once")
+        if RATE in arm.get("set", {}):
+            raise UserError(f"{where}: or set.{RATE}, not both")
+        grids[name] = tuple(sorted(grid))
+    sizes = {name: len(grid) for name, grid in grids.items()}
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"{path}: rates: grids of one size for all arms, and there is {shown}")
+    return grids
+
+
+def _tuning_seeds(path: Path, content: dict[str, Any], seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if "tuning" not in content:
+        raise UserError(f"{path}: tuning: arms have rates, and no seeds to choose among them by")
+    json_input.check_keys(content["tuning"], _TUNING, {"seeds"}, f"{path}: tuning")
+    own = tuple(plan.parse_seeds(str(content["tuning"]["seeds"])))
+    if both := sorted(set(own) & set(seeds)):
+        raise UserError(f"{path}: tuning.seeds: {both[0]} is reported as well: other seeds")
+    return own
 
 
 def _claim(claim: Any, arms: Mapping[str, Any], where: str) -> Claim:

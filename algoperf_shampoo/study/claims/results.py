@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from algoperf_shampoo.harness.progress import duration
 from algoperf_shampoo.study import files, logs, plan, progress
-from algoperf_shampoo.study.claims import file, rule, table2
+from algoperf_shampoo.study.claims import file, rule, table2, tuning
 from algoperf_shampoo.study.claims.file import Claim, Declared, Part
 from algoperf_shampoo.study.claims.rule import Evidence, Verdict
 from algoperf_shampoo.study.claims.statistics import STATISTICS, of_run
+from algoperf_shampoo.study.claims.tuning import Choice, Place
 from algoperf_shampoo.study.study import Job, Study
-
-RECORD = Path("results") / "measured" / "claims" / "quick.json"
-"""The committed result that costs are foretold from where there is no run of ours."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,12 @@ class Outcome:
     verdicts: tuple[Verdict, ...]
     runs: tuple[Run, ...]
     problems: tuple[str, ...]
+    choices: Mapping[Place, Choice]
 
 
-def outcome(declared: Declared, study: Study, quick: bool) -> Outcome:
+def outcome(
+    declared: Declared, study: Study, quick: bool, choices: Mapping[Place, Choice] | None = None
+) -> Outcome:
     """Read every run of a study that is done, and weigh the claims."""
     wanted = statistics_by_arm(declared.claims)
     runs, problems = [], []
@@ -84,7 +84,15 @@ def outcome(declared: Declared, study: Study, quick: bool) -> Outcome:
     evidence = tuple(rule.weigh(claim, minis, seeds, value) for claim in live)
     verdicts = () if quick else tuple(rule.decide(evidence))
     return Outcome(
-        declared, quick, seeds, minis, evidence, verdicts, tuple(runs), tuple(problems)
+        declared,
+        quick,
+        seeds,
+        minis,
+        evidence,
+        verdicts,
+        tuple(runs),
+        tuple(problems),
+        choices or {},
     )
 
 
@@ -120,29 +128,6 @@ def designs(declared: Declared, seeds: Sequence[int]) -> list[str]:
         lines.append(f"  {claim.name}: least p {least:.2g}")
         lines += [f"    {part.text()}" for part in claim.parts]
     return lines
-
-
-def costs(
-    missing: Sequence[Job], declared: Declared, known: Sequence[Run], steps: str | None, root: Path
-) -> list[str]:
-    """What the runs that are missing will take, and what that is foretold from."""
-    recorded = _recorded(root)
-    total, unknown, sources = 0.0, 0, set()
-    for job in missing:
-        arm, mini = places(job, declared)[0]
-        own = [r.wall / r.steps for r in known if (r.arm, r.mini) == (arm, mini) and r.wall]
-        other = recorded.get((arm, mini), [])
-        if not own and not other:
-            unknown += 1
-            continue
-        sources.add("runs of this study" if own else RECORD.as_posix())
-        count = int(steps) if steps else _budget(root, mini)
-        total += statistics.median(own or other) * count
-    if not sources:
-        return [f"cost of {len(missing)} runs: unknown: no run like them is known"]
-    line = f"cost of {len(missing)} runs: {duration(total)} of one core"
-    line += f", by {' and '.join(sorted(sources))}, and seconds a run to start"
-    return [line] + ([f"  {unknown} runs not in it: none like them is known"] if unknown else [])
 
 
 def text(found: Outcome) -> list[str]:
@@ -213,7 +198,12 @@ def markdown(found: Outcome, root: Path) -> str:
         ]
     verdicts = {one.claim.name: _verdict(found, i) for i, one in enumerate(found.evidence)}
     verdicts |= {c.name: f"waits for {', '.join(c.waits_for)}" for c in _waiting(found)}
-    lines += ["", "The paper's Table 2:", "", *table2.markdown(verdicts, root)]
+    if found.choices:
+        seeds = ", ".join(map(str, found.declared.tuning_seeds))
+        lines += ["", f"Learning rates, chosen on seeds {seeds}:", ""]
+        lines += tuning.table(found.choices, _number)
+    if table2.speaks_of(verdicts):
+        lines += ["", "The paper's Table 2:", "", *table2.markdown(verdicts, root)]
     lines += ["", *(f"- {problem}" for problem in found.problems)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -244,6 +234,19 @@ def to_json(found: Outcome, root: Path) -> str:
         "packages": first.get("packages"),
         "least_p": rule.least_p(len(found.minis) * len(found.seeds)),
         "claims": claims,
+        "tuning_seeds": list(found.declared.tuning_seeds),
+        "rates": [
+            {
+                "arm": arm,
+                "mini": mini,
+                "rate": choice.rate,
+                "losses": {
+                    f"{rate:g}": loss if math.isfinite(loss) else None
+                    for rate, loss in choice.losses.items()
+                },
+            }
+            for (arm, mini), choice in found.choices.items()
+        ],
         "waiting": {c.name: list(c.waits_for) for c in _waiting(found)},
         "runs": [
             {
@@ -322,22 +325,3 @@ def _mean(runs: Sequence[Run], arm: str, mini: str, name: str) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2g}"
-
-
-def _budget(root: Path, mini: str) -> int:
-    """Steps of a mini's budget."""
-    content = files.read_json(root / "workloads_config" / f"{mini}.json")
-    return int(content["mini"]["max_steps"])
-
-
-def _recorded(root: Path) -> dict[tuple[str, str], list[float]]:
-    """Seconds of wall time a step, by arm and mini, of the committed quick study."""
-    try:
-        content = files.read_json(root / RECORD)
-    except files.Unreadable:
-        return {}
-    found: dict[tuple[str, str], list[float]] = {}
-    for run in content["runs"]:
-        if run["wall"]:
-            found.setdefault((run["arm"], run["mini"]), []).append(run["wall"] / run["steps"])
-    return found

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from algoperf_shampoo.harness.step_norms import SLOPE
 from algoperf_shampoo.study import files
 from algoperf_shampoo.study.logs import Trial
 
@@ -71,6 +72,26 @@ def refresh_late_less_early(folder: Path, steps: int) -> float:
     return _share(counts, late, steps) - _share(counts, 0, early)
 
 
+def share_of_kinds(first: str, second: str) -> Callable[[Path, int], float]:
+    """:func:`refresh_share` of the second kind of factor less that of the first."""
+
+    def difference(folder: Path, steps: int) -> float:
+        return _share(_counts(folder, second), 0, steps) - _share(_counts(folder, first), 0, steps)
+
+    return difference
+
+
+def step_norm_slope(folder: Path, steps: int) -> float:
+    """Slope of log(||Shampoo|| / ||Adam||) on log(mn) at the last step (:mod:`..step_norms`)."""
+    header, rows, _ = files.read_csv(folder / MEASUREMENTS)
+    if not {"global_step", SLOPE} <= set(header):
+        return math.nan
+    columns = [header.index(name) for name in ("global_step", SLOPE)]
+    found = [[files.number(row[column]) for column in columns] for _, row in rows]
+    there = (s for step, s in found if step == steps and s is not None and math.isfinite(s))
+    return next(there, math.nan)
+
+
 def shares_between(folder: Path) -> dict[float, float]:
     """Eigendecompositions over checks between two evaluations, by the step of the later one."""
     counts = _counts(folder)
@@ -79,12 +100,15 @@ def shares_between(folder: Path) -> dict[float, float]:
     return {step: share for step, share in found.items() if math.isfinite(share)}
 
 
-def _counts(folder: Path) -> dict[int, tuple[float, float]]:
-    """Checks and refreshes up to a step, as the submission logs them at evaluations."""
+def _counts(folder: Path, kind: str = "") -> dict[int, tuple[float, float]]:
+    """Checks and refreshes up to a step, as the submission logs them at evaluations; of one kind
+    of factor (:func:`..submission._by_kind`), or of all."""
     header, rows, _ = files.read_csv(folder / MEASUREMENTS)
-    if not {"global_step", _CHECKS, _REFRESHES} <= set(header):
+    ending = f"_{kind}" if kind else ""
+    names = ["global_step", _CHECKS + ending, _REFRESHES + ending]
+    if not set(names) <= set(header):
         return {}
-    columns = [header.index(name) for name in ("global_step", _CHECKS, _REFRESHES)]
+    columns = [header.index(name) for name in names]
     counts = {0: (0.0, 0.0)}
     for _, row in rows:
         step, *both = (files.number(row[column]) for column in columns)
@@ -111,5 +135,20 @@ STATISTICS = {
         "eigendecompositions over checks, last quarter of the steps less first quarter",
         False,
         refresh_late_less_early,
+    ),
+    "refresh_left_less_one_dim": Statistic(
+        "eigendecompositions over checks, left factors less those of 1-D blocks",
+        False,
+        share_of_kinds("one_dim", "left"),
+    ),
+    "refresh_right_less_left": Statistic(
+        "eigendecompositions over checks, right factors less left ones",
+        False,
+        share_of_kinds("left", "right"),
+    ),
+    "step_norm_slope": Statistic(
+        "slope of log(norm of Shampoo's step / Adam's) on log(mn) over matrices, last step",
+        False,
+        step_norm_slope,
     ),
 }

@@ -65,6 +65,12 @@ def cost(rule: str, m: int, n: int) -> Cost:
     )
 
 
+def speaks_of(verdicts: Mapping[str, str]) -> bool:
+    """Whether some claim of a study says something on the table."""
+    names = {name for cells in (_STEPS, _TRANSFER) for mine in cells.values() for name in mine}
+    return any(name in verdicts for name in names)
+
+
 def markdown(verdicts: Mapping[str, str], root: Path) -> list[str]:
     """The table as lines: the paper's mark, then what ours say.
 

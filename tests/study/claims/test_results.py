@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from algoperf_shampoo.study import logs, study
-from algoperf_shampoo.study.claims import figures, file, results, rule, statistics
+from algoperf_shampoo.study.claims import costs, figures, file, results, rule, statistics
 from tests.harness import fakes
 from tests.study.claims.test_file import ROOT, write
 
@@ -137,6 +137,21 @@ def test_shares_of_refreshes(tmp_path):
     assert math.isnan(statistics.refresh_share(tmp_path, 100))
 
 
+def test_shares_by_kind_of_factor_and_the_slope_of_step_norms(tmp_path):
+    header = ["global_step", "step_norm_slope"]
+    kinds = ("one_dim", "left", "right")
+    header += [f"eigenbasis_{n}_{k}" for k in kinds for n in ("checks", "refreshes")]
+    rows = [(50, "", 10, 9, 10, 5, 10, 2), (50, -0.5, "", "", "", "", "", ""),
+            (100, "", 20, 16, 20, 10, 20, 4), (100, -0.25, "", "", "", "", "", "")]  # fmt: skip
+    lines = [",".join(header), *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "measurements.csv").write_text("\n".join(lines) + "\n")
+    of = {name: statistic.of for name, statistic in statistics.STATISTICS.items()}
+    assert of["refresh_left_less_one_dim"](tmp_path, 100) == pytest.approx(0.5 - 0.8)
+    assert of["refresh_right_less_left"](tmp_path, 100) == pytest.approx(0.2 - 0.5)
+    assert of["step_norm_slope"](tmp_path, 100) == -0.25
+    assert math.isnan(of["step_norm_slope"](tmp_path, 75))
+
+
 def test_losses_of_the_last_tenth(tmp_path):
     def write_losses(rows: list[tuple]) -> Path:
         lines = ["global_step,loss", *(f"{step},{loss}" for step, loss in rows)]
@@ -176,18 +191,17 @@ def test_the_door_shows_the_design_and_refuses_what_cannot_be_decided(tmp_path):
     assert "6 of 6 runs to launch" in quick.stdout and not (tmp_path / "o").exists()
 
 
-def test_costs_come_from_runs_of_the_study_or_from_the_committed_quick_one(tmp_path):
-    declared = file.read(study.find("claims"))
-    made = study.lay_out(ROOT, "claims", study.Options(seeds="201,", out=str(tmp_path)))
-    jobs = [job for job in made.jobs if results.places(job, declared)[0][0] == "eshampoo_F20"]
-    recorded = json.loads((ROOT / results.RECORD).read_text())
-    assert recorded["quick"] and all("verdict" not in claim for claim in recorded["claims"])
-    (line,) = results.costs(jobs, declared, [], None, ROOT)
-    assert "cost of 3 runs: " in line and "of one core, by results/measured/claims/quick" in line
-    arm = [run for run in recorded["runs"] if run["arm"] == "eshampoo_F20"]
-    known = [
-        results.Run("eshampoo_F20", "", run["mini"], 1, 10, tmp_path, {}, 1000.0, False, {}, {})
-        for run in arm
-    ]
-    (own,) = results.costs(jobs, declared, known, "30", ROOT)
-    assert own.startswith("cost of 3 runs: 2.5 h of one core, by runs of this study")
+def test_costs_come_from_measured_parts_of_a_run(tmp_path):
+    options = study.Options(seeds="201,", steps="100", evals="50", out=str(tmp_path))
+    made = study.lay_out(ROOT, "claims", options)
+    jobs = [job for job in made.jobs if job.run.label == "nadamw_steps100_allsteps_evals50"]
+    record = json.loads((ROOT / costs.RECORD).read_text())
+    expected = sum(
+        record["start"] + 100 * record["step"]["nadamw"][mini] + 3 * record["evaluation"][mini]
+        for mini in ("fastmri", "imagenet_vit", "ogbg")
+    )
+    assert sum(costs.seconds(job.run, record) for job in jobs) == pytest.approx(expected)
+    (line,) = costs.lines(jobs, 2, ROOT)
+    assert line.startswith(f"cost of 3 runs: {expected:.0f} core-seconds") and " on 2; by" in line
+    (unknown,) = costs.lines(jobs, 2, tmp_path)
+    assert unknown == "cost of 3 runs: unknown: no run like them is known"
