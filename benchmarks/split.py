@@ -5,17 +5,26 @@
 
 Trains with the submissions themselves. Full size takes synthetic batches at AlgoPerf's default
 precision (TF32), copied from pinned memory, which stands for the data. Parts are measured by marks
-(``benchmarks/parts.py``) in periods of F steps that alternate with periods without marks, from
-which the step comes that the parts are held against: what they leave is the residual. Nothing of
-it is on a benchmark's clock.
+(``benchmarks/parts.py``) in periods of F steps among periods without marks, from which the step
+comes that the parts are held against: what they leave is the residual. Nothing of it is on a
+benchmark's clock.
+
+A step that waits for the host (OGBG's thousand launches) takes as long as the host does, which
+varies from period to period by more than the parts that are looked for. So marked and unmarked
+periods come in the order off, on, on, off, such that a drift meets both alike, garbage is collected
+between periods and never in one, and medians over periods count, which a period that was disturbed
+does not move. The step with marks less the one without is a row of its own, ``marks``: what marking
+costs, or how far two halves of the same measurement are apart.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +54,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BATCHES = {"fastmri": 32, "imagenet_vit": 256, "ogbg": 512}
 VARIANTS = ("shampoo_grafting", "eshampoo_fixed", "nadamw")
 RESIDUAL = "residual"
+PERIODS = 10
+"""Periods with marks, and as many without."""
 
 
 class Training:
@@ -132,36 +143,53 @@ class Training:
 class Periods:
     """What periods of F steps gave, the last step of each being one at which a check is due.
 
-    Seconds of one step: ``whole`` of periods without marks, ``marked`` of those with, by part.
+    Seconds of one step: ``whole`` of periods without marks, ``with_marks`` of those with, and
+    ``marked`` by part.
     """
 
     whole: dict[str, list[float]] = field(default_factory=lambda: {"ordinary": [], "due": []})
+    with_marks: dict[str, list[float]] = field(default_factory=lambda: {"ordinary": [], "due": []})
     marked: dict[str, list[dict[str, float]]] = field(
         default_factory=lambda: {"ordinary": [], "due": []}
     )
 
 
 def run_periods(training: Training, frequency: int, count: int) -> Periods:
-    """``count`` periods with marks and as many without, in turn."""
+    """``count`` periods with marks and as many without, in an order that no drift favours."""
     clock, timeline, found = training.timeline.clock, training.timeline, Periods()
     while training.steps % frequency:
         training.step()
-    for number in range(2 * count):
-        timeline.on = bool(number % 2)
-        for kind, steps in (("ordinary", frequency - 1), ("due", 1)):
-            if steps == 0:
-                continue
-            start = clock.now()
-            for _ in range(steps):
-                training.step()
-            seconds = (clock.now() - start) / steps
-            if timeline.on:
-                taken = timeline.take()
-                found.marked[kind].append({n: s / steps for n, s in taken.items()})
-            else:
-                found.whole[kind].append(seconds)
+    with _no_garbage():
+        for number in range(2 * count):
+            timeline.on = number % 4 in (1, 2)
+            gc.collect()
+            for kind, steps in (("ordinary", frequency - 1), ("due", 1)):
+                if steps == 0:
+                    continue
+                start = clock.now()
+                for _ in range(steps):
+                    training.step()
+                seconds = (clock.now() - start) / steps
+                if timeline.on:
+                    taken = timeline.take()
+                    found.marked[kind].append({n: s / steps for n, s in taken.items()})
+                    found.with_marks[kind].append(seconds)
+                else:
+                    found.whole[kind].append(seconds)
     timeline.on = False
     return found
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Inside, garbage is collected where it is asked for alone."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def measure(
@@ -169,7 +197,7 @@ def measure(
     variant: str,
     clock: Clock,
     frequency: int = 10,
-    periods: int = 2,
+    periods: int = PERIODS,
     evaluations: bool = True,
 ) -> dict[str, Any]:
     """Parts of a mean step of one variant on one workload, seconds; see the module.
@@ -183,8 +211,9 @@ def measure(
         training.step()
     found = run_periods(training, frequency, periods)
     f = training.frequency
-    ordinary, due = (_mean(found.marked[kind]) for kind in ("ordinary", "due"))
-    whole = {kind: statistics.fmean(values or [0.0]) for kind, values in found.whole.items()}
+    ordinary, due = (_median(found.marked[kind]) for kind in ("ordinary", "due"))
+    whole = {kind: statistics.median(values or [0.0]) for kind, values in found.whole.items()}
+    with_marks = {k: statistics.median(values or [0.0]) for k, values in found.with_marks.items()}
     note = ""
     if not clock.nests:
         seconds, places, note = _rotations(workload, variant, clock, frequency)
@@ -194,7 +223,7 @@ def measure(
                 parts["update"] -= seconds
     ordinary["communication"] = due["communication"] = 0.0
     parts = amortised(ordinary, due, f)
-    step = (1 - 1 / f) * whole["ordinary"] + whole["due"] / f if frequency > 1 else whole["due"]
+    step = _mean_step(whole, f, frequency)
     parts[RESIDUAL] = step - sum(parts.values())
     record: dict[str, Any] = {
         "workload": workload.name,
@@ -207,6 +236,8 @@ def measure(
         "ordinary": ordinary,
         "due": due,
         "whole": whole,
+        "marks": _mean_step(with_marks, f, frequency) - step,
+        "spread": {kind: _spread(values) for kind, values in found.whole.items()},
         "periods": periods,
         "sum_over_step": (step - parts[RESIDUAL]) / step if step else None,
         "notes": [note] if note else [],
@@ -267,6 +298,8 @@ def lines(records: list[dict[str, Any]], compared: list[dict[str, Any]]) -> list
             cells = "  ".join(f"{1e3 * r['parts'].get(row, 0.0):18.3f}" for r in own)
             made.append(f"{row:18}{cells}")
         made.append(f"{'step':18}" + "  ".join(f"{1e3 * r['step']:18.3f}" for r in own))
+        marks = "  ".join(f"{1e3 * r['marks']:18.3f}" for r in own if "marks" in r)
+        made.append(f"{'marks add':18}{marks}")
         sums = [r["sum_over_step"] for r in own]
         made.append(
             f"{'parts / step':18}"
@@ -351,9 +384,21 @@ def _batch_size(workload: Any) -> int:
     return BATCHES[workload.name]
 
 
-def _mean(found: list[dict[str, float]]) -> dict[str, float]:
+def _median(found: list[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for parts in found for name in parts)
-    return {name: statistics.fmean(parts.get(name, 0.0) for parts in found) for name in names}
+    return {name: statistics.median(parts.get(name, 0.0) for parts in found) for name in names}
+
+
+def _mean_step(whole: Mapping[str, float], f: int, measured_at: int) -> float:
+    """Seconds of a mean step at ``f``; at F = 1 a check is due at every step."""
+    if measured_at == 1:
+        return whole["due"]
+    return (1 - 1 / f) * whole["ordinary"] + whole["due"] / f
+
+
+def _spread(values: list[float]) -> float | None:
+    """Largest less smallest of the periods, over their median."""
+    return (max(values) - min(values)) / statistics.median(values) if any(values) else None
 
 
 def _timed(
@@ -375,7 +420,7 @@ def main() -> None:
     parser.add_argument("--workloads", default=default)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="the first is the reference")
     parser.add_argument("--frequency", type=int, default=10, help="F that is measured at")
-    parser.add_argument("--periods", type=int, default=2)
+    parser.add_argument("--periods", type=int, default=PERIODS)
     parser.add_argument("--no-evaluation", action="store_true")
     parser.add_argument(
         "--steps", default="", help="to target: ogbg/eshampoo_fixed=120,...; else the paper's"

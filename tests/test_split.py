@@ -83,7 +83,7 @@ class Injected:
         self.calls = dict.fromkeys(INJECTED, 0)
         found = split.run_periods(self.training, frequency=2, count=1)
         self.calls_a_step = {name: calls / 4 for name, calls in self.calls.items()}
-        ordinary, due = (split._mean(found.marked[kind]) for kind in ("ordinary", "due"))
+        ordinary, due = (split._median(found.marked[kind]) for kind in ("ordinary", "due"))
         whole = (found.whole["ordinary"][0] + found.whole["due"][0]) / 2
         return parts.amortised(ordinary, due, 2), whole
 
@@ -110,6 +110,34 @@ def test_a_millisecond_in_one_part_moves_that_row_by_it(measured: Any, part: str
     # The step without marks moves alike: nothing goes to the residual.
     assert step_after - step_before == pytest.approx(calls * MS, abs=1e-12)
     assert sum(after.values()) == pytest.approx(step_after, abs=1e-12)
+
+
+def test_a_period_that_was_disturbed_moves_no_row(measured: Any):
+    """The host stalls for a second in one marked period of three, and in one unmarked one."""
+    eshampoo, before, step_before = measured
+    eshampoo.extra = dict.fromkeys(INJECTED, 5 * MS)
+    step, calls = eshampoo.training.step, []
+
+    def stalling() -> None:
+        calls.append(eshampoo.training.timeline.on)
+        # The first step of the first unmarked, and of the first marked, period.
+        eshampoo.extra["data"] = 1.0 if len(calls) in (1, 3) else 5 * MS
+        step()
+
+    eshampoo.training.step = stalling
+    try:
+        found = split.run_periods(eshampoo.training, frequency=2, count=3)
+    finally:
+        eshampoo.training.step = step
+    # Off, on, on, off, off, on; two steps each.
+    assert calls[::2] == calls[1::2] == [False, True, True, False, False, True]
+    ordinary, due = (split._median(found.marked[kind]) for kind in ("ordinary", "due"))
+    after = parts.amortised(ordinary, due, 2)
+    assert after == pytest.approx(before, abs=1e-12)
+    whole = sorted(found.whole["ordinary"])
+    stall = 1.0 - 5 * MS
+    assert whole[2] - whole[1] == pytest.approx(stall) and whole[1] == pytest.approx(whole[0])
+    assert max(parts_of["data"] for parts_of in found.marked["ordinary"]) == pytest.approx(1.0)
 
 
 def test_a_variant_without_factors_has_no_time_in_their_parts():
