@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from command_line import ROOT, run
 
-from algoperf_shampoo import interrupt
+from algoperf_shampoo import factor_log, interrupt
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk, gpus
 from algoperf_shampoo.study import busy, forks, local, plan, progress, status
@@ -90,6 +91,8 @@ def _launch(found: Sequence[tuning.Phases], missing: Sequence[Job]) -> int:
     def more(ended: Job) -> list[Job]:
         return costs.longest_first([j for phases in found for j in phases.after(ended)], ROOT)
 
+    # No claim is about single factors, whose files are most of a run's bytes.
+    os.environ.setdefault(factor_log.VARIABLE, "off")
     server = None if gpus.here() else forks.Forks(ROOT)
     try:
         with interrupt.unwinding(lambda: "the runs under way are ended; make claims again goes on"):
