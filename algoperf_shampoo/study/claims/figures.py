@@ -12,30 +12,35 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from algoperf_shampoo.harness.hparams import F_KEY, TAU_KEY
+from algoperf_shampoo.study.claims.file import Curves
 from algoperf_shampoo.study.claims.results import Outcome, Run
-from algoperf_shampoo.study.claims.statistics import shares_between
+from algoperf_shampoo.study.claims.statistics import KINDS, OF_KINDS, loss_curve, shares_between
 from algoperf_shampoo.study.figures import DPI, MARKERS, SETTINGS, STYLES, WIDTH, Drawn, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RATE = "learning_rate"
+_WINDOW = 25
+"""Steps over which a curve is averaged."""
 
 
 def draw(found: Outcome, name: str = "claims") -> list[Drawn]:
-    """Loss against learning rate, and refreshes against steps, as far as there are runs; their
-    names begin with ``name``.
+    """Loss against learning rate, refreshes and losses against steps, as far as there are runs;
+    their names begin with ``name``.
 
     Raises:
         ModuleNotFoundError: no matplotlib.
     """
     import matplotlib
 
-    drawn = []
+    drawn, declared = [], found.declared
     with matplotlib.rc_context(SETTINGS):
         for kind, figure, caption in (
             ("rates", _tuned(found) if found.choices else _rates(found), _RATES),
             ("refreshes", _refreshes(found), _REFRESHES),
+            ("kinds", _kinds(found), _OF_KINDS),
+            *((one.name, _curves(found, one), _CURVES.format(one.of)) for one in declared.curves),
         ):
             if figure is not None:
                 quick = " Quick: few seeds and steps, no verdicts." if found.quick else ""
@@ -52,6 +57,17 @@ _RATES = (
 _REFRESHES = (
     "Eigendecompositions over checks, of all factors between two evaluations, the axes of the "
     "paper's Figure 4 (there: Imagewoof ViT, tau = 0.1, F = 1; here: the minis). Mean over seeds."
+)
+
+
+_OF_KINDS = (
+    "Eigendecompositions over checks between two evaluations by kind of factor, the axes of the "
+    "paper's Figures 4 and 7 (there: Imagewoof; here: the minis): one_dim of 1-D blocks (A), left "
+    "and right of the first and the last dimension of others (L, R). Mean over seeds."
+)
+_CURVES = (
+    "Training loss, mean of 25 steps, against the steps, on the minis; beside the paper's {} "
+    "(there: Imagewoof). Mean over seeds; runs that diverged are left out."
 )
 
 
@@ -134,8 +150,46 @@ def _refreshes(found: Outcome) -> Figure | None:
     return _with_legend(figure, grid[0], len(by_arm))
 
 
-def _line(axes: Any, number: int, name: str, points: Mapping[float, Sequence[float]]) -> None:
-    """The mean over runs at each place, and a small mark for each run."""
+def _kinds(found: Outcome) -> Figure | None:
+    """Of the arms that a claim on kinds of factors is about."""
+    runs = [run for run in found.runs if set(run.values) & set(OF_KINDS)]
+    if not runs:
+        return None
+    figure, grid = _panels(found.minis, len(KINDS))
+    for mini, axes in zip(found.minis, grid, strict=True):
+        for number, kind in enumerate(KINDS):
+            shares: dict[float, list[float]] = {}
+            for run in (r for r in runs if r.mini == mini and not r.diverged):
+                for step, share in shares_between(run.folder, kind).items():
+                    shares.setdefault(step, []).append(share)
+            _line(axes, number, kind, shares)
+        axes.set_xlabel("steps")
+        axes.set_ylim(0, 1)
+    grid[0].set_ylabel("eigendecompositions / checks")
+    return _with_legend(figure, grid[0], len(KINDS))
+
+
+def _curves(found: Outcome, wanted: Curves) -> Figure | None:
+    runs = [run for run in found.runs if run.arm in wanted.arms]
+    if not runs:
+        return None
+    figure, grid = _panels(found.minis, len(wanted.arms))
+    for mini, axes in zip(found.minis, grid, strict=True):
+        for number, arm in enumerate(wanted.arms):
+            losses: dict[float, list[float]] = {}
+            for run in (r for r in runs if (r.arm, r.mini) == (arm, mini) and not r.diverged):
+                for step, loss in loss_curve(run.folder, _WINDOW).items():
+                    losses.setdefault(step, []).append(loss)
+            _line(axes, number, arm, losses, each=False)
+        axes.set_xlabel("steps")
+    grid[0].set_ylabel("training loss")
+    return _with_legend(figure, grid[0], len(wanted.arms))
+
+
+def _line(
+    axes: Any, number: int, name: str, points: Mapping[float, Sequence[float]], each: bool = True
+) -> None:
+    """The mean over runs at each place, and with ``each`` a small mark for each run."""
     known = {place: values for place, values in points.items() if values}
     style: dict[str, Any] = {"color": "0.0" if number % 2 == 0 else "0.45"}
     marker = MARKERS[number % len(MARKERS)]
@@ -144,7 +198,7 @@ def _line(axes: Any, number: int, name: str, points: Mapping[float, Sequence[flo
         markersize=4, markerfacecolor="white", linestyle=STYLES[number % len(STYLES)],
         linewidth=1.2, label=name, **style,
     )  # fmt: skip
-    for place, values in known.items():
+    for place, values in known.items() if each else ():
         axes.plot([place] * len(values), values, marker, markersize=2, linestyle="none", **style)
 
 

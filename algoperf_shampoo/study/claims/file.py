@@ -26,6 +26,9 @@ by which seeds: ``"tuning": {"seeds": "101,102", "evals": 500}``, none that it r
 mini an arm's rate is that with the lowest mean loss over them (:mod:`.tuning`). All grids are of
 one size.
 
+``"curves": {"figure1": {"of": "Figure 1", "arms": [...]}}`` are figures of arms' training losses
+over the steps, and which of the paper's each stands beside.
+
 The margin of a loss is relative: 0.02 is a loss that is 2% larger. A claim holds if all of its
 parts do. One that ``waits_for`` something has no parts yet, and is a row that says so.
 """
@@ -48,6 +51,7 @@ _QUICK = {"seeds", "steps", "evals"}
 _TUNING = {"seeds", "evals"}
 _ARM = {"variant", "F", "tau", "set", "rates"}
 RATE = "learning_rate"
+_CURVES = {"of", "arms"}
 _CLAIM = {"name", "source", "hypothesis", "parts", "waits_for"}
 _PART = {"statistic", "low", "high", "than", "rule", "margin"}
 
@@ -93,6 +97,15 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """A figure of training losses: its name, which of the paper's is like it, and its arms."""
+
+    name: str
+    of: str
+    arms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Declared:
     """A file of claims, read. ``arms`` in its order; ``rates``: the grids of those that are tuned,
     ascending."""
@@ -106,6 +119,7 @@ class Declared:
     quick_evals: int | None = None
     tuning_seeds: tuple[int, ...] = ()
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    curves: tuple[Curves, ...] = ()
 
 
 def read(path: Path) -> Declared:
@@ -167,7 +181,7 @@ def place(row: int, arms: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _declared(path: Path, content: Any) -> Declared:
-    json_input.check_keys(content, _FILE | {"tuning"}, _FILE, str(path))
+    json_input.check_keys(content, _FILE | {"tuning", "curves"}, _FILE, str(path))
     json_input.check_keys(content["quick"], _QUICK, _QUICK - {"evals"}, f"{path}: quick")
     arms = content["arms"]
     if not isinstance(arms, dict) or not arms:
@@ -210,7 +224,24 @@ def _declared(path: Path, content: Any) -> Declared:
         quick_evals=content["quick"].get("evals"),
         tuning_seeds=tuning_seeds,
         rates=rates,
+        curves=_curves(path, content.get("curves", {}), arms),
     )
+
+
+def _curves(path: Path, given: Any, arms: Mapping[str, Any]) -> tuple[Curves, ...]:
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: curves: an object of figures")
+    for name, figure in given.items():
+        where = f"{path}: curves.{name}"
+        json_input.check_keys(figure, _CURVES, _CURVES, where)
+        if not name.isidentifier():
+            raise UserError(f"{where}: {name!r}: letters, digits and _ alone")
+        if not _texts(figure["arms"]) or not figure["arms"]:
+            raise UserError(f"{where}.arms: a list of arms")
+        for arm in figure["arms"]:
+            if arm not in arms:
+                raise UserError(f"{where}: no arm {arm!r}: there is {', '.join(arms)}")
+    return tuple(Curves(n, str(f["of"]), tuple(f["arms"])) for n, f in given.items())
 
 
 def _rates(path: Path, arms: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:

@@ -54,10 +54,29 @@ def last_tenth_loss(folder: Path, steps: int) -> float:
     return math.fsum(losses.values()) / len(losses)
 
 
+def loss_curve(folder: Path, width: int) -> dict[float, float]:
+    """Mean training loss of ``width`` steps after another, by the last of them; finite ones."""
+    header, rows, _ = files.read_csv(folder / LOSSES)
+    columns = [header.index(name) for name in ("global_step", "loss")]
+    windows: dict[int, list[float]] = {}
+    for _, row in rows:
+        step, loss = (files.number(row[column]) for column in columns)
+        if step is not None and loss is not None and math.isfinite(loss):
+            windows.setdefault(math.ceil(step / width) * width, []).append(loss)
+    return {step: math.fsum(values) / len(values) for step, values in sorted(windows.items())}
+
+
 def refresh_share(folder: Path, steps: int) -> float:
     """Eigendecompositions over checks, of all factors over the whole run."""
     counts = _counts(folder)
     return _share(counts, 0, steps)
+
+
+KINDS = ("one_dim", "left", "right")
+"""Of factors, as the submission counts them: of 1-D blocks (the paper's A), of the first dimension
+of others (L), of their last (R)."""
+OF_KINDS = ("refresh_left_less_one_dim", "refresh_right_less_left")
+"""The statistics that compare them."""
 
 
 def refresh_late_less_early(folder: Path, steps: int) -> float:
@@ -92,9 +111,10 @@ def step_norm_slope(folder: Path, steps: int) -> float:
     return next(there, math.nan)
 
 
-def shares_between(folder: Path) -> dict[float, float]:
-    """Eigendecompositions over checks between two evaluations, by the step of the later one."""
-    counts = _counts(folder)
+def shares_between(folder: Path, kind: str = "") -> dict[float, float]:
+    """Eigendecompositions over checks between two evaluations, by the step of the later one; of one
+    kind of factor, or of all."""
+    counts = _counts(folder, kind)
     steps = sorted(counts)
     found = {b: _share(counts, a, b) for a, b in zip(steps, steps[1:], strict=False)}
     return {step: share for step, share in found.items() if math.isfinite(share)}

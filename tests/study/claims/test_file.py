@@ -79,6 +79,8 @@ PART = ("claims", 0, "parts", 0)
         (("arms", "rotated", "rates"), [0.1, -1], "a list of numbers above 0"),
         (("arms", "rotated", "rates"), [0.1, 0.2], "tuning: arms have rates, and no seeds"),
         (("quick", "evals"), 0, "quick.evals is 0"),
+        (("curves",), {"a b": {"of": "", "arms": ["adam"]}}, "'a b': letters, digits and _ alone"),
+        (("curves",), {"a": {"of": "", "arms": ["eve"]}}, "curves.a: no arm 'eve': there is adam"),
         (("claims",), [], "at least one claim"),
         (("claims", 1, "name"), "better", "claim 'better' is there twice"),
         (("claims", 1, "waits_for"), None, r"claim 2 \(later\): either parts, or a list"),

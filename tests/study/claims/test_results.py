@@ -105,6 +105,39 @@ def test_figures_on_the_papers_axes(tmp_path):
     assert "learning rate" in drawn["claims_rates"].files["svg"].decode()
 
 
+def test_curves_and_kinds_of_factors_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    arms = {"one": {"variant": "eshampoo_adaptive", "F": 7, "tau": 0.1}}
+    part = {"statistic": "refresh_right_less_left", "low": ["one"], "than": 0, "rule": "less"}
+    path = write(tmp_path / "mine.json", "arms", value=arms)
+    claims = [{"name": "c", "source": "", "hypothesis": "", "parts": [part]}]
+    curves = {"figure1": {"of": "Figure 1", "arms": ["one"]}}
+    content = {**json.loads(path.read_text()), "claims": claims, "curves": curves}
+    path.write_text(json.dumps(content))
+    options = study.Options(seeds="5,", steps="40", out=str(tmp_path / "runs"))
+    made = study.lay_out(ROOT, str(path), options)
+
+    def logging(**given):
+        step = given["global_step"]
+        counts = {"left": 3 * step, "right": step, "one_dim": 4 * step}
+        values = {f"eigenbasis_refreshes_{kind}": count for kind, count in counts.items()}
+        values |= {f"eigenbasis_checks_{kind}": 4 * step for kind in counts}
+        given["workload"].metrics_logger.append_scalar_metrics(values, step)
+        return fakes._prepare_for_eval(**given)
+
+    for job in made.jobs:
+        fakes.execute(job.run, prepare_for_eval=logging)
+    found = results.outcome(file.read(path), made, quick=True)
+    assert {run.values["refresh_right_less_left"] for run in found.runs} == {-0.5}
+    assert statistics.shares_between(found.runs[0].folder, "left")[40] == 0.75
+    losses = statistics.loss_curve(found.runs[0].folder, 25)
+    assert set(losses) == {25, 50} and losses[50] < losses[25]
+    drawn = {figure.name: figure for figure in figures.draw(found, "mine")}
+    assert set(drawn) == {"mine_refreshes", "mine_kinds", "mine_figure1"}
+    assert "beside the paper's Figure 1 (there" in drawn["mine_figure1"].caption
+    assert b"one_dim" in drawn["mine_kinds"].files["svg"]
+
+
 def test_a_run_whose_files_were_changed_is_not_counted(tmp_path):
     declared, made = laid_out(tmp_path)
     run_all(made, leave_out=11)
