@@ -64,7 +64,10 @@ def test_a_file_that_was_cut_short_is_set_aside(run: Any, name: str) -> None:
     state = folder.examine(run, facts(run.run_dir / "checkpoint_10", 10), None)
     notes = folder.prepare(run, state, [run.hparams])
     assert notes[0] == f"{name} cannot be read: set aside"
-    assert not (run.run_dir / name).exists() and (run.run_dir / "meta_data_1.json").exists()
+    anew = name == folder.HPARAMS
+    assert (run.run_dir / name).exists() == anew and (run.run_dir / "meta_data_1.json").exists()
+    if anew:
+        assert json.loads((run.run_dir / name).read_text()) == run.hparams
 
 
 def test_a_run_that_ended_without_its_launcher_is_put_in_order(

@@ -146,6 +146,23 @@ def test_self_tuning_runs_a_copy_with_the_point_built_in(
             plan(data, tmp_path, **{"ruleset": "self", **words})
 
 
+def test_the_point_is_in_the_folder_before_any_process_looks_for_it(
+    data: Path, tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    # AlgoPerf's rank 0 writes hparams.json in place while the other ranks read it if it is there.
+    [run] = plan(data, tmp_path, seeds="7,").runs
+    place = run.run_dir / folder.HPARAMS
+    folder.prepare(run, folder.State(run.run_dir, None, ()), [run.hparams])
+    assert json.loads(place.read_text()) == run.hparams
+    theirs = json.dumps(run.hparams, indent=2)  # as the runner writes it: left as it is
+    place.write_text(theirs)
+    folder.prepare(run, folder.State(run.run_dir, None, ()), [run.hparams])
+    assert place.read_text() == theirs
+    place.write_text(theirs[:40])  # cut short
+    assert folder.prepare(run, folder.State(run.run_dir, None, ()), [run.hparams])
+    assert json.loads(place.read_text()) == run.hparams
+
+
 def test_the_prompt_and_the_removal_cannot_come_up(
     data: Path, tmp_path: Path, fake: dict[str, Any]
 ) -> None:

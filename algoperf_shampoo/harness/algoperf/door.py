@@ -191,8 +191,6 @@ def _write_entry(plan: Plan, run: RunSpec) -> None:
         run.run_dir / folder.ENTRY / entry_name(run),
         standalone.entry(plan.root, run.variant, run.hparams),
     )
-    # The runner writes none where it hands no point over.
-    folder.write_json(run.run_dir / "hparams.json", run.hparams)
 
 
 def _track(plan: Plan, run: RunSpec, python: str, echo: Callable[[str], None]) -> None:

@@ -23,6 +23,7 @@ from algoperf_shampoo.harness.spec import RunSpec
 
 LAUNCHES = "launches.json"
 SEARCH_SPACE = "search_space.json"
+HPARAMS = "hparams.json"
 CONSOLE = "console.log"
 ENTRY = "entry"
 """Folder of a self-tuning run's submission: the copy that it runs, its point built in."""
@@ -130,7 +131,7 @@ def prepare(run: RunSpec, state: State, points: list[dict[str, Any]]) -> list[st
         notes.append(f"{path.name} cannot be read (a save was cut short?): set aside")
         disk.set_aside(path)
     # What was cut short says nothing; the launch that comes writes its own.
-    for pattern in ("hparams.json", "meta_data_*.json", "flags_*.json"):
+    for pattern in (HPARAMS, "meta_data_*.json", "flags_*.json"):
         for path in sorted(run.run_dir.glob(pattern)):
             if _read_json(path) is None:
                 notes.append(f"{path.name} cannot be read: set aside")
@@ -138,6 +139,10 @@ def prepare(run: RunSpec, state: State, points: list[dict[str, Any]]) -> list[st
     notes += tables.bring_to(run.run_dir, state.checkpoint)
     if run.ruleset == "external":
         write_json(run.run_dir / SEARCH_SPACE, points)
+    # Left to the runner, rank 0 writes it while the others look for it, and one that finds half of
+    # it dies. With a point built in the runner would write none.
+    if not (run.run_dir / HPARAMS).exists():
+        write_json(run.run_dir / HPARAMS, run.hparams)
     return notes
 
 
@@ -251,7 +256,7 @@ def _check_intact(run_dir: Path) -> None:
 
 
 def _same_hparams(run: RunSpec) -> None:
-    path = run.run_dir / "hparams.json"
+    path = run.run_dir / HPARAMS
     there = _read_json(path)
     if there is None:
         return
