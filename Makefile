@@ -15,6 +15,8 @@ words.table3 := RUNS TABLE VERSION
 words.rank := RUN VARIANT
 words.figures := RUNS OUT VERSION
 words.report := RUNS OUT TITLE VERSION
+words.figure4 := RUN OUT
+words.health := RUN OUT
 words.repeat := RUN OUT DATA_DIR
 words.same-curves := BEFORE AFTER VARIANT WORKLOAD STEPS
 words.test-algoperf := PARTS DATA_DIR OUT ALGOPERF_PYTHON
@@ -70,7 +72,7 @@ IN_RUN := @exec sh scripts/in_venv.sh run
 IN_DEV := @exec sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm test-algoperf \
-  test-gpu test-kernels lint types table1 table3 tables rank figures report repeat study claims status same-curves \
+  test-gpu test-kernels lint types table1 table3 tables rank figures report figure4 health repeat study claims status same-curves \
   submission-pr FORCE
 .DEFAULT_GOAL := help
 
@@ -146,6 +148,12 @@ figures: words ## curves and times of the runs as PNG and SVG, into OUT=results/
 report: words ## one page with tables, figures and links to every log, OUT=results/report.html
 	@exec sh scripts/in_venv.sh figures scripts/figures.py --report $(call flag,RUNS,runs) \
 	  $(call flag,OUT,out) $(call flag,TITLE,title) $(call flag,VERSION,version)
+
+figure4: words ## eigendecompositions over training by kind and by factor, of a run RUN=, into OUT=
+	@exec sh scripts/in_venv.sh figures scripts/health.py --figure4 $(call flag,RUN,run) $(call flag,OUT,out)
+
+health: words ## what the preconditioner did in a run RUN=, beside its curve, into OUT=results/figures
+	@exec sh scripts/in_venv.sh figures scripts/health.py $(call flag,RUN,run) $(call flag,OUT,out)
 
 repeat: words ## train a run again from its folder, RUN=, and compare; into OUT=results/repeats/N
 	$(IN_RUN) scripts/repeat.py $(call flag,RUN,run) $(call flag,OUT,out) $(call flag,DATA_DIR,data_dir)

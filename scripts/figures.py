@@ -9,7 +9,7 @@ from command_line import ROOT, run
 from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness.disk import write_atomically
-from algoperf_shampoo.study import figures, report, tables
+from algoperf_shampoo.study import figures, report, report_health, tables
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the figures, or the page of the report.")
 _REPORT = flags.DEFINE_bool("report", False, "Write one self-contained page instead.")
@@ -30,6 +30,7 @@ def main() -> int:
         return 0
     page = paths.given("OUT", _OUT.value or "results/report.html", ROOT)
     page.parent.mkdir(parents=True, exist_ok=True)
+    drawn += report_health.draw(made, trials, ROOT)
     content = report.build(made, drawn, trials, ROOT, page, _TITLE.value)
     write_atomically(page, content.encode("utf-8", "surrogateescape"))
     print(paths.shown(page, ROOT))

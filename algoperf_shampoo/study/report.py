@@ -14,6 +14,7 @@ import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 
+from algoperf_shampoo.study import report_health
 from algoperf_shampoo.study.figures import Drawn
 from algoperf_shampoo.study.logs import Trial
 from algoperf_shampoo.study.tables import Row, Table, cells, numbered, run_name
@@ -53,6 +54,7 @@ def build(
 
     Args:
         tables: of the trials; those without a run are left out.
+        drawn: figures, by the beginning of their names: ``<size>_``, ``<size>_health_``.
         page: where the page will lie; links are relative to it.
     """
     shown = [table for table in tables if any(row.runs for row in table.rows)]
@@ -73,7 +75,12 @@ def build(
     for table in shown:
         parts.append(f'<h2 id="{table.size}">{table.size.capitalize()}</h2>')
         parts.append(_table(table))
-        parts += [_figure(figure) for figure in drawn if figure.name.startswith(f"{table.size}_")]
+        own = [figure for figure in drawn if figure.name.startswith(f"{table.size}_")]
+        healths = [figure for figure in own if figure.name.startswith(f"{table.size}_health_")]
+        parts += [_figure(figure) for figure in own if figure not in healths]
+        if health := report_health.section(table, by_name):
+            parts.append(f"<h3>The preconditioners' health, {table.size}</h3>")
+            parts += [health, *map(_figure, healths)]
         parts.append(f"<h3>Every run, {table.size}</h3>")
         parts.append(_runs(table, by_name, page))
     return "\n".join([*parts, "</body></html>"]) + "\n"

@@ -197,7 +197,8 @@ def test_a_browser_shows_the_page_without_a_network(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0 and "eshampoo_fixed (F = " in done.stdout, done.stderr[-500:]
     runs = len(logs.find_trials([SEEDS / "eshampoo_fixed"]))
-    assert done.stdout.count("<tr") == 1 + 9 + 1 + runs  # the paper's rows, and a row a run
+    # The paper's rows, the factors' health of three workloads, and a row a run.
+    assert done.stdout.count("<tr") == (1 + 9) + (1 + 3) + (1 + runs)
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
