@@ -24,8 +24,8 @@ class Grafted(Rule):
         self.grafting_eps = grafting_eps
         self.adam_first = adam_first
         for name in (
-            *("has_factors", "statistics_first", "orthogonal", "roots", "vectors", "starts"),
-            *("eigenvalues_at_checks", "adam_eps"),
+            *("has_factors", "statistics_first", "refresh_last", "orthogonal", "roots"),
+            *("vectors", "starts", "eigenvalues_at_checks", "adam_eps"),
         ):
             setattr(self, name, getattr(inner, name))
         self.moments = (*inner.moments, "graft_avg", "graft_avg_sq")

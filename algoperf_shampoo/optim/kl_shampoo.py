@@ -3,16 +3,16 @@ run them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .eigen.solver import Solver
-from .ops import BasisChange, Hyper, Operations, State, Value
+from .ops import BasisChange, Hyper, ModeVectors, Operations, State, Value
 from .optimizer import PreconditionedOptimizer
 from .options import MatmulPrecision, NonFinite, OneDim, SmallMatrices
 from .rule import Rule
@@ -25,18 +25,20 @@ Eigenvalues = Literal["ema", "decomposition"]
 
 
 class KLShampooRule(Rule):
-    """U = Q ((Q' M) / (sqrt(lambda_1 (x) ... (x) lambda_k) + eps)), M the plain average of G.
+    """U = Q (M / (sqrt(lambda_1 (x) ... (x) lambda_k) + eps)), M the plain average of Q'G.
 
-    The factor of mode i learns (G, whitened in all other modes) squared, divided by the product of
-    the others' dimensions:
+    M, exp_avg, is kept in the basis: rotating is linear, so as long as Q stands this is the rotated
+    average of gradients, and M is rotated over when Q changes. The factor of mode i learns (G,
+    whitened in all other modes) squared, divided by the product of the others' dimensions:
 
         S_i <- beta2 S_i + (1 - beta2) X_i X_i' / (d / d_i),   X = Q_j' G_j / sqrt(lambda_j), j /= i
 
-    and with eigenvalues "ema" lambda_i the mean over the other modes of (Q_i' X_i)^2, all with the
-    bases and eigenvalues of the steps before. lambda^-1/2 never exceeds max(10, min(d, 4000)).
+    and with eigenvalues "ema" lambda_i the mean over the other modes of (Q_i' X_i)^2. All of it,
+    the update too, is with the bases and eigenvalues of the steps before. lambda^-1/2 never exceeds
+    max(10, min(d, 4000)).
     """
 
-    statistics_first = False
+    refresh_last = True
     starts = True
     moments: tuple[str, ...] = ("exp_avg",)
     vectors: ClassVar[Mapping[str, float]] = {"eigenvalues": INITIAL_EIGENVALUE}
@@ -50,63 +52,44 @@ class KLShampooRule(Rule):
         ops.gram_ema(G, h.beta2, 1 - h.beta2, mean=True)
 
     def accumulate(self, G: Value, s: State, h: Hyper, ops: Operations) -> None:
-        lam = s.vectors("eigenvalues")
-        scale = lam.map(self.inverse_sqrt)
-        for i in s.modes:
-            X = ops.rotate(ops.copy(G), s.bases, skip=i, scale=scale)
-            ops.gram_ema(X, h.beta2, 1 - h.beta2, mode=i, mean=True)
-        if self.eigenvalues == "ema":
-            P = ops.rotate(ops.copy(G), s.bases)
-            # Once, before any of them is written.
-            new = ops.once(
-                lambda: [
-                    [
-                        None if old is None or mean is None else self._renewed(old, mean, h.beta2)
-                        for old, mean in zip(
-                            lam.mode(i), ops.mean_square(P, i, scale=scale), strict=True
-                        )
-                    ]
-                    for i in s.modes
-                ]
-            )
-            for i in s.modes:
-                ops.assign(lam, new[i], mode=i)
+        """All factors but the last mode's."""
+        scale = ops.inverse_sqrt(s.vectors("eigenvalues"), self.limit)
+        for i in range(len(s.modes), 1, -1):
+            X = ops.rotate(G, s.bases, skip=-i, keep=True)
+            ops.gram_ema(X, h.beta2, 1 - h.beta2, mode=-i, mean=True, scale=scale)
 
     def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
-        ops.ema(s["exp_avg"], G, h.beta1)
-        X = ops.rotate(ops.copy(s["exp_avg"]), s.bases)
+        P, scale = self.learn(G, s, h, ops)
+        ops.momentum(P, s["exp_avg"], h.beta1, scale, h.eps, decayed(h))
+        return ops.rotate_back(P, s.bases)
+
+    def learn(
+        self, G: Value, s: State, h: Hyper, ops: Operations
+    ) -> tuple[Value, ModeVectors]:
+        """G in the bases, mode by mode, on the way to which the last mode's factor and the
+        eigenvalues learn it; and lambda^-1/2 as it was."""
         lam = s.vectors("eigenvalues")
-        with ops.write(X) as tensors:
-            for x, mine in zip(tensors, lam.vectors, strict=True):
-                root = self._root(x, mine)
-                x.mul_(root).div_(root.mul_(h.eps).add_(1)).mul_(decayed(h))
-        return ops.rotate_back(X, s.bases)
+        scale = ops.inverse_sqrt(lam, self.limit)
+        with ops.accurate():
+            X = ops.rotate(G, s.bases, skip=-1)
+            ops.gram_ema(X, h.beta2, 1 - h.beta2, mode=-1, mean=True, scale=scale)
+            P = ops.rotate(X, s.bases, only=-1)
+            if self.eigenvalues == "ema":
+                ops.mean_square_ema(lam, P, h.beta2, scale, self.limit)
+        return P, scale
 
     def rebase(self, s: State, change: BasisChange, ops: Operations) -> Iterator[None]:
+        """M goes over to the new basis; lambda stays, by index, or comes from the decomposition."""
+        change.leave(s["exp_avg"])
         yield
+        change.enter(s["exp_avg"])
         if self.eigenvalues == "decomposition" and not change.first:
             (mine,) = s.vectors("eigenvalues").vectors
             change.assign_vector(mine[change.mode], change.eigenvalues)
 
-    def inverse_sqrt(self, lam: Tensor) -> Tensor:
-        """lambda^-1/2, clamped; 0 where lambda is 0. [B, d]"""
-        least = torch.finfo(lam.dtype).tiny
-        root = torch.where(lam > 0, lam.clamp_min(least).rsqrt(), 0.0)
-        d = lam.shape[-1]
-        return root.clamp(max=max(10, min(d, LARGEST_CLAMP))) if self.clamp else root
-
-    def _renewed(self, lam: Tensor, mean: Tensor, beta2: float) -> Tensor:
-        """The next lambda, after the clamp. [B, d]"""
-        root = self.inverse_sqrt(beta2 * lam + (1 - beta2) * mean)
-        return torch.where(root > 0, root.clamp_min(torch.finfo(lam.dtype).tiny) ** -2, 0.0)
-
-    def _root(self, x: Tensor, lam: list[Tensor]) -> Tensor:
-        """(lambda_1 (x) ... (x) lambda_k)^-1/2. [B, *shape]"""
-        root = torch.ones_like(x)
-        for mode, mine in enumerate(lam):
-            shape = [len(x), *(-1 if i == mode else 1 for i in range(x.ndim - 1))]
-            root.mul_(self.inverse_sqrt(mine).view(shape))
-        return root
+    def limit(self, d: int) -> float:
+        """What lambda^-1/2 does not exceed in a mode of size d."""
+        return max(10, min(d, LARGEST_CLAMP)) if self.clamp else math.inf
 
 
 class KLSOAPRule(KLShampooRule):
@@ -118,18 +101,10 @@ class KLSOAPRule(KLShampooRule):
     moments = ("exp_avg", "exp_avg_sq")
 
     def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
-        X = ops.rotate(G, s.bases)
-        ops.adam(X, s["exp_avg"], s["exp_avg_sq"], h, corrected=False)
-        ops.scale(X, [decayed(h)] * len(X.stacks))
-        return ops.rotate_back(X, s.bases)
-
-    def rebase(self, s: State, change: BasisChange, ops: Operations) -> Iterator[None]:
-        change.leave(s["exp_avg"])
-        yield
-        change.enter(s["exp_avg"])
-        if self.eigenvalues == "decomposition" and not change.first:
-            (mine,) = s.vectors("eigenvalues").vectors
-            change.assign_vector(mine[change.mode], change.eigenvalues)
+        P, _ = self.learn(G, s, h, ops)
+        factors = [decayed(h)] * len(P.stacks)
+        ops.adam(P, s["exp_avg"], s["exp_avg_sq"], h, corrected=False, factors=factors)
+        return ops.rotate_back(P, s.bases)
 
 
 class KLShampoo(PreconditionedOptimizer):

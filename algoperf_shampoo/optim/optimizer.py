@@ -197,11 +197,13 @@ class PreconditionedOptimizer(Saving):
             return False
         if self.rule.statistics_first:
             self._statistics(step)
-            self._refresh(step)
+            if not self.rule.refresh_last:
+                self._refresh(step)
             self._update(step)
         else:
             self._update(step)
             self._statistics(step)
+        if self.rule.refresh_last or not self.rule.statistics_first:
             self._refresh(step)
         step.group.layout.publish_steps()
         step.group.layout.finish()
@@ -439,6 +441,8 @@ def _by_tau(step: Step) -> dict[float, dict[int, list[int]]]:
 def _late(group: Group, present: Sequence[bool]) -> list[bool]:
     """Which parameters with a gradient are of a rule that ``starts``, and have not started."""
     late = [False] * len(present)
+    if all(all(s.ready) for rule, stacks in group.rules if rule.starts for s in stacks):
+        return late
     for rule, stacks in group.rules:
         for stack in stacks if rule.starts else ():
             for member, ready in zip(stack.members, stack.ready, strict=True):

@@ -25,7 +25,9 @@ class Rule(ABC):
     Attributes:
         has_factors: whether blocks have factors L_i [d_i, d_i] and operators.
         statistics_first: whether :meth:`accumulate` comes before :meth:`direction` in a step, with
-            a refresh between the two; else after it, and the refresh last (SOAP, KL-Shampoo).
+            a refresh between the two; else after it, and the refresh last.
+        refresh_last: whether the refresh comes after :meth:`direction` all the same (SOAP,
+            KL-Shampoo), which then may let the factors learn as well, with what it computes anyway.
         orthogonal: whether operators are eigenbases, else something like inverse roots.
         roots: whether operators are roots, which an all-zero factor has too.
         moments: state shaped like the blocks, zero at first: ``s[name]``.
@@ -40,6 +42,7 @@ class Rule(ABC):
 
     has_factors: bool = True
     statistics_first: bool = True
+    refresh_last: bool = False
     orthogonal: bool = True
     roots: bool = False
     moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -20,18 +22,18 @@ class SOAPRule(Rule):
     """U = Q_L (M / (sqrt(D) + eps)) Q_R' sqrt(1 - beta2^t) / (1 - beta1^t), M and D in the basis.
 
     exp_avg is M, the average of Q_L' G Q_R, and exp_avg_sq is D. The first gradient starts factors
-    and bases and moves nothing. Then the update comes first, with the bases of the steps before,
-    the factors learn afterwards, and every F steps a basis makes one step of simultaneous
-    iteration, its columns sorted beforehand: D is permuted with them, M goes over to the new basis.
+    and bases and moves nothing. Then the factors learn, the update is made with the bases of the
+    steps before, and every F steps a basis makes one step of simultaneous iteration, its columns
+    sorted beforehand: D is permuted with them, M goes over to the new basis.
     """
 
-    statistics_first = False
+    refresh_last = True
     starts = True
 
     def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
         X = ops.rotate(G, s.bases)
-        ops.adam(X, s["exp_avg"], s["exp_avg_sq"], h, corrected=False)
-        ops.scale(X, [_correction(stack, h) * decayed(h) for stack in X.stacks])
+        factors = _factors(X.stacks, h)
+        ops.adam(X, s["exp_avg"], s["exp_avg_sq"], h, corrected=False, factors=factors)
         return ops.rotate_back(X, s.bases)
 
     def rebase(self, s: State, change: BasisChange, ops: Operations) -> Iterator[None]:
@@ -112,6 +114,13 @@ def decayed(h: Hyper) -> float | Tensor:
     return 1 - h.lr * h.weight_decay
 
 
-def _correction(stack: Stack, h: Hyper) -> float | Tensor:
-    c1, c2 = bias_corrections(stack, h)
-    return c2**0.5 / c1
+def _factors(stacks: Sequence[Stack], h: Hyper) -> list[Any]:
+    """sqrt(1 - beta2^t) / (1 - beta1^t) of each stack, and what weight decay wants."""
+    corrections = [bias_corrections(stack, h) for stack in stacks]
+    if not all(isinstance(c1, Tensor) for c1, _ in corrections):
+        return [c2**0.5 / c1 * decayed(h) for c1, c2 in corrections]
+    c1s, c2s = (list(c) for c in zip(*corrections, strict=True))
+    factors = list(torch._foreach_sqrt(c2s))
+    torch._foreach_div_(factors, c1s)
+    torch._foreach_mul_(factors, decayed(h))
+    return factors

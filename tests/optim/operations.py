@@ -15,7 +15,7 @@ from algoperf_shampoo.optim.ops import Hyper, Operations, State
 from algoperf_shampoo.optim.reference import from_basis, matricize, mode_product, to_basis
 
 # Orders 1 to 4; one row, and three.
-SHAPES = [(12,), (9, 7), (9, 7), (9, 7), (20, 5), (4, 6, 3), (5, 3, 4, 2)]
+SHAPES = [(12,), (9, 7), (9, 7), (9, 7), (20, 5), (7, 3, 8), (3, 8, 3, 7)]
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-12
 TOLERANCE = 2e-6
 MODES = 4
@@ -31,6 +31,20 @@ def scaled(x, vectors, skip=None):
         if mode != skip:
             x = x * v.view([-1 if i == mode else 1 for i in range(x.ndim)])
     return x
+
+
+def limit(d):
+    """What lambda^-1/2 does not exceed: some of the vectors' entries do."""
+    return 1.0 + d / 20
+
+
+def shares(x):
+    """Roots of mean squares [B, d] as parts of each row's largest, or they grow without bound."""
+    return (x / x.amax(1, keepdim=True)).sqrt()
+
+
+def root(lam):
+    return (lam**-0.5).clamp(max=limit(lam.shape[-1]))
 
 
 class Machine:
@@ -146,14 +160,85 @@ class Machine:
 
     def rotate_but_one(self):
         """Of a copy, all modes but one, and scaled, as KL-Shampoo's factors want it."""
-        for skip in range(MODES):
-            scales = self.state.vectors("scales")
-            y = self.ops.rotate(self.ops.copy(self.x), self.state.bases, skip=skip, scale=scales)
-            expected = self._rowwise(lambda x, bases, v, i=skip: self._but_one(x, bases, v, i))
-            self.agree(y, expected)
-            back = self.ops.rotate_back(y, self.state.bases, skip=skip)
-            apply = lambda x, bases, v, i=skip: self._but_one(x, [q.T for q in bases], None, i)  # noqa: E731
-            self.agree(back, self._rowwise(apply, expected))
+        with self.x.held():
+            for skip in range(MODES):
+                self._rotate_but(skip)
+        self.agree(self.x, self.expected)
+
+    def _rotate_but(self, skip):
+        scales = self.state.vectors("scales")
+        y = self.ops.rotate(self.ops.copy(self.x), self.state.bases, skip=skip, scale=scales)
+        expected = self._rowwise(lambda x, bases, v: self._but_one(x, bases, v, skip))
+        self.agree(y, expected)
+        back = self.ops.rotate_back(y, self.state.bases, skip=skip)
+        apply = lambda x, bases, v: self._but_one(x, [q.T for q in bases], None, skip)  # noqa: E731
+        self.agree(back, self._rowwise(apply, expected))
+
+    def learn(self):
+        """As KL-Shampoo's factors and eigenvalues: each mode's factor learns x as it is in the
+        bases of all others, scaled; x becomes the rotated one, mode by mode."""
+        vectors = self.state.vectors("scales")
+        scale = self.ops.inverse_sqrt(vectors, limit)
+        roots = [[root(v) for v in vs] for vs in self.vectors]
+        for mine, expected in zip(scale.vectors, roots, strict=True):
+            self._agree(mine, expected)
+        with self.ops.accurate():
+            with self.x.held():
+                for i in range(MODES, 1, -1):
+                    X = self.ops.rotate(self.x, self.state.bases, skip=-i, keep=True)
+                    assert [len(s.shape) for s in X.stacks] == [
+                        len(s.shape) for s in self.stacks if len(s.shape) >= i
+                    ]
+                    self.ops.gram_ema(X, 0.5, 0.25, mode=-i, mean=True, scale=scale)
+            self.agree(self.x, self.expected)
+            X = self.ops.rotate(self.x, self.state.bases, skip=-1)
+            self.ops.gram_ema(X, 0.5, 0.25, mode=-1, mean=True, scale=scale)
+            self.x = self.ops.rotate(X, self.state.bases, only=-1)
+        self._expect_gram_of_whitened(roots)
+        self.expected = self._rowwise(lambda x, bases, _: to_basis(x, bases))
+        self.agree(self.x, self.expected)
+        self.ops.mean_square_ema(vectors, self.x, BETA2, scale, limit)
+        self.agree(self.x, self.expected)
+        self._expect_eigenvalues(roots)
+
+    def _expect_gram_of_whitened(self, roots):
+        for s, factors, xs, vs in zip(
+            self.stacks, self.factors, self.expected, roots, strict=True
+        ):
+            for mode, factor in enumerate(factors):
+                for row, x in enumerate(xs):
+                    mine = [v[row] for v in vs]
+                    X = matricize(self._but_one(x, self._bases(s, row), mine, mode), mode)
+                    factor[row] = 0.5 * factor[row] + 0.25 / X.shape[1] * X @ X.T
+            for mine, factor in zip(s.factors, factors, strict=True):
+                self._agree([mine], [factor])
+
+    def _expect_eigenvalues(self, roots):
+        for s, vs, rs, xs in zip(
+            self.stacks, self.vectors, roots, self.expected, strict=True
+        ):
+            for mode in range(len(s.shape)):
+                rows = [
+                    (matricize(scaled(x, [r[row] for r in rs], mode), mode) ** 2).mean(1)
+                    for row, x in enumerate(xs)
+                ]
+                new = BETA2 * vs[mode] + (1 - BETA2) * torch.stack(rows)
+                vs[mode] = new.clamp_min(1 / limit(new.shape[-1]) ** 2)
+            self._agree(s.vectors["scales"], vs)
+
+    def momentum(self):
+        """x in the basis, and its average in units of the vectors' roots: those of before."""
+        scale = self.ops.inverse_sqrt(self.state.vectors("scales"), limit)
+        self.ops.momentum(self.x, self.state["exp_avg"], BETA1, scale, 0.01, 3.0)
+        for i, (x, vs) in enumerate(zip(self.expected, self.vectors, strict=True)):
+            self.m[i] = BETA1 * self.m[i] + (1 - BETA1) * x
+            one = [
+                scaled(torch.ones_like(row), [root(v[r]) for v in vs])
+                for r, row in enumerate(x)
+            ]
+            s = torch.stack(one)
+            self.expected[i] = 3.0 * self.m[i] / (1 / s + 0.01)
+        self._agree_moments()
         self.agree(self.x, self.expected)
 
     @staticmethod
@@ -169,11 +254,13 @@ class Machine:
         self._expect_adam(corrected=True)
 
     def adam_uncorrected(self):
+        """With a factor for every row, as SOAP has them."""
         moments = self.state["exp_avg"], self.state["exp_avg_sq"]
-        self.ops.adam(self.x, *moments, self.h, corrected=False)
-        self._expect_adam(corrected=False)
+        factors = [c1 for c1, _ in self.h.corrections.values()]
+        self.ops.adam(self.x, *moments, self.h, corrected=False, factors=factors)
+        self._expect_adam(corrected=False, factors=factors)
 
-    def _expect_adam(self, corrected):
+    def _expect_adam(self, corrected, factors=None):
         for i, s in enumerate(self.stacks):
             x = self.expected[i]
             self.m[i] = BETA1 * self.m[i] + (1 - BETA1) * x
@@ -182,6 +269,8 @@ class Machine:
             c1, c2 = (c1, c2) if corrected else (torch.ones_like(c1), torch.ones_like(c2))
             numerator = (BETA1 * self.m[i] + (1 - BETA1) * x) / c1
             self.expected[i] = numerator / ((self.v[i] / c2).sqrt() + EPS)
+            if factors is not None:
+                self.expected[i] *= exact(factors[i])
         self._agree_moments()
         self.agree(self.x, self.expected)
 
@@ -218,10 +307,10 @@ class Machine:
                 ]
                 expected.append(torch.stack(rows))
                 self._agree([mine], [expected[-1]])
-            self.ops.assign(scales, [None if x is None else x.sqrt() for x in found], mode)
+            self.ops.assign(scales, [None if x is None else shares(x) for x in found], mode)
             for vs, x in zip(self.vectors, expected, strict=True):
                 if x is not None:
-                    vs[mode] = x.sqrt()
+                    vs[mode] = shares(x)
             for s, vs in zip(self.stacks, self.vectors, strict=True):
                 self._agree(s.vectors["scales"], vs)
 

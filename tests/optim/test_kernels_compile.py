@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 TABLES = {"groups": "*i64", "tiles": "*i32"}
 AVERAGE = {"beta": "fp32", "weight": "fp32"}
-PRODUCT_ALIGNED = dict(A_ROWS=False, ALIGN_M=4, ALIGN_N=4, ALIGN_K=4)
+PRODUCT_ALIGNED = dict(A_ROWS=False, BETWEEN=False, ALIGN_M=4, ALIGN_N=4, ALIGN_K=4)
 # kernel, its arguments besides tables, compile-time settings, tile, whether tensor cores are used
 CASES = [
     *(
@@ -35,14 +35,25 @@ CASES = [
     (
         "product",
         {},
-        dict(A_ROWS=True, B_ROWS=True, SPLIT=True, ALIGN_M=4, ALIGN_N=4, ALIGN_K=4),
+        dict(PRODUCT_ALIGNED, A_ROWS=True, B_ROWS=True, SPLIT=True),
+        tiles.LARGE,
+        True,
+    ),
+    *(
+        ("product", {}, dict(PRODUCT_ALIGNED, A_ROWS=True, B_ROWS=False, SPLIT=split), tile, True)
+        for split, tile in ((True, tiles.LARGE), (False, tiles.LARGE_ROUNDED))
+    ),
+    (
+        "product",
+        {},
+        dict(PRODUCT_ALIGNED, BETWEEN=True, B_ROWS=False, SPLIT=True),
         tiles.LARGE,
         True,
     ),
     (
         "product",
         {},
-        dict(A_ROWS=False, B_ROWS=False, SPLIT=True, ALIGN_M=4, ALIGN_N=1, ALIGN_K=1),
+        dict(PRODUCT_ALIGNED, B_ROWS=False, SPLIT=True, ALIGN_N=1, ALIGN_K=1),
         tiles.NARROW,
         True,
     ),
@@ -50,11 +61,42 @@ CASES = [
         (
             "gram",
             {"partial_ptr": "*fp32", **AVERAGE},
-            dict(COLUMNS=columns, IN_PIECES=False, ALIGN_D=4, ALIGN_K=1 if columns else 4),
+            dict(
+                COLUMNS=columns,
+                IN_PIECES=False,
+                MEAN=scaled,
+                SCALED=scaled,
+                ALIGN_D=4,
+                ALIGN_K=1 if columns else 4,
+            ),
             tiles.GRAM,
             True,
         )
         for columns in (False, True)
+        for scaled in (False, True)
+    ),
+    ("inverse_sqrts", {}, dict(SIZE=tiles.ENTRIES, ALIGN=4), {}, False),
+    ("scales", {}, dict(ORDER=2, SIZE=tiles.ENTRIES, ALIGN=4), {}, False),
+    *(
+        ("squares", {"partial_ptr": "*fp32"}, dict(WHERE=where, ALIGN=4), tiles.SQUARES, False)
+        for where in (0, 1, 2)
+    ),
+    (
+        "eigenvalues",
+        {"partial_ptr": "*fp32", "beta": "fp32", "rest": "fp32"},
+        dict(BN=tiles.SQUARES["BN"]),
+        {},
+        False,
+    ),
+    *(
+        (
+            "momentum",
+            {"rest1": "fp32", "eps": "fp32"},
+            dict(ORDER=order, LEARNS=learns, SIZE=tiles.ENTRIES, ALIGN=4),
+            {},
+            False,
+        )
+        for order, learns in ((2, True), (3, True), (4, True), (0, False))
     ),
     ("outer", AVERAGE, dict(ALIGN_D=4), tiles.OUTER, False),
     ("matvec", {}, dict(B_ROWS=True, ALIGN_K=4), tiles.VECTOR, False),
@@ -74,14 +116,13 @@ def compiled(name, arguments, settings, tile, capability, tables=TABLES):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from algoperf_shampoo.optim.gpu import kernels
-
+    from algoperf_shampoo.optim.gpu import kernels, mode_kernels
 
     tile = dict(tile)
     options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
     constants = {**settings, **tile}
     signature = {**tables, **arguments}
-    kernel = getattr(kernels, name)
+    kernel = getattr(kernels if hasattr(kernels, name) else mode_kernels, name)
     if "constants" in inspect.signature(ASTSource.__init__).parameters:  # up to Triton 3.1
         source = ASTSource(fn=kernel, signature=signature, constants=constants)
     else:
@@ -140,5 +181,6 @@ def test_machine_code(name, arguments, settings, tile, multiplies, capability, t
     if capability == 90:
         assert stack_bytes(kernel, tmp_path) == 0
     # Rows said to be aligned are written 16 bytes at a time.
-    if name in ("product", "adam") and settings.get("ALIGN_N", 4) == 4:
+    aligned = settings.get("ALIGN_N", 4) == 4 and not settings.get("BETWEEN")
+    if name in ("product", "adam", "momentum") and aligned:
         assert re.search(r"st\.global\S*\.v4", ptx)

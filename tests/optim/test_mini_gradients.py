@@ -13,6 +13,7 @@ from algoperf_shampoo.optim import AdamW, reference
 from algoperf_shampoo.workloads import load
 
 from .support import ReferenceParameter, bases_of, limits, make
+from .test_cholesky_qr import differences
 
 MAX_DIM = 128
 STEPS = 100
@@ -108,3 +109,27 @@ def test_the_check_itself_sees_a_wrong_basis():
     parameter.rules = [rule]
     with pytest.raises(AssertionError):
         check_bases(parameter)
+
+
+@pytest.mark.parametrize("first", [1, 20])
+def test_qr_by_products_is_householders_on_real_factors(recording, first):
+    """One step of SOAP's and KL-Shampoo's bases, ten gradients after the one they were made from:
+    the factors have no full rank at first."""
+    start, gradients = recording
+    seen = 0
+    for i, p in enumerate(start):
+        merged = ReferenceParameter("adamw", p, max_dim=MAX_DIM).blocks[0]
+        for mode in range(len(merged.merged)):
+            factor, q = None, None
+            for t in range(first + 10):
+                G = gradients[t][i].reshape(merged.merged)[merged.slices].double()
+                X = reference.matricize(G, mode)
+                factor = X @ X.T if factor is None else 0.95 * factor + 0.05 * X @ X.T
+                if t + 1 == first:
+                    q = torch.linalg.eigh(factor.float()).eigenvectors.flip(-1)
+            if q is None or not q.isfinite().all() or not factor.any():
+                continue
+            off, known = differences(factor.float()[None], q[None])
+            assert off.max() <= 1
+            seen += int(known.sum())
+    assert seen > 20

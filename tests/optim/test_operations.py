@@ -69,6 +69,8 @@ OPERATIONS = {
     "uncorrected": ["adam_uncorrected", "rotate_back", "gradient", "adam"],
     "averages": ["averages", "copy_state", "rotate", "scale_modes", "rotate_back", "deliver"],
     "modes": ["rotate", "mean_square", "gradient", "rotate", "scale_modes", "mean_square"],
+    "learn": ["learn", "momentum", "rotate_back", "deliver", "gradient", "learn", "momentum"],
+    "learn of a buffer": ["copy", "torch_scale", "learn", "adam_uncorrected", "rotate_back"],
     "norms": ["normalize", "rotate_back", "normalize"],
     "a step": ["gram", "rotate", "adam", "rotate_back", "deliver", "gradient"] * 2,
     "moments": ["adam", "move_moments", "gradient", "adam", "move_moments"],
@@ -107,7 +109,7 @@ def test_any_value_may_be_rotated(back_end):
 
 
 # Rules composed at random: rounds of statistics, a way into the basis, something there, a way back.
-STATISTICS = "gram", "gram_of_modes", "rotate_but_one", "averages"
+STATISTICS = "gram", "gram_of_modes", "rotate_but_one", "averages", "momentum"
 INSIDE = "adam", "copy", "torch_scale", "gram", "normalize", "scale_modes", "mean_square"
 
 
@@ -370,7 +372,49 @@ def test_defaults_on_a_gpu_are_said_once(back_end, caplog):
     machine = Machine(*back_end)
     with caplog.at_level("INFO"):
         for _ in range(2):
+            machine.normalize()
             machine.rotate_but_one()
             machine.gram()
     said = [r for r in caplog.records if "by torch here" in r.message]
     assert len(said) == (2 if back_end[1] == "kernels" else 0)
+
+
+@everywhere
+def test_what_soap_and_kl_shampoo_compute_has_kernels(back_end, caplog):
+    machine = Machine(*back_end)
+    with caplog.at_level("INFO"):
+        for after in ("momentum", "adam_uncorrected"):
+            machine.learn()
+            getattr(machine, after)()
+            machine.rotate_back()
+            machine.gradient()
+    assert not [r for r in caplog.records if "by torch here" in r.message]
+
+
+@everywhere
+def test_bad_rows_keep_vectors_moments_and_factors(back_end):
+    """As KL-Shampoo learns and steps."""
+    machine = Machine(*back_end)
+    bad = [torch.zeros(len(s), dtype=torch.int32, device=s.device) for s in machine.stacks]
+    bad[1][1] = 1
+    for s, mine in zip(machine.stacks, bad, strict=True):
+        s.bad = mine
+        s.g[mine != 0] = torch.nan
+    machine.ops.gradients_gathered(machine.stacks)
+
+    def kept():
+        s = machine.stacks[1]
+        parts = [s.state["exp_avg"], *s.vectors["scales"], *s.factors]
+        return [x.detach().clone() for x in parts]
+
+    before = kept()
+    ops, state = machine.ops, machine.state
+    scale = ops.inverse_sqrt(state.vectors("scales"), lambda d: 10.0)
+    ops.gram_ema(machine.x, 0.5, 0.25, mean=True, scale=scale)
+    P = ops.rotate(machine.x, state.bases)
+    ops.mean_square_ema(state.vectors("scales"), P, 0.5, scale, lambda d: 10.0)
+    ops.momentum(P, state["exp_avg"], 0.5, scale, 0.0, 1.0)
+    for old, new in zip(before, kept(), strict=True):
+        assert torch.equal(old[1], new[1])
+        assert bool(new.isfinite().all())
+        assert not torch.equal(old[0], new[0]) and not torch.equal(old[2], new[2])

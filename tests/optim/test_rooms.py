@@ -20,7 +20,7 @@ ROOMS = {
     "references": "reference reference_eshampoo reference_ideal reference_kl reference_shampoo "
     "reference_soap",
     "books": "journal replicas",
-    "device code": "gpu gpu.kernels gpu.tiles gpu.transfer",
+    "device code": "gpu gpu.kernels gpu.mode_kernels gpu.tiles gpu.transfer",
     "blocks": "blocks",
     "gradients": "nonfinite",
     "operations": "ops noise",
@@ -29,7 +29,7 @@ ROOMS = {
     "decompositions": "eigen",
     "rule": "rule",
     "refresh": "refresh",
-    "operations on a GPU": "gpu.launches gpu.triton_ops gpu.graphs",
+    "operations on a GPU": "gpu.launches gpu.mode_launches gpu.triton_ops gpu.graphs",
     "options": "settings options",
     "optimizer": "group saving optimizer",
 }

@@ -96,7 +96,10 @@ class Solver:
         if self.method == "qr":
             limit = self.workspace_mib * 2**20
             n = self.max_iterations
-            return [simultaneous.iterate(problem, tau, n, self.sort, limit) for problem in problems]
+            return [
+                simultaneous.iterate(problem, tau, n, self.sort, limit, borrowed)
+                for problem in problems
+            ]
         if self.method == "eigh":
             results = self._exact(problems, borrowed)
             if self.descending:

@@ -27,6 +27,16 @@ def triton_kernels() -> ModuleType | None:
     return kernels
 
 
+@functools.cache
+def triton_mode_kernels() -> ModuleType | None:
+    """:mod:`.mode_kernels`, likewise."""
+    if triton_kernels() is None:
+        return None
+    from . import mode_kernels
+
+    return mode_kernels
+
+
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether our kernels compute products there: float32, tensor cores for float16."""
     return (

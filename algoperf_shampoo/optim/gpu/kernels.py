@@ -21,7 +21,7 @@ maximum works, and its result does not depend on the order.
 import triton
 from triton import language as tl
 
-WORDS = tl.constexpr(9)
+WORDS = tl.constexpr(18)
 
 
 @triton.jit
@@ -96,6 +96,7 @@ def product(
     tiles,
     A_ROWS: tl.constexpr,
     B_ROWS: tl.constexpr,
+    BETWEEN: tl.constexpr,
     SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -106,9 +107,9 @@ def product(
 ):
     """c[row] = A[row] B[row], A [M, K], B [K, N], c [rows, M, N].
 
-    a is A' [rows, K, M], or A with A_ROWS; b is B [rows, K, N], or B' with B_ROWS. Group: a, b, c,
-    tops of a, of b, of c, M, N, K. Tile: group, row, first m, first n. SPLIT: float32 accuracy,
-    else inputs of 11 bits.
+    a is A' [rows, K, M], or A with A_ROWS; b is B [rows, K, N], or B' with B_ROWS. BETWEEN: a is
+    [rows, M / post, K, post], and c likewise with N. Group: a, b, c, tops of a, of b, of c, M, N,
+    K, post. Tile: group, row, first m, first n. SPLIT: float32 accuracy, else inputs of 11 bits.
     """
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
@@ -124,10 +125,18 @@ def product(
     e_a = _exponent(_load_of_row(group + 3, row))
     e_b = _exponent(_load_of_row(group + 4, row))
     scale_a, scale_b = _power(e_a), _power(e_b)
+    if BETWEEN:
+        post = tl.load(group + 9).to(tl.int32)
+        outside = m // post * post
+        a_ptr += outside[:, None] * K + (m - outside)[:, None]
+        c_ptr += outside[:, None] * N + (m - outside)[:, None]
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
-        if A_ROWS:
+        if BETWEEN:
+            mask = (m[:, None] < M) & (k[None, :] < K)
+            a = tl.load(a_ptr + k[None, :] * post, mask=mask, other=0.0) * scale_a
+        elif A_ROWS:
             mask = (m[:, None] < M) & (k[None, :] < K)
             a = tl.load(a_ptr + m[:, None] * K + k[None, :], mask=mask, other=0.0) * scale_a
         else:
@@ -148,7 +157,10 @@ def product(
     total = total * _power(-e_a) * _power(-e_b)
     _raise_top(group + 5, row, total)
     mask = (m[:, None] < M) & (n[None, :] < N)
-    tl.store(c_ptr + m[:, None] * N + n[None, :], total, mask=mask)
+    if BETWEEN:
+        tl.store(c_ptr + n[None, :] * post, total, mask=mask)
+    else:
+        tl.store(c_ptr + m[:, None] * N + n[None, :], total, mask=mask)
 
 
 @triton.jit
@@ -196,6 +208,8 @@ def gram(
     weight,
     COLUMNS: tl.constexpr,
     IN_PIECES: tl.constexpr,
+    MEAN: tl.constexpr,
+    SCALED: tl.constexpr,
     S: tl.constexpr,
     BK: tl.constexpr,
     ALIGN_D: tl.constexpr,
@@ -204,8 +218,9 @@ def gram(
     """factor <- beta factor + weight X X', one triangle computed and mirrored.
 
     x is X [rows, d, K], or X' [rows, K, d] with COLUMNS. Group: x, factor, top of x, d, K, marks of
-    bad rows. Tile: group, row, first row, first column <= first row, first k, last k + 1.
-    IN_PIECES: X X' over the tile's k goes to ``partial_ptr`` [tiles, S, S] instead.
+    bad rows, scales, top of scales. Tile: group, row, first row, first column <= first row, first
+    k, last k + 1. IN_PIECES: X X' over the tile's k goes to ``partial_ptr`` [tiles, S, S] instead.
+    MEAN: divided by K. SCALED: column k of X is multiplied by scales [rows, K] first.
     """
     tile = tiles + tl.program_id(0) * 6
     group = groups + tl.load(tile) * WORDS
@@ -217,7 +232,11 @@ def gram(
     d = tl.multiple_of(tl.load(group + 3).to(tl.int32), ALIGN_D)
     K = tl.multiple_of(tl.load(group + 4).to(tl.int32), ALIGN_K)
     x = _float_pointer(group) + row * d * K
-    e = _exponent(_load_of_row(group + 2, row))
+    top = _load_of_row(group + 2, row)
+    if SCALED:
+        top *= _load_of_row(group + 7, row)
+        scales = tl.load(group + 6).to(tl.pointer_type(tl.float32)) + row * K
+    e = _exponent(top)
     scale = _power(e)
     r = i + tl.arange(0, S)
     c = j + tl.arange(0, S)
@@ -228,14 +247,24 @@ def gram(
             here = k[:, None] < last
             a = tl.load(x + k[:, None] * d + r[None, :], mask=here & (r[None, :] < d), other=0.0)
             b = tl.load(x + k[:, None] * d + c[None, :], mask=here & (c[None, :] < d), other=0.0)
-            a, b = tl.trans(a * scale), b * scale
+            if SCALED:
+                s = tl.load(scales + k, mask=k < last, other=0.0) * scale
+                a, b = tl.trans(a * s[:, None]), b * s[:, None]
+            else:
+                a, b = tl.trans(a * scale), b * scale
         else:
             here = k[None, :] < last
             a = tl.load(x + r[:, None] * K + k[None, :], mask=here & (r[:, None] < d), other=0.0)
             b = tl.load(x + c[:, None] * K + k[None, :], mask=here & (c[:, None] < d), other=0.0)
-            a, b = a * scale, tl.trans(b * scale)
+            if SCALED:
+                s = tl.load(scales + k, mask=k < last, other=0.0) * scale
+                a, b = a * s[None, :], tl.trans(b * s[None, :])
+            else:
+                a, b = a * scale, tl.trans(b * scale)
         total += _split_dot(a, b)
     total = total * _power(-e) * _power(-e)
+    if MEAN:
+        total /= K
     if IN_PIECES:
         inside = tl.arange(0, S)
         partial = partial_ptr + tl.program_id(0).to(tl.int64) * S * S
@@ -356,8 +385,8 @@ def adam(
 
     rest1, rest2: 1 - beta1, 1 - beta2, which in float32 would be off by 1e-5. Group: x, m, v, top
     of the direction, 1 - beta1^t and 1 - beta2^t (one a row), entries a row, marks of bad rows,
-    which keep their moments and get the direction 0, limits of noise (:func:`limits`; 0: none).
-    Tile: group, row, first entry.
+    which keep their moments and get the direction 0, limits of noise (:func:`limits`; 0: none),
+    factors of the direction. Tile: group, row, first entry.
     """
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
@@ -376,7 +405,7 @@ def adam(
     u = x + (m - x) * beta1 if NADAM else m
     c1 = _load_of_row(group + 4, row)
     c2 = _load_of_row(group + 5, row)
-    u /= (tl.sqrt(v) / tl.sqrt(c2) + eps) * c1
+    u *= _load_of_row(group + 9, row) / ((tl.sqrt(v) / tl.sqrt(c2) + eps) * c1)
     square = c1 * c1
     limit = _load_of_row(group + 8, row) * square
     u = tl.where(tl.maximum(v * square, m * m * c2) < limit, 0.0, u)

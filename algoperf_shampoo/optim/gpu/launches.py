@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,18 @@ from . import tiles, triton_kernels
 from .tiles import Tile
 
 Calls = list[Callable[..., None]]
+
+
+class GramOperand(NamedTuple):
+    """Mode ``mode`` of x, whose row maxima are those of ``place``: [d, K] a row, or [K, d] with
+    ``columns``; ``scales`` [B, K] of the columns k, and their row maxima."""
+
+    stack: Stack
+    place: Place
+    mode: int
+    x: Tensor
+    columns: bool
+    scales: tuple[Tensor, Tensor] | None = None
 
 
 class KernelLaunches:
@@ -58,8 +70,7 @@ class KernelLaunches:
         count = sum(len(s) for s in stacks)
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
         # The largest absolute entry of every row ("top" in the kernels): of `g` and every work
-        # buffer; of state
-        # that is rotated; and a place for those that nobody will ask for.
+        # buffer; of state that is rotated; and a place for those that nobody will ask for.
         buffers = 1 + max(len(s.work) for s in stacks)
         self._absmax = torch.zeros(buffers + 2, count, dtype=torch.int32, device=self._device)
         # Limits of noise, see :mod:`..noise`, and those that nothing is below.
@@ -67,6 +78,7 @@ class KernelLaunches:
         self._no_marks = torch.zeros(count, dtype=torch.int32, device=self._device)
         self._rows = {id(s): slice(i, i + len(s)) for s, i in zip(stacks, starts, strict=True)}
         self._ones = torch.ones(count, device=self._device)  # absmax of orthogonal operators
+        self._factors = torch.ones(count, device=self._device)  # of the rows' directions
         self._operator_absmax: dict[tuple[int, int], Tensor] = {}
         self._launches: dict[Hashable, Calls] = {}
 
@@ -113,7 +125,7 @@ class KernelLaunches:
                 if number + 2 < len(stack.shape):
                     front = x.tensor.movedim(number + 2, 1)
                     spare.tensor.view(front.shape).copy_(front)
-            build = functools.partial(self._gram_launches, some, mine, to, number)
+            build = functools.partial(self._gram_of_round, some, mine, to, number)
             for launch in self._known(("gram", number), some, [*mine, *to], build):
                 self.once(launch, beta, weight)
 
@@ -141,9 +153,10 @@ class KernelLaunches:
         h: Hyper,
         limited: Sequence[bool],
         corrected: bool,
+        factors: Sequence[Any] | None = None,
     ) -> None:
         """h.corrections: tensors, where they were at the first call. limited: which stacks' noise
-        is left out."""
+        is left out. factors: see :meth:`..ops.base.Operations.adam`."""
         corrections = h.corrections
         assert corrections is not None
 
@@ -151,24 +164,42 @@ class KernelLaunches:
             groups = []
             for s, x, mine, limit in zip(stacks, xs, moments, limited, strict=True):
                 rows = self._rows[id(s)]
-                ones = self._ones[rows]
-                c1, c2 = corrections[id(s)] if corrected else (ones, ones)
+                c1, c2 = corrections[id(s)] if corrected else (self._ones[rows],) * 2
                 tensors = x.tensor, *mine, self._absmax_of(s, x), c1, c2
                 limits = (self._limits if limit else self._no_limits)[rows]
-                more = self._marks_of(s), limits
+                more = self._marks_of(s), limits, self._factors_of(s, factors)
                 addresses = [t.data_ptr() for t in tensors]
                 groups.append([*addresses, math.prod(s.shape), *(t.data_ptr() for t in more)])
             return self._elementwise(self._kernels.adam, stacks, groups, 6)
 
         self._clear_absmax(stacks, xs)
+        if factors is not None:
+            self._set_factors(stacks, factors)
         numbers = h.beta1, 1 - h.beta1, h.beta_d, 1 - h.beta_d, h.eps
         state = tuple([t.data_ptr() for mine in moments for t in mine])
-        name = "adam", state, tuple(limited), corrected
+        name = "adam", state, tuple(limited), corrected, factors is None
         for launch in self._known(name, stacks, xs, build):
             ran: list[bool] = []
             self.once(_run_and_note, ran, launch, *numbers, NADAM=h.nadam)
             if not ran:  # the moments have learnt already: the direction alone
                 launch(h.beta1, 0.0, 1.0, 0.0, h.eps, NADAM=h.nadam)
+
+    def _factors_of(self, stack: Stack, factors: Sequence[Any] | None) -> Tensor:
+        """Where a kernel finds the factors of the stack's rows."""
+        return (self._ones if factors is None else self._factors)[self._rows[id(stack)]]
+
+    def _set_factors(self, stacks: Sequence[Stack], factors: Sequence[Any]) -> None:
+        """factors: numbers, or tensors [] or [B, 1, ..., 1] on the device."""
+        mine = [self._factors[self._rows[id(s)]] for s in stacks]
+        if all(factor is factors[0] for factor in factors) and len(stacks) == len(self._rows):
+            mine, factors = [self._factors], factors[:1]
+        to = [x for x, f in zip(mine, factors, strict=True) if isinstance(f, Tensor)]
+        for x, factor in zip(mine, factors, strict=True):
+            if not isinstance(factor, Tensor):
+                x.fill_(factor)
+        if to:
+            tensors = [f.view(-1) for f in factors if isinstance(f, Tensor)]
+            torch._foreach_copy_(to, [f.expand(len(x)) for x, f in zip(to, tensors, strict=True)])
 
     def rotate_mode_(
         self,
@@ -258,6 +289,7 @@ class KernelLaunches:
 
     def measure(self, stacks: Sequence[Stack], xs: Sequence[Place]) -> None:
         """Find the row maxima of places."""
+
         def build() -> Calls:
             groups = [
                 [x.tensor.data_ptr(), self._absmax_of(s, x).data_ptr(), math.prod(s.shape)]
@@ -291,12 +323,18 @@ class KernelLaunches:
             launch()
 
     def _elementwise(
-        self, kernel: Any, stacks: Sequence[Stack], groups: list[list[int]], size_at: int
+        self,
+        kernel: Any,
+        stacks: Sequence[Stack],
+        groups: list[list[int]],
+        size_at: int,
+        **settings: Any,
     ) -> Calls:
         """A pass over all rows of all stacks; word ``size_at`` of a group is a row's entries."""
         sizes = [(range(len(s)), group[size_at]) for s, group in zip(stacks, groups, strict=True)]
+        settings |= dict(SIZE=tiles.ENTRIES, num_warps=4)
         return [
-            self._launch(kernel, groups, mine, SIZE=tiles.ENTRIES, ALIGN=align, num_warps=4)
+            self._launch(kernel, groups, mine, ALIGN=align, **settings)
             for align, mine in tiles.elementwise(sizes).items()
         ]
 
@@ -348,8 +386,10 @@ class KernelLaunches:
         groups: Sequence[Sequence[int]],
         sizes: Sequence[tuple[Sequence[int], int, int, int]],
         split: bool,
+        between: bool = False,
     ) -> Calls:
-        """Products, each to be called with the layouts A_ROWS and B_ROWS."""
+        """Products, each to be called with the layouts A_ROWS and B_ROWS. between: of modes with
+        others before and after."""
         wide = self._wide[split]
         launches: Calls = []
         for kind, mine in tiles.products(sizes, wide).items():
@@ -360,6 +400,7 @@ class KernelLaunches:
                 continue
             settings = dict(
                 tiles.shapes(wide)[kind.shape],
+                BETWEEN=between,
                 SPLIT=split,
                 ALIGN_M=kind.align_m,
                 ALIGN_N=kind.align_n,
@@ -368,25 +409,32 @@ class KernelLaunches:
             launches.append(self._launch(self._kernels.product, groups, mine, **settings))
         return launches
 
-    def _gram_launches(
+    def _gram_of_round(
         self, stacks: Sequence[Stack], xs: Sequence[Place], spares: Sequence[Place], number: int
     ) -> Calls:
-        """Each to be called with (beta, weight)."""
-        groups: list[list[int]] = []
-        sizes: list[tuple[int, int, int, bool]] = []
+        operands: list[GramOperand] = []
         for stack, place, spare in zip(stacks, xs, spares, strict=True):
             last = len(stack.shape) - 1
-            modes = [(0, place.tensor, False)] if number == 0 else []
+            if number == 0:
+                operands.append(GramOperand(stack, place, 0, place.tensor, False))
             if number == 0 < last:
-                modes.append((last, place.tensor, True))
+                operands.append(GramOperand(stack, place, last, place.tensor, True))
             if number + 1 < last:
-                modes.append((number + 1, spare.tensor, False))
-            for mode, x, columns in modes:
-                d, K = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
-                tensors = x, stack.factors[mode], self._absmax_of(stack, place)
-                marks = self._marks_of(stack).data_ptr()
-                groups.append([*(t.data_ptr() for t in tensors), d, K, marks])
-                sizes.append((len(stack), d, K, columns))
+                operands.append(GramOperand(stack, place, number + 1, spare.tensor, False))
+        return self._grams(operands)
+
+    def _grams(self, operands: Sequence[GramOperand], mean: bool = False) -> Calls:
+        """Each to be called with (beta, weight). All operands are scaled, but vectors, or none."""
+        groups: list[list[int]] = []
+        sizes: list[tuple[int, int, int, bool]] = []
+        scaled = any(o.scales is not None for o in operands)
+        for stack, place, mode, x, columns, scales in operands:
+            d, K = stack.shape[mode], math.prod(stack.shape) // stack.shape[mode]
+            tensors = x, stack.factors[mode], self._absmax_of(stack, place)
+            more = self._marks_of(stack), *(scales or ())
+            addresses = [t.data_ptr() for t in tensors], [t.data_ptr() for t in more]
+            groups.append([*addresses[0], d, K, *addresses[1]])
+            sizes.append((len(stack), d, K, columns))
         launches: Calls = []
         kinds = tiles.grams(sizes, self._small)
         pieces = [
@@ -404,6 +452,8 @@ class KernelLaunches:
                 tiles.NARROW_GRAM if kind.narrow else tiles.GRAM,
                 COLUMNS=kind.columns,
                 IN_PIECES=kind.in_pieces,
+                MEAN=mean,
+                SCALED=scaled,
                 ALIGN_D=kind.align_d,
                 ALIGN_K=kind.align_k,
             )

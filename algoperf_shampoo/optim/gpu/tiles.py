@@ -30,6 +30,8 @@ NARROW_COLUMNS = 16
 # pieces, so large models, which have other work meanwhile, cut only much longer ones.
 LONGEST_SUM, LONGEST_SUM_OF_LARGE = 1024, 8192
 ENTRIES = 1024  # a program without products works on
+SQUARES = dict(BN=32, BK=64)  # tiles of sums of squares
+LONGEST_SQUARES = 4096  # entries a program sums
 
 
 class ProductKind(NamedTuple):
@@ -114,9 +116,21 @@ def grams(sizes: Sequence[tuple[int, int, int, bool]], small: bool) -> dict[Gram
     return _by_kind(tiles)
 
 
+def squares(sizes: Sequence[tuple[int, int, int]]) -> list[Tile]:
+    """[group, row, first entry, 0, first k, last k + 1], given (rows, d, K) of each group: sums
+    over K for each of d entries. Pieces of one sum stand together and in order."""
+    return [
+        [group, row, n, 0, start, min(start + LONGEST_SQUARES, K)]
+        for group, (rows, d, K) in enumerate(sizes)
+        for row in range(rows)
+        for n in range(0, d, SQUARES["BN"])
+        for start in range(0, K, LONGEST_SQUARES)
+    ]
+
+
 def sums(pieces: Sequence[Tile]) -> list[Tile]:
     """[group, row, first row, first column, first piece, last piece + 1] for tiles of
-    :func:`grams`."""
+    :func:`grams`, or :func:`squares`."""
     totals: list[Tile] = []
     for number, piece in enumerate(pieces):
         if not totals or totals[-1][:4] != piece[:4]:

@@ -7,18 +7,22 @@ leave; where something else wrote, they are measured before they are needed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..blocks.layout import Stack
 from ..journal import Once, directly
 from ..nonfinite import Guard
 from ..ops import Hyper, ModeVectors, Operations, Operators, Value
+from ..ops.base import modes_of
+from ..ops.modes import Limit
 from ..ops.values import GRADIENT, OWN, Place
-from .launches import KernelLaunches
+from .mode_launches import ModeLaunches
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +30,8 @@ log = logging.getLogger(__name__)
 class TritonOperations(Operations):
     """:class:`~..ops.base.Operations` for float32 stacks on one GPU, all rows taking part.
 
-    For how accurate they are see :class:`.launches.KernelLaunches`.
+    For how accurate they are see :class:`.launches.KernelLaunches`. Vectors of modes in one call
+    must be those of all stacks that the call is about.
 
     Args:
         stacks: all stacks there will be.
@@ -35,7 +40,7 @@ class TritonOperations(Operations):
 
     def __init__(self, stacks: Sequence[Stack], once: Once = directly) -> None:
         super().__init__(once)
-        self._kernels = KernelLaunches(stacks, once)
+        self._kernels = ModeLaunches(stacks, once)
         self._precision = "highest"
         self._by_default: set[str] = set()
 
@@ -68,13 +73,28 @@ class TritonOperations(Operations):
     def spare(self, stacks: Sequence[Stack]) -> None:
         """Kernels leave bad rows out where they write moments and factors."""
 
+    @contextlib.contextmanager
+    def accurate(self) -> Iterator[None]:
+        before, self._precision = self._precision, "highest"
+        try:
+            with super().accurate():
+                yield
+        finally:
+            self._precision = before
+
     def gram_ema(
-        self, x: Value, beta: float, weight: float, mode: int | None = None, mean: bool = False
+        self,
+        x: Value,
+        beta: float,
+        weight: float,
+        mode: int | None = None,
+        mean: bool = False,
+        scale: ModeVectors | None = None,
     ) -> None:
         places = x.places()
-        if mode is not None or mean or any(place.number == OWN for place in places):
-            self._default("gram_ema of one mode, of a mean or of state")
-            return super().gram_ema(x, beta, weight, mode, mean)
+        if any(place.number == OWN for place in places):
+            self._default("gram_ema of state")
+            return super().gram_ema(x, beta, weight, mode, mean, scale)
         self._measure(x.stacks, places)
         spares = [
             self._memory(s, place) if len(s.shape) > 2 else place
@@ -83,7 +103,11 @@ class TritonOperations(Operations):
         for place, spare in zip(places, spares, strict=True):
             if spare is not place:
                 spare.holder, spare.absmax_known = None, False
-        return self._kernels.gram_ema(x.stacks, places, spares, beta, weight)
+        if mode is None and not mean and scale is None:
+            return self._kernels.gram_ema(x.stacks, places, spares, beta, weight)
+        return self._kernels.gram_of_modes(
+            x.stacks, places, spares, beta, weight, mode, mean, scale
+        )
 
     def adam(
         self,
@@ -94,13 +118,14 @@ class TritonOperations(Operations):
         *,
         in_basis: bool = False,
         corrected: bool = True,
+        factors: Sequence[Any] | None = None,
     ) -> None:
         places = x.writable()
         limited = [in_basis and h.noise_level > 0 and s.based for s in x.stacks]
         if some := [s for s, yes in zip(x.stacks, limited, strict=True) if yes]:
             self._kernels.limits(some, h)
         moments = list(zip(m.tensors(), v.tensors(), strict=True))
-        self._kernels.adam(x.stacks, places, moments, h, limited, corrected)
+        self._kernels.adam(x.stacks, places, moments, h, limited, corrected, factors)
         for place in places:
             place.absmax_known = True
 
@@ -110,20 +135,95 @@ class TritonOperations(Operations):
         operators: Operators,
         skip: int | None = None,
         scale: ModeVectors | None = None,
+        only: int | None = None,
+        keep: bool = False,
     ) -> Value:
-        if skip is not None:
-            self._default("rotate all modes but one")
-            return super().rotate(x, operators, skip, scale)
-        y = self._products(x, operators, back=False)
-        if scale is not None:
+        if skip is None and only is None and not keep:
+            y = self._products(x, operators, back=False)
+        else:
+            modes = [modes_of(s, skip, only) for s in x.stacks]
+            y = self._products_of_modes(x, operators, modes, back=False, keep=keep)
+        if scale is not None and skip is None:
             self.scale(y, scale)
+        elif scale is not None:
+            self._default("scale after rotate all modes but one")
+            self._scale_but_one(y, scale, skip)
         return y
 
     def rotate_back(self, x: Value, operators: Operators, skip: int | None = None) -> Value:
-        if skip is not None:
-            self._default("rotate back all modes but one")
-            return super().rotate_back(x, operators, skip)
-        return self._products(x, operators, back=True)
+        if skip is None:
+            return self._products(x, operators, back=True)
+        modes = [modes_of(s, skip, None) for s in x.stacks]
+        return self._products_of_modes(x, operators, modes, back=True)
+
+    def _products_of_modes(
+        self,
+        x: Value,
+        operators: Operators,
+        modes: Sequence[Sequence[int] | None],
+        back: bool,
+        keep: bool = False,
+    ) -> Value:
+        """modes: of each stack; None: it lacks the mode that is named."""
+        places = x.places() if keep else x.writable()
+        results = dict(enumerate(places))
+        works = [i for i, s in enumerate(x.stacks) if modes[i] and s.based]
+        with x.held() if keep else contextlib.nullcontext():
+            if keep:
+                results = {i: p for i, p in results.items() if modes[i] is not None}
+                results |= self._copies(x, [i for i in results if i not in works])
+            if works:
+                done = self._rotated(x, operators, works, modes, back, keep)
+                results |= zip(works, done, strict=True)
+        if keep:
+            return Value([x.stacks[i] for i in results], list(results.values()))
+        return x.became(list(results.values()))
+
+    def _copies(self, x: Value, numbers: Sequence[int]) -> dict[int, Place]:
+        places = x.places()
+        copies = {i: self._memory(x.stacks[i], places[i]) for i in numbers}
+        if copies:
+            torch._foreach_copy_(
+                [place.tensor for place in copies.values()], [places[i].tensor for i in copies]
+            )
+        for place in copies.values():
+            place.absmax_known = False
+        return copies
+
+    def _rotated(
+        self,
+        x: Value,
+        operators: Operators,
+        numbers: Sequence[int],
+        modes: Sequence[Sequence[int] | None],
+        back: bool,
+        keep: bool,
+    ) -> list[Place]:
+        stacks, places = [x.stacks[i] for i in numbers], x.places()
+        sources, mine = [places[i] for i in numbers], [modes[i] or [] for i in numbers]
+        targets = [self._memory(s, place) for s, place in zip(stacks, sources, strict=True)]
+        others = sources
+        if keep:  # to and fro beside x, where there is more than one product
+            others = [
+                self._memory(s, place) if len(some) > 1 else place
+                for s, place, some in zip(stacks, targets, mine, strict=True)
+            ]
+        self._measure(stacks, sources)
+        if not operators.orthogonal:
+            self._kernels.measure_operators(stacks)
+        done = self._kernels.products_of_modes(
+            stacks,
+            sources,
+            targets,
+            others,
+            mine,
+            back=back,
+            orthogonal=operators.orthogonal,
+            split=self._precision == "highest",
+        )
+        for place in (*targets, *others):
+            place.holder, place.absmax_known = None, True
+        return done
 
     def _products(self, x: Value, operators: Operators, back: bool) -> Value:
         results = list(x.writable())
@@ -157,8 +257,36 @@ class TritonOperations(Operations):
     def scale(
         self, x: Value, factors: Sequence[Any] | ModeVectors, skip: int | None = None
     ) -> None:
-        self._default("scale")
-        super().scale(x, factors, skip)
+        if skip is not None:
+            self._default("scale all modes but one")
+            return super().scale(x, factors, skip)
+        places = x.writable()
+        self._kernels.scale(x.stacks, places, factors)
+        for place in places:
+            place.absmax_known = True
+        return None
+
+    def momentum(
+        self,
+        x: Value,
+        m: Value,
+        beta: float,
+        scale: ModeVectors,
+        eps: float,
+        factor: Any,
+    ) -> None:
+        places = x.writable()
+        self._kernels.momentum(x.stacks, places, m.tensors(), beta, scale, eps, factor)
+        for place in places:
+            place.absmax_known = True
+
+    def inverse_sqrt(self, vectors: ModeVectors, limit: Limit) -> ModeVectors:
+        return self._kernels.inverse_sqrt(vectors, limit)
+
+    def mean_square_ema(
+        self, vectors: ModeVectors, x: Value, beta: float, scale: ModeVectors, limit: Limit
+    ) -> None:
+        self._kernels.mean_square_ema(vectors, x.places(), beta, scale, limit)
 
     def norm(self, x: Value) -> list[Tensor]:
         self._default("norm")

@@ -4,9 +4,10 @@ A back end overrides those it does faster (:mod:`..gpu.triton_ops`). What every 
 is tested on every back end alike, alone and composed at random.
 
 State (moments, factors, vectors of modes) is changed by :meth:`Operations.gram_ema`,
-:meth:`~Operations.ema`, :meth:`~Operations.adam` and :meth:`~Operations.assign` alone: these call
-what changes it through ``once``, so that a step that failed half-way can go on (:mod:`..journal`),
-and leave rows alone whose gradient is bad (``stack.bad``, :mod:`..nonfinite`).
+:meth:`~Operations.ema`, :meth:`~Operations.adam`, :meth:`~Operations.momentum`,
+:meth:`~Operations.mean_square_ema` and :meth:`~Operations.assign` alone: these call what changes it
+through ``once``, so that a step that failed half-way can go on (:mod:`..journal`), and leave rows
+alone whose gradient is bad (``stack.bad``, :mod:`..nonfinite`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..journal import Once, directly
 from ..nonfinite import Guard
 from . import linalg
 from .linalg import matmul_precision
+from .modes import ModeOperations, kept_rows, mean_square, scaled
 from .values import (
     GRADIENT,
     OWN,
@@ -34,14 +36,16 @@ from .values import (
     Place,
     Value,
     bias_corrections,
+    resolved,
 )
 
 
-class Operations:
+class Operations(ModeOperations):
     """What rules compute on values of some stacks.
 
     Stacks in one call may be of different orders: where a mode is named, those that have no such
-    mode are left as they are. Operations that say they *use up* a value leave it unusable.
+    mode are left as they are; negative numbers count from each stack's last mode on. Operations
+    that say they *use up* a value leave it unusable.
 
     Work is done in ``g`` and the stacks' work buffers; where there are none, in memory taken anew.
     Of the buffers that no value lives in, or else of all, an operation takes the one that was given
@@ -136,12 +140,21 @@ class Operations:
             target.absmax_known = False
         return Value(stacks, targets)
 
+    @contextlib.contextmanager
+    def accurate(self) -> Iterator[None]:
+        """Products in the block are accurate to float32, whatever the section's precision: those of
+        statistics."""
+        with matmul_precision("highest"):
+            yield
+
     def rotate(
         self,
         x: Value,
         operators: Operators,
         skip: int | None = None,
         scale: ModeVectors | None = None,
+        only: int | None = None,
+        keep: bool = False,
     ) -> Value:
         """Q_1' x_1 ... Q_k' x_k with the stacks' operators Q (Algorithm 2, line 10); uses x up.
 
@@ -151,39 +164,46 @@ class Operations:
         Args:
             skip: this mode is left out, and stacks that lack it are left alone.
             scale: afterwards, entry j of every mode (but ``skip``) is multiplied by scale[j].
+            only: this mode alone.
+            keep: x stays, and the result is of those stacks alone that have the mode named.
         """
+        if keep:
+            x = self.copy(x, lambda stack: modes_of(stack, skip, only) is not None)
         places = x.writable()
         results = [
-            self._through_modes(s, place, skip, False)
+            self._through_modes(s, place, skip, only, False)
             for s, place in zip(x.stacks, places, strict=True)
         ]
+        x = x.became(results)
         if scale is not None:
-            for s, place, mine in zip(x.stacks, results, scale.vectors, strict=True):
-                if skip is None or skip < len(s.shape):
-                    place.tensor.copy_(_scaled(place.tensor, mine, skip))
-        return x.became(results)
+            self._scale_but_one(x, scale, skip)
+        return x
 
     def rotate_back(self, x: Value, operators: Operators, skip: int | None = None) -> Value:
         """Q_1 x_1 ... Q_k x_k: the inverse of :meth:`rotate` for bases; uses x up."""
         results = [
-            self._through_modes(s, place, skip, True)
+            self._through_modes(s, place, skip, None, True)
             for s, place in zip(x.stacks, x.writable(), strict=True)
         ]
         return x.became(results)
 
-    def _through_modes(self, stack: Stack, place: Place, skip: int | None, back: bool) -> Place:
-        """The products of all modes but ``skip``; where their result is."""
-        if not stack.based or (skip is not None and skip >= len(stack.shape)):
+    def _through_modes(
+        self, stack: Stack, place: Place, skip: int | None, only: int | None, back: bool
+    ) -> Place:
+        """The products of all modes but ``skip``, or of one; where their result is."""
+        modes = modes_of(stack, skip, only)
+        if not stack.based or modes is None:
             return place
         place.absmax_known = False
-        if skip is None and stack.work:
+        if skip is None and only is None and stack.work:
             return self._to_and_fro(stack, place, back)
         y = place.tensor
-        if skip is None:
+        if skip is None and only is None:
             y = (linalg.rotate_back if back else linalg.rotate)(y, stack.operators)
         else:
-            for mode, q in enumerate(stack.operators):
-                y = y if mode == skip else linalg.rotate_mode(y, q.mT if back else q, mode)
+            for mode in modes:
+                q = stack.operators[mode]
+                y = linalg.rotate_mode(y, q.mT if back else q, mode)
         place.tensor.copy_(y)
         return place
 
@@ -205,12 +225,19 @@ class Operations:
         factors: a number or tensor [B, 1, ..., 1] of each stack; or vectors of modes, entry j of
         mode i (but ``skip``) being multiplied by the mode's vector[j].
         """
-        for number, place in enumerate(x.writable()):
-            if isinstance(factors, ModeVectors):
-                place.tensor.copy_(_scaled(place.tensor, factors.vectors[number], skip))
-            else:
-                place.tensor.mul_(factors[number])
+        places = x.writable()
+        if isinstance(factors, ModeVectors):
+            return self._scale_but_one(x, factors, skip)
+        for factor, place in zip(factors, places, strict=True):
+            place.tensor.mul_(factor)
             place.absmax_known = False
+
+    def _scale_but_one(self, x: Value, vectors: ModeVectors, skip: int | None) -> None:
+        """As :meth:`scale`, of the stacks that have the mode left out."""
+        for s, place, mine in zip(x.stacks, x.places(), vectors.of(x.stacks), strict=True):
+            if skip is None or resolved(s, skip) is not None:
+                place.tensor.copy_(scaled(place.tensor, mine, resolved(s, skip)))
+                place.absmax_known = False
 
     def norm(self, x: Value) -> list[Tensor]:
         """Frobenius norm of every block, [B, 1, ..., 1] of each stack."""
@@ -221,24 +248,27 @@ class Operations:
     ) -> list[Tensor | None]:
         """Mean over all other modes of x^2, [B, d_mode] of each stack; None of those that have no
         such mode. scale: of all modes but this one, applied to x first (x stays as it is)."""
-        means: list[Tensor | None] = []
-        for number, (stack, tensor) in enumerate(x.pairs()):
-            if mode >= len(stack.shape):
-                means.append(None)
-                continue
-            y = tensor if scale is None else _scaled(tensor, scale.vectors[number], mode)
-            rows = y.movedim(mode + 1, 1).reshape(len(stack), stack.shape[mode], -1)
-            means.append(rows.square().mean(2))
-        return means
+        scales = [None] * len(x.stacks) if scale is None else scale.of(x.stacks)
+        return [
+            None if (found := resolved(stack, mode)) is None else mean_square(tensor, mine, found)
+            for (stack, tensor), mine in zip(x.pairs(), scales, strict=True)
+        ]
 
     def gram_ema(
-        self, x: Value, beta: float, weight: float, mode: int | None = None, mean: bool = False
+        self,
+        x: Value,
+        beta: float,
+        weight: float,
+        mode: int | None = None,
+        mean: bool = False,
+        scale: ModeVectors | None = None,
     ) -> None:
         """factor_i <- beta factor_i + weight X_i X_i', X_i the mode-i matricization of x (Eq. 15).
 
         Args:
             mode: of this mode alone; else of all.
             mean: X_i X_i' is divided by the number of X_i's columns.
+            scale: x is scaled in all modes but i first (and stays as it is).
         """
         for stack, place in zip(x.stacks, x.places(), strict=True):
             decay: float | Tensor = beta
@@ -246,7 +276,10 @@ class Operations:
                 _clear_bad_rows(stack, place.tensor)
                 decay = _unless_bad(stack, beta, 1.0)[..., None, None]
             for i, (factor, rows) in enumerate(self._gram_operands(stack, place)):
-                if mode is None or i == mode:
+                if mode is None or i == resolved(stack, mode):
+                    if scale is not None:
+                        (mine,) = scale.of([stack])
+                        rows = linalg.matricized(scaled(place.tensor, mine, i), i)
                     w = weight / rows.shape[1] if mean else weight
                     linalg.gram_ema_(factor, rows, decay, w, self.once)
 
@@ -286,8 +319,7 @@ class Operations:
             if old is None or tensor is None:
                 continue
             if stack.bad is not None:
-                kept = (stack.bad != 0).view(-1, *[1] * (old.ndim - 1))
-                tensor = torch.where(kept, old, tensor)
+                tensor = kept_rows(stack, old, tensor)
             self.once(old.copy_, tensor)
 
     def adam(
@@ -299,6 +331,7 @@ class Operations:
         *,
         in_basis: bool = False,
         corrected: bool = True,
+        factors: Sequence[Any] | None = None,
     ) -> None:
         """Update the moments m and v with x, and replace x by Adam's direction.
 
@@ -306,6 +339,7 @@ class Operations:
             in_basis: x are coordinates in a basis; those that are noise (:mod:`..noise`) get the
                 direction 0, where a basis was computed already.
             corrected: with Adam's bias corrections, else M / (sqrt(D) + eps).
+            factors: a number or tensor [B, 1, ..., 1] or [] of each stack: times the direction.
         """
         work: dict[tuple[bool, bool], list[tuple[Any, ...]]] = {}
         places = x.writable()
@@ -330,7 +364,9 @@ class Operations:
                 linalg.direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
                 for s, y in zip(some, ys, strict=True):
                     _clear_bad_rows(s, y)
-        for place in places:
+        for number, place in enumerate(places):
+            if factors is not None:
+                place.tensor.mul_(factors[number])
             place.absmax_known = False
         if in_basis:
             self._drop_noise(x, m, v, h)
@@ -426,17 +462,18 @@ def _age(place: Place) -> tuple[int, int]:
     return place.given, -place.number
 
 
-def _scaled(x: Tensor, vectors: Sequence[Tensor], skip: int | None) -> Tensor:
-    """x [B, *shape] times vectors[i][j] for entry j of every mode i but ``skip``."""
-    for mode, vector in enumerate(vectors):
-        if mode != skip:
-            shape = [len(x), *(-1 if i == mode else 1 for i in range(x.ndim - 1))]
-            x = x * vector.view(shape)
-    return x
-
-
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def modes_of(stack: Stack, skip: int | None, only: int | None) -> list[int] | None:
+    """All modes of a stack, but for one, or that one; None where it lacks the one that is named."""
+    left_out, single = resolved(stack, skip), resolved(stack, only)
+    if (skip is not None and left_out is None) or (only is not None and single is None):
+        return None
+    if single is not None:
+        return [single]
+    return [mode for mode in range(len(stack.shape)) if mode != left_out]
 
 
 def _clear_bad_rows(stack: Stack, x: Tensor) -> None:

@@ -8,7 +8,9 @@ device.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -100,6 +102,15 @@ class Value:
     def pairs(self) -> Iterator[tuple[Stack, Tensor]]:
         return zip(self.stacks, self.tensors(), strict=True)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block its memory is given to nothing else, and nothing may use it up."""
+        before, self.kept = self.kept, True
+        try:
+            yield
+        finally:
+            self.kept = before
+
     def became(self, places: Sequence[Place]) -> Value:
         """What an operation made of it, which has used it up; in ``places``."""
         for place in self._places:
@@ -117,6 +128,15 @@ class Value:
         return Value(other.stacks, [places[id(s)] for s in other.stacks])
 
 
+def resolved(stack: Stack, mode: int | None) -> int | None:
+    """A mode of a stack by its number from 0 on; negative ones count from the stack's last mode on.
+    None where it has no such mode."""
+    order = len(stack.shape)
+    if mode is None or not -order <= mode < order:
+        return None
+    return mode % order
+
+
 class ModeVectors:
     """One vector per mode of each of some stacks: tensors [B, d_i]."""
 
@@ -129,6 +149,13 @@ class ModeVectors:
     def map(self, function: Callable[[Tensor], Tensor]) -> ModeVectors:
         """function(vectors [B, d_i]) of every mode and stack, which must leave them as they are."""
         return ModeVectors(self.stacks, [[function(v) for v in mine] for mine in self.vectors])
+
+    def of(self, stacks: Sequence[Stack]) -> list[list[Tensor]]:
+        """Those of some of the stacks."""
+        if len(stacks) == len(self.stacks) and all(map(operator.is_, stacks, self.stacks)):
+            return self.vectors
+        known = dict(zip(map(id, self.stacks), self.vectors, strict=True))
+        return [known[id(s)] for s in stacks]
 
     def mode(self, mode: int) -> list[Tensor | None]:
         """Those of one mode, None for stacks that have not so many."""

@@ -1,0 +1,299 @@
+"""Time and memory of one step of every variant, and of SOAP's and KL-Shampoo's authors' code.
+
+    PYTHONPATH=.:benchmarks python benchmarks/family_step.py --soap DIR --kl DIR --json out.json
+
+All contenders get the same tensors: a workload's parameters, merged and cut as ours are (into
+blocks of at most --max-dim), every block a tensor of its own; the same gradients
+(benchmarks/gradients.py), one step each in turn; and the same treatment of vectors, which go by
+Adam (ours with one_dim="adam", the authors' by torch's fused AdamW beside). Checkouts:
+nikhilvyas/SOAP, which computes in float32, and yorkerlin/KL-Methods, which computes in bfloat16 unless it is told not to,
+and is run in float32 as well; what it marks for torch.compile is compiled. Every F-th step
+refreshes; those are timed apart. Every step is timed from an idle device to an idle device.
+
+Per variant also: state by kind, in entries of float32 as the formulas have it and as allocated, and
+the peak over a refresh, parameters and gradients included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import io
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from gradients import TurningGradients
+from measure import machine, seconds, spread, table, write
+from optimizer_step import parameters
+from torch import Tensor
+
+from algoperf_shampoo.optim import (
+    KLSOAP,
+    SOAP,
+    EShampoo,
+    KLShampoo,
+    PreconditionedOptimizer,
+    Shampoo,
+    Shampoo2Trace,
+    ShampooAdaptive,
+)
+from algoperf_shampoo.optim.blocks.partition import cut
+
+POINT: dict[str, Any] = dict(lr=1.4e-3, betas=(0.9747, 0.9749), weight_decay=2e-4)
+Params = list[torch.nn.Parameter]
+
+
+class Contender(NamedTuple):
+    """How it is built for (parameters, F); ``starts``: its first step only starts, t stays 0;
+    ``products``: which floor is its own."""
+
+    build: Callable[[Params, int], Any]
+    starts: bool = False
+    products: str = "eshampoo"
+
+
+class Beside:
+    """An optimizer of tensors of order 2 and more, and torch's fused AdamW of the others."""
+
+    def __init__(self, params: Params, build: Callable[[Params], Any]) -> None:
+        self._parts = [build([p for p in params if p.ndim > 1])]
+        if vectors := [p for p in params if p.ndim == 1]:
+            fused = vectors[0].is_cuda or None
+            self._parts.append(torch.optim.AdamW(vectors, **POINT, fused=fused))
+
+    def step(self) -> None:
+        for part in self._parts:
+            part.step()
+
+
+def blocks_of(workload: str, max_dim: int, device: torch.device) -> Params:
+    """The parameters' blocks, each a tensor."""
+    found = []
+    for p in parameters(workload, device):
+        for block in cut(tuple(p.shape), max_dim, "matrix"):
+            piece = p.detach().reshape(block.merged)[block.slices]
+            found.append(torch.nn.Parameter(piece.clone(memory_format=torch.contiguous_format)))
+    return found
+
+
+def ours(cls: Any, **more: Any) -> Callable[[Params, int], Any]:
+    def build(params: Params, F: int) -> Any:
+        fixed = dict(POINT, one_dim="adam", small_matrices="matrix", max_preconditioner_dim=10**4)
+        return cls(params, precondition_frequency=F, **{**fixed, **more})
+
+    return build
+
+
+def contenders(soap: str | None, kl: str | None) -> dict[str, Contender]:
+    high = {"matmul_precision": "high"}
+    found = {
+        "EShampoo": Contender(ours(EShampoo)),
+        "EShampoo, 11 bits": Contender(ours(EShampoo, **high)),
+        "Shampoo, grafting": Contender(ours(Shampoo)),
+        "Shampoo": Contender(ours(Shampoo, grafting=None)),
+        "Shampoo2, trace": Contender(ours(Shampoo2Trace)),
+        "Shampoo, adaptive": Contender(ours(ShampooAdaptive, tau=0.1)),
+        "SOAP": Contender(ours(SOAP), True),
+        "SOAP, 11 bits": Contender(ours(SOAP, **high), True),
+        "KL-Shampoo": Contender(ours(KLShampoo), True, "kl"),
+        "KL-Shampoo, 11 bits": Contender(ours(KLShampoo, **high), True, "kl"),
+        "KL-SOAP": Contender(ours(KLSOAP), True, "kl"),
+        "KL-SOAP, 11 bits": Contender(ours(KLSOAP, **high), True, "kl"),
+        "KL-Shampoo, vectors too": Contender(ours(KLShampoo, one_dim="full"), True, "kl"),
+        "torch AdamW, fused": Contender(
+            lambda p, F: torch.optim.AdamW(p, **POINT, fused=p[0].is_cuda or None), products=""
+        ),
+    }
+    if soap:
+        sys.path.insert(0, soap)
+        module = importlib.import_module("soap")
+        found["authors' SOAP, float32"] = Contender(
+            lambda params, F: Beside(
+                params, lambda p: module.SOAP(p, **POINT, precondition_frequency=F)
+            ),
+            True,
+        )
+    if kl:
+        sys.path.insert(0, kl)
+        kl_opt = importlib.import_module("optim.kl_opt")
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, using in (("KL-Shampoo", False), ("KL-SOAP", True)):
+                found[f"authors' {name}, {str(dtype).removeprefix('torch.')}"] = Contender(
+                    _authors_kl(kl_opt.KLOpt, dtype, using), True, "kl"
+                )
+    return found
+
+
+def _authors_kl(cls: Any, dtype: torch.dtype, klsoap: bool) -> Callable[[Params, int], Any]:
+    def build(params: Params, F: int) -> Any:
+        settings = dict(POINT, precondition_frequency=F, cast_dtype=dtype, using_klsoap=klsoap)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return Beside(params, lambda p: cls(p, **settings))
+
+    return build
+
+
+def floor(params: Params, products: str) -> dict[str, float]:
+    """Operations and bytes that a step cannot do without.
+
+    Operations: 2 d numel for each product with a mode's d x d matrix and for each Gram product.
+    EShampoo and SOAP: all modes once there, once back, and a Gram matrix each. KL-Shampoo besides:
+    each mode's Gram matrix is of G in the bases of all other modes; one of those is on the way to G
+    in all bases. Bytes: gradient and parameter read, M and D (KL-Shampoo: M alone) read, all but
+    the gradient written; factors read and written, bases read.
+    """
+    flop = byte = 0.0
+    for p in params:
+        if p.ndim == 1 or not products:
+            byte += 4 * 7 * p.numel()
+            continue
+        modes = sum(2 * d * p.numel() for d in p.shape)
+        flop += 3 * modes
+        if products == "kl":
+            flop += (p.ndim - 1) * modes - (modes - 2 * p.shape[-1] * p.numel())
+        byte += 4 * (7 * p.numel() + 3 * sum(d * d for d in p.shape))
+    return {"gflop": flop / 1e9, "mbyte": byte / 1e6}
+
+
+def state_of(optimizer: Any) -> dict[str, int]:
+    """Entries of the state by kind: names as in the state dict, without numbers."""
+    found: dict[str, int] = {}
+    if isinstance(optimizer, PreconditionedOptimizer):
+        for entry in optimizer.state.values():
+            for name, x in entry.items():
+                if isinstance(x, Tensor) and x.ndim:
+                    kind = name.split(".")[-1].rstrip("0123456789").rstrip("_")
+                    found[kind] = found.get(kind, 0) + x.numel()
+    return found
+
+
+def formula(params: Params) -> dict[str, int]:
+    """Entries by formula of the tensors that are no vectors: d1 d2, d1 + d2, d1^2 + d2^2."""
+    matrices = [p for p in params if p.ndim > 1]
+    return {
+        "d1 d2": sum(p.numel() for p in matrices),
+        "d1 + d2": sum(sum(p.shape) for p in matrices),
+        "d1^2 + d2^2": sum(sum(d * d for d in p.shape) for p in matrices),
+        "vectors": sum(p.numel() for p in params if p.ndim == 1),
+    }
+
+
+def peak_memory(build: Any, params: Params, F: int) -> float:
+    """MiB at the peak of F + 3 steps, one of them a refresh."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mine = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = build(mine, F)
+    for p in mine:
+        p.grad = torch.randn_like(p)
+    for _ in range(F + 3):
+        optimizer.step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measured(workload: str, table_of: dict[str, Contender], args: Any) -> dict[str, Any]:
+    device, F = torch.device(args.device), args.frequency
+    params = blocks_of(workload, args.max_dim, device)
+    peaks = {}
+    if device.type == "cuda" and not args.no_peaks:
+        peaks = {n: peak_memory(c.build, params, F) for n, c in table_of.items()}
+    replicas = {n: [torch.nn.Parameter(p.detach().clone()) for p in params] for n in table_of}
+    optimizers = {n: c.build(replicas[n], F) for n, c in table_of.items()}
+    gradients = TurningGradients(list(params))
+    ordinary: dict[str, list[float]] = {n: [] for n in table_of}
+    refreshing: dict[str, list[float]] = {n: [] for n in table_of}
+    first: dict[str, float] = dict.fromkeys(table_of, 0.0)
+    for i in range(1, (args.rounds + 2) * F + 2):
+        drawn = gradients.draw()
+        for name, c in table_of.items():
+            t = i - c.starts
+            for p, g in zip(replicas[name], drawn, strict=True):
+                p.grad = g
+            ms = 1e3 * seconds(optimizers[name].step, device)
+            if t <= F + 3:  # first calls: loading, compiling, recording
+                first[name] += ms
+            elif t % F:
+                ordinary[name].append(ms)
+            elif t > 2 * F:  # before that a check runs directly, then is recorded
+                refreshing[name].append(ms)
+    return {
+        "workload": workload,
+        "tensors": len(params),
+        "parameters": sum(p.numel() for p in params),
+        "entries_by_formula": formula(params),
+        "contenders": {
+            n: {
+                "ordinary_ms": spread(ordinary[n]),
+                "refresh_ms": spread(refreshing[n]),
+                "first_steps_ms": first[n],
+                "peak_mib": peaks.get(n),
+                "state_entries": state_of(optimizers[n]),
+                "floor": floor(params, c.products),
+                "finite": all(bool(p.isfinite().all()) for p in replicas[n]),
+            }
+            for n, c in table_of.items()
+        },
+    }
+
+
+def printed(record: dict[str, Any]) -> None:
+    rows = []
+    base = record["contenders"].get("EShampoo", {}).get("ordinary_ms", {}).get("median", math.nan)
+    for name, entry in record["contenders"].items():
+        o, r, f = entry["ordinary_ms"], entry["refresh_ms"], entry["floor"]
+        peak = "-" if entry["peak_mib"] is None else f"{entry['peak_mib']:.0f}"
+        rows.append(
+            [
+                name,
+                f"{o['median']:.2f} ({o['min']:.2f}-{o['max']:.2f})",
+                f"{o['median'] / base:.2f}",
+                f"{r['median']:.1f} ({r['min']:.1f}-{r['max']:.1f})",
+                f"{f['gflop']:.0f} GFLOP, {f['mbyte']:.0f} MB",
+                peak,
+            ]
+        )
+    n = record["contenders"]
+    counts = f"{next(iter(n.values()))['ordinary_ms']['n']} and {len(n)} contenders"
+    print(f"\n{record['workload']}: {record['tensors']} tensors, n = {counts}")
+    header = ["optimizer", "ordinary step, ms", "/ EShampoo's", "refresh step, ms"]
+    print(table([*header, "floor", "peak MiB"], rows), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--workloads", default="imagenet_vit", help="separated by commas")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--frequency", type=int, default=10, help="F: every F-th step refreshes")
+    parser.add_argument("--rounds", type=int, default=4, help="refreshes timed, after two")
+    parser.add_argument("--max-dim", type=int, default=1024, help="largest dimension of a block")
+    parser.add_argument("--no-peaks", action="store_true", help="do not measure memory")
+    parser.add_argument("--soap", help="checkout of nikhilvyas/SOAP")
+    parser.add_argument("--kl", help="checkout of yorkerlin/KL-Methods")
+    parser.add_argument("--only", help="names of contenders, separated by ;")
+    parser.add_argument("--json", help="where to write the record")
+    args = parser.parse_args()
+    found = contenders(args.soap, args.kl)
+    if args.only:
+        found = {name: found[name] for name in args.only.split(";")}
+    record: dict[str, Any] = {
+        "machine": machine(torch.device(args.device)),
+        "frequency": args.frequency,
+        "max_dim": args.max_dim,
+        "workloads": [],
+    }
+    for workload in args.workloads.split(","):
+        record["workloads"].append(measured(workload, found, args))
+        printed(record["workloads"][-1])
+        write(args.json, record)
+
+
+if __name__ == "__main__":
+    main()
