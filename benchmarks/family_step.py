@@ -6,9 +6,10 @@ All contenders get the same tensors: a workload's parameters, merged and cut as 
 blocks of at most --max-dim), every block a tensor of its own; the same gradients
 (benchmarks/gradients.py), one step each in turn; and the same treatment of vectors, which go by
 Adam (ours with one_dim="adam", the authors' by torch's fused AdamW beside). Checkouts:
-nikhilvyas/SOAP, which computes in float32, and yorkerlin/KL-Methods, which computes in bfloat16 unless it is told not to,
-and is run in float32 as well; what it marks for torch.compile is compiled. Every F-th step
-refreshes; those are timed apart. Every step is timed from an idle device to an idle device.
+nikhilvyas/SOAP, which computes in float32, and yorkerlin/KL-Methods, which computes in bfloat16
+unless it is told not to, and is run in float32 as well; what it marks for torch.compile is
+compiled. Every F-th step refreshes; those are timed apart. Every step is timed from an idle device
+to an idle device.
 
 Per variant also: state by kind, in entries of float32 as the formulas have it and as allocated, and
 the peak over a refresh, parameters and gradients included.
