@@ -147,7 +147,7 @@ def test_moments_stay_in_the_basis_that_stays(monkeypatch):
                     patch.setattr(exact, "exact", lambda a: (a[..., 0], a, [False] * len(a)))
                 elif t == 10:
                     patch.setattr(refresh, "refresh", lambda *a, **k: False)
-                    patch.setattr("algoperf_shampoo.optim.optimizer.refresh", lambda *a: False)
+                    patch.setattr("algoperf_shampoo.optim.optimizer.refresh", lambda *a, **k: False)
                 optimizer.step()
         optimizers.append(optimizer)
         moved.append(params[0])

@@ -118,7 +118,7 @@ def test_qr_by_products_is_householders_on_real_factors(recording, first):
     start, gradients = recording
     seen = 0
     for i, p in enumerate(start):
-        merged = ReferenceParameter("adamw", p, max_dim=MAX_DIM).blocks[0]
+        merged = ReferenceParameter("nadamw", p, max_dim=MAX_DIM).blocks[0]
         for mode in range(len(merged.merged)):
             factor, q = None, None
             for t in range(first + 10):
