@@ -41,15 +41,25 @@ Key = tuple[int, int, int]
 @dataclass
 class _Watched:
     """The factors of one set: whose they are and what the paper calls them, the steps of their last
-    decomposition and of the one before it (0: none), and of the last one largest and smallest
-    eigenvalue and effective rank [N, 3]."""
+    decomposition and of the one before it (0: none), its eigenvalues [N, n], and largest, smallest
+    and effective rank [N, 3], but for those that are ``pending``."""
 
     factor_set: FactorSet
     keys: list[Key]
     letters: list[str]
     last: list[int]
     before: list[int]
+    values: Tensor
     spectrum: Tensor
+    pending: set[int] = field(default_factory=set)
+
+    def settle(self) -> None:
+        """Sum up eigenvalues that are new."""
+        if self.pending:
+            indices = sorted(self.pending)
+            new = spectrum(take(self.values, indices))
+            self.spectrum.index_copy_(0, torch.tensor(indices, device=new.device), new)
+            self.pending.clear()
 
 
 @dataclass
@@ -141,8 +151,9 @@ class Telemetry:
             return
         for i in indices:
             watched.before[i], watched.last[i] = watched.last[i], self.step + 1
-        where = torch.tensor(indices, device=watched.spectrum.device)
-        watched.spectrum.index_copy_(0, where, spectrum(values).to(watched.spectrum))
+        where = torch.tensor(indices, device=watched.values.device)
+        watched.values.index_copy_(0, where, values.to(watched.values))
+        watched.pending.update(indices)
 
     # What is asked of it, at evaluations.
 
@@ -183,6 +194,7 @@ class Telemetry:
             found = [known.get(_name(key), [0, 0, *[math.nan] * 3]) for key in watched.keys]
             watched.last = [int(values[0]) for values in found]
             watched.before = [int(values[1]) for values in found]
+            watched.pending.clear()
             watched.spectrum.copy_(watched.spectrum.new_tensor([values[2:] for values in found]))
 
     def _close(self) -> None:
@@ -198,6 +210,7 @@ class Telemetry:
             sample.counts = [
                 (factors.checks[i], factors.refreshes[i], factors.failures[i]) for i in indices
             ]
+            watched.settle()
             sample.spectrum = take(watched.spectrum, indices).clone()
         self._samples += self._open
         self._open = []
@@ -205,6 +218,7 @@ class Telemetry:
     def _own_state(self) -> dict[str, list[float]]:
         state = {}
         for watched in self._watched.values():
+            watched.settle()
             steps = zip(watched.last, watched.before, watched.spectrum.tolist(), strict=True)
             for key, (last, before, values) in zip(watched.keys, steps, strict=True):
                 state[_name(key)] = [last, before, *values]
@@ -283,8 +297,9 @@ def _watch(factor_set: FactorSet, first: int) -> _Watched:
         keys += [(first + m.param, m.index, span.mode) for m in span.stack.members]
         letters += [letter(span.mode, len(span.stack.shape))] * len(span.stack)
     never = [0] * len(keys)
-    unknown = factor_set.factors.new_full((len(keys), 3), math.nan)
-    return _Watched(factor_set, keys, letters, never, list(never), unknown)
+    values = factor_set.factors.new_zeros(len(keys), factor_set.n)
+    unknown = values.new_full((len(keys), 3), math.nan)
+    return _Watched(factor_set, keys, letters, never, list(never), values, unknown)
 
 
 def _row(
