@@ -133,7 +133,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_an_ordinary_step_does_nothing_for_it():
-    """Not one operation more; at a check that is not written down eigenvalues are copied, no more."""
+    """Not one operation more; at a check that is not written down eigenvalues are copied."""
     counts = []
     for watched in (False, True):
         params = parameters()
