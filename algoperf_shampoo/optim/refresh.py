@@ -46,7 +46,8 @@ def refresh(
     first: bool = False,
     telemetry: Telemetry | None = None,
 ) -> bool:
-    """Check the factors of the rows that are due, and give those that fail a new operator.
+    """Check the factors of the rows that are due, and give those that fail a new operator
+    (Algorithm 2, lines 6 to 9).
 
     A factor whose decomposition fails, or is none (:mod:`.eigen.verify`), keeps its operator; one
     that is not finite does so too, and starts anew at zero where ``mend`` is set.
@@ -87,7 +88,7 @@ def refresh(
                 once(telemetry.decomposed, factor_set, zero, zeros)
         if rule.eigenvalues_at_checks and (good := [i for i, s in score.items() if s <= tau]):
             _keep(factor_set, good, rule, beta2, ops)
-        if failing := [i for i, s in score.items() if s > tau]:
+        if failing := [i for i, s in score.items() if s > tau]:  # line 6
             problems.append(
                 (factor_set, Problem(factor_set.factors, factor_set.operators, failing))
             )
@@ -104,7 +105,7 @@ def refresh(
         next(move)
     results: list[Result] = []
     for piece in _pieces([problem for _, problem in problems]):
-        found = once(_decompose, piece, solver, tau, borrowed)
+        found = once(_decompose, piece, solver, tau, borrowed)  # line 7
         # Two pieces may be of one problem.
         results += found
     left = iter(results)
