@@ -29,6 +29,8 @@ WIDTH, DPI = 6.5, 200  # inches of a page's text, dots an inch
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREYS = ("0.0", "0.35", "0.55")
+TOGETHER = 4  # rows on one pair of axes, at most: more hide each other
+LATER = 0.1  # share of the steps after which curves are to be seen whole
 SETTINGS: Any = {
     "font.size": 8.0,
     "axes.titlesize": 8.0,
@@ -131,53 +133,103 @@ def counted(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> list[tuple[Row
 
 
 def _curves(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
-    """Metric on the validation split against steps: each run thin, the mean of a row thick."""
+    """Metric on the validation split against steps: each run thin, the mean of a row thick.
+
+    A few rows on one pair of axes; more on one each, the means of the others in light grey.
+    """
     groups = counted(rows, by_name)
     if not groups:
         return None
+    metrics = dict.fromkeys(t.metric or "" for _, group in groups for t in group)
+    title = f"{rows[0].workload}: {' / '.join(metrics).replace('_', ' ')}"
+    if len(groups) > TOGETHER:
+        return _multiples(groups, title)
     figure, axes = _new(2.8 + 0.16 * len(groups))
     for number, (row, group) in enumerate(groups):
         style: dict[str, Any] = {
             "linestyle": STYLES[number % len(STYLES)],
             "color": GREYS[number // len(STYLES) % len(GREYS)],
         }
-        for trial in group:
-            points = [(e.step, e.value) for e in trial.evaluations if math.isfinite(e.value)]
-            if points and len(group) > 1:
-                axes.plot(*zip(*points, strict=True), linewidth=0.4, alpha=0.6, **style)
-            if trial.steps_to_target is not None:
-                value = next(e.value for e in trial.evaluations if e.step == trial.steps_to_target)
-                axes.plot(
-                    [trial.steps_to_target], [value], MARKERS[number % len(MARKERS)],
-                    markersize=4, color=style["color"], markerfacecolor="white",
-                )  # fmt: skip
+        marker = MARKERS[number % len(MARKERS)]
+        _runs_of(axes, group, marker, style)
         axes.plot(
-            *mean_curve(group), linewidth=1.4, marker=MARKERS[number % len(MARKERS)],
-            markersize=2.5, markevery=0.15, label=f"{row.name}, n = {row.ended}", **style,
+            *mean_curve(group), linewidth=1.4, marker=marker, markersize=2.5, markevery=0.15,
+            label=f"{row.name}, n = {row.ended}", **style,
         )  # fmt: skip
-    _leave_out_the_first(axes, [trial for _, group in groups for trial in group])
-    targets = dict.fromkeys(t.target for _, group in groups for t in group if t.target is not None)
-    for target in targets:
-        axes.axhline(target, color="0.5", linewidth=0.8)
-        axes.annotate(
-            f"target {target:g}", (1.0, target), xycoords=("axes fraction", "data"), fontsize=7,
-            xytext=(0, 2), textcoords="offset points", color="0.3", ha="right",
-        )  # fmt: skip
-    metrics = dict.fromkeys(t.metric or "" for _, group in groups for t in group)
+    _frame(axes, [trial for _, group in groups for trial in group])
     axes.set_xlabel("steps")
-    axes.set_title(f"{rows[0].workload}: {' / '.join(metrics).replace('_', ' ')}", loc="left")
+    axes.set_title(title, loc="left")
     axes.set_ylabel("validation")
     _legend(figure, axes)
     return figure
 
 
-def _leave_out_the_first(axes: Any, trials: Sequence[Trial]) -> None:
-    """Fit the vertical axis to what comes after the first evaluation, of untrained parameters."""
-    later = [e.value for t in trials for e in t.evaluations[1:] if math.isfinite(e.value)]
-    later += [t.target for t in trials if t.target is not None]
-    if later and min(later) < max(later):
-        margin = 0.06 * (max(later) - min(later))
-        axes.set_ylim(min(later) - margin, max(later) + margin)
+def _multiples(groups: Sequence[tuple[Row, list[Trial]]], title: str) -> Figure:
+    """A small pair of axes a row, all alike."""
+    from matplotlib.figure import Figure
+
+    columns = 3
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(WIDTH, 0.4 + 1.7 * lines), dpi=DPI)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    everything = [trial for _, group in groups for trial in group]
+    for place, axes in enumerate(grid.flat):
+        if place >= len(groups):
+            axes.set_visible(False)
+            continue
+        row, group = groups[place]
+        for _, other in groups:
+            if other is not group:
+                axes.plot(*mean_curve(other), linewidth=0.8, color="0.8")
+        _runs_of(axes, group, "o", {"linestyle": "-", "color": "0.3"})
+        axes.plot(*mean_curve(group), linewidth=1.6, color="0")
+        axes.set_title(f"{_two_lines(row)}\nn = {row.ended}", loc="left", fontsize=6.5)
+        _frame(axes, everything, named=place == 0)
+        if place + columns >= len(groups):
+            axes.set_xlabel("steps")
+            axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("validation")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def _runs_of(axes: Any, group: Sequence[Trial], marker: str, style: Mapping[str, Any]) -> None:
+    """Each run thin, and a white mark where it hit its target."""
+    for trial in group:
+        points = [(e.step, e.value) for e in trial.evaluations if math.isfinite(e.value)]
+        if points and len(group) > 1:
+            axes.plot(*zip(*points, strict=True), linewidth=0.4, alpha=0.6, **style)
+        if trial.steps_to_target is not None:
+            value = next(e.value for e in trial.evaluations if e.step == trial.steps_to_target)
+            axes.plot(
+                [trial.steps_to_target], [value], marker, markersize=4, color=style["color"],
+                markerfacecolor="white", zorder=3,
+            )  # fmt: skip
+
+
+def _frame(axes: Any, trials: Sequence[Trial], named: bool = True) -> None:
+    """The vertical axis of what comes after the first steep part, and a line for every target."""
+    longest = max((t.evaluations[-1].step for t in trials if t.evaluations), default=0)
+    later = [
+        e.value
+        for t in trials
+        for e in t.evaluations
+        if math.isfinite(e.value) and e.step > LATER * longest
+    ]
+    targets = list(dict.fromkeys(t.target for t in trials if t.target is not None))
+    shown = later + targets
+    if shown and min(shown) < max(shown):
+        margin = 0.06 * (max(shown) - min(shown))
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    for target in targets:
+        axes.axhline(target, color="0.5", linewidth=0.8)
+        if named:  # on the left, where curves are far from it
+            axes.annotate(
+                f"target {target:g}", (0.01, target), xycoords=("axes fraction", "data"),
+                fontsize=7, xytext=(0, 2), textcoords="offset points", color="0.3",
+            )  # fmt: skip
 
 
 def _times(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
@@ -227,8 +279,8 @@ def _curves_caption(workload: str, size: str) -> str:
     return (
         f"{workload}, {size}: validation metric against steps. Thick lines are means over seeds, "
         "as far as all seeds went, thin ones the runs; white marks, where a run hit the target. "
-        "Runs that the table does not count are not drawn. "
-        "The first evaluation, of untrained parameters, may lie outside."
+        "Runs that the table does not count are not drawn; light grey, where it is there, are the "
+        "means of the other rows. The first tenth of the steps may lie outside."
     )
 
 

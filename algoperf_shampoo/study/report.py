@@ -25,15 +25,19 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; }
-caption { text-align: left; padding-bottom: .5rem; max-width: 60rem; color: #444; }
+caption { text-align: left; padding-bottom: .5rem; max-width: min(60rem, 92vw); color: #444; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ccc;
   vertical-align: top; }
 th { border-bottom: 2px solid #111; }
 figure { margin: 1.5rem 0; } figure img { width: 46rem; max-width: 100%; height: auto; }
 figcaption { font-size: .85rem; color: #444; }
 .note { color: #8a3b00; } nav a { margin-right: 1rem; }
-@media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; }
-  figure, tr { break-inside: avoid; } }
+@media print { body { margin: 0; padding: 0; max-width: none; font-size: 11px; }
+  h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; }
+  .wide { overflow: visible; } table { font-size: 8px; line-height: 1.3; width: 100%; }
+  caption { max-width: 100%; font-size: 10px; } th, td { padding: 1px 4px; }
+  .runs td:last-child a + a { display: none; }
+  figure img { width: 100%; max-height: 9in; object-fit: contain; object-position: left; } }
 """
 # What a log consists of, as far as it is there.
 _FILES = (
@@ -117,14 +121,14 @@ def _table(table: Table) -> str:
 
 def _runs(table: Table, by_name: dict[str, Trial], page: Path) -> str:
     header = ["Row", "Run", "Outcome", "Steps", "Time [s]", "Best", "Target", "Wall [s]", "Log"]
-    lines = [_line(header, "th")]
+    lines = [_line(header, "th")]  # on paper the link to the folder is enough
     for number, row in numbered(table):
         for place, name in enumerate(row.runs):
             anchor = f' id="{_anchor(table, number)}"' if place == 0 else ""
             trial = by_name.get(name)
             texts = _run(row, number, name, trial, page)
             lines.append(f"<tr{anchor}>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>")
-    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
+    return '<div class="wide runs"><table>' + "\n".join(lines) + "</table></div>"
 
 
 def _run(row: Row, number: int, name: str, trial: Trial | None, page: Path) -> list[str]:

@@ -108,7 +108,7 @@ def _cells(found: RowHealth) -> list[str]:
     return [
         str(found.runs),
         str(found.checks),
-        f"{found.refreshes} ({found.refreshes / found.checks:.0%})",
+        f"{found.refreshes}\u00a0({found.refreshes / found.checks:.0%})",
         *(factors.shown(share, ".0%") for share in shares),
         str(found.failures),
         str(found.skipped),

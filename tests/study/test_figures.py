@@ -165,9 +165,41 @@ def test_figures_are_whole_and_the_same_when_made_again(drawn, tmp_path):
     assert all(shown.count(text) >= fractions.count(text) for text in fractions)
 
 
-def test_no_colour_carries_meaning(drawn):
+@pytest.fixture(scope="module")
+def of_many():
+    """Curves of a workload with nine rows."""
+    pytest.importorskip("matplotlib", reason="the extra `figures` is not installed")
+    trials = [t for t in logs.find_trials([SEEDS]) if t.workload == "ogbg_mini"]
+    made = tables.table1(trials, ROOT)
+    return made[0], figures.draw(made, trials, ROOT)[0]
+
+
+def test_many_rows_have_axes_each(of_many):
+    """On one pair of axes they hide each other."""
+    table, figure = of_many
+    rows = [row for row in table.rows if row.runs]
+    assert len(rows) > figures.TOGETHER
+    root = ET.fromstring(figure.files["svg"])
+    axes = [e for e in root.iter() if re.fullmatch(r"axes_\d+", e.get("id", ""))]
+    assert len(axes) >= len(rows)
+    texts = [e.text or "" for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert sum(text.startswith("target ") for text in texts) == 1
+    for row in rows:
+        assert texts.count(f"n = {row.ended}") == len(rows) and row.title in texts
+        assert not row.settings or ", ".join(row.settings) in texts
+
+
+def test_curves_are_seen_where_they_part(of_many):
+    """Not squeezed under the first evaluations: the axis begins above what the first tenth has."""
+    values = [float(text) for text in re.findall(r">(0\.\d+)<", of_many[1].files["svg"].decode())]
+    trials = [t for t in logs.find_trials([SEEDS]) if t.workload == "ogbg_mini"]
+    first = min(t.evaluations[1].value for t in trials)
+    assert values and min(values) > first
+
+
+def test_no_colour_carries_meaning(drawn, of_many):
     """Every stroke and fill is a grey."""
-    for figure in drawn:
+    for figure in [*drawn, of_many[1]]:
         colours = set(re.findall(rb"#([0-9a-f]{6})", figure.files["svg"]))
         assert all(c[:2] == c[2:4] == c[4:] for c in colours), (figure.name, colours)
 

@@ -153,7 +153,7 @@ def test_a_reports_section_has_the_rows_numbers_and_figures(tmp_path):
     made = tables.build(trials, [], ("full",), tmp_path)
     by_name = {tables.run_name(t.path, tmp_path): t for t in trials}
     text = re.sub(r"<[^>]*>", "|", report_health.section(made[0], by_name))
-    for part in ("|15 (50%)|", "|100%|", "|0%|", "|50%|", "|2|", "|0.3|", "|2.5e+02|"):
+    for part in ("|15\u00a0(50%)|", "|100%|", "|0%|", "|50%|", "|2|", "|0.3|", "|2.5e+02|"):
         assert part in text.replace("||", "|"), (part, text)
     pytest.importorskip("matplotlib", reason="the extra `figures` is not installed")
     (figure,) = report_health.draw(made, trials, tmp_path)
