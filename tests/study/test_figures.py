@@ -189,6 +189,25 @@ def test_many_rows_have_axes_each(of_many):
         assert not row.settings or ", ".join(row.settings) in texts
 
 
+def test_the_committed_figures_are_of_the_committed_runs():
+    """Every row, with how many runs it has, and how many of them hit."""
+    table = tables.table1(logs.find_trials([SEEDS]), ROOT)[0]
+    folder = SEEDS.parent / "figures"
+    text = "{http://www.w3.org/2000/svg}text"
+    names = {"FastMRI": "fastmri", "ImageNet ViT": "imagenet_vit", "OGBG": "ogbg"}
+    times = [e.text for e in ET.parse(folder / "mini_time_to_target.svg").iter(text)]
+    for workload, name in names.items():
+        rows = [row for row in table.rows if row.runs and row.workload == workload]
+        drawn = [e.text for e in ET.parse(folder / f"mini_{name}_curves.svg").iter(text)]
+        assert drawn.count("n = 5") == len(rows) > figures.TOGETHER
+        for row in rows:
+            for shown in (drawn, times):
+                assert row.title in shown and (not row.settings or ", ".join(row.settings) in shown)
+            assert f"{row.hits}/{row.ended}" in times
+        assert workload in times
+    assert len(list(folder.iterdir())) == 4
+
+
 def test_curves_are_seen_where_they_part(of_many):
     """Not squeezed under the first evaluations: the axis begins above what the first tenth has."""
     values = [float(text) for text in re.findall(r">(0\.\d+)<", of_many[1].files["svg"].decode())]
