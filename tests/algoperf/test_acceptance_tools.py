@@ -13,7 +13,13 @@ import pytest
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import submission_loader
-from tests.algoperf import acceptance, all_acceptance, kill_acceptance, provenance
+from tests.algoperf import (
+    acceptance,
+    acceptance_table,
+    all_acceptance,
+    kill_acceptance,
+    provenance,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD: dict[str, Any] = {
@@ -94,3 +100,11 @@ def test_a_killed_run_is_the_command_of_a_user(tmp_path: Path) -> None:
     run = kill_acceptance.plan_of(args, tmp_path / "data", tmp_path / "out").runs[0]
     assert run.ruleset == "self" and run.hparams["precondition_frequency"] == 3
     assert run.run_dir.is_relative_to(tmp_path / "out")
+
+
+def test_the_table_is_what_the_records_say() -> None:
+    lines = acceptance_table.table()
+    assert len(lines) > 8
+    assert "\n".join(lines) in (acceptance_table.RECORDS / "README.md").read_text()
+    for path in acceptance_table.RECORDS.glob("*.json"):
+        assert acceptance_table.read(path).get("wrong", []) == [], path
