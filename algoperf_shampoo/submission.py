@@ -381,7 +381,8 @@ def _watch(
         raise points.PointError(f'{variable}={asked}: it must be "off", or a folder that is there')
     under_algoperf = "algoperf.spec" in sys.modules
     wanted = asked != "off" and (asked or not under_algoperf)
-    if not wanted or not any(True for _ in optimizer.factor_sets()):
+    # Asked of the rule, whose answer is that of every rank: all of them gather, or none.
+    if not wanted or not optimizer.rule.has_factors:
         return None, None
     every = max(1, math.ceil(total_steps / SAMPLES))
     optimizer.telemetry = Telemetry(optimizer, describe(model), every)
