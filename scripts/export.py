@@ -9,6 +9,7 @@ from absl import flags
 from command_line import ROOT, run
 
 from algoperf_shampoo import paths
+from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.study import export, memory
 
 _VARIANT = flags.DEFINE_string("variant", "", "Folder of submissions/.")
@@ -25,7 +26,8 @@ _AFFILIATIONS = flags.DEFINE_string("affiliations", "", "For submission_info.yml
 def _memory(folder: Path) -> list[str]:
     """What the entry needs of a GPU on each workload; it is run on all of them."""
     record = json.loads((folder / export.RECORD).read_text(encoding="utf-8"))
-    return memory.preview(record["point"], variant=record["variant"])
+    made = submission_loader.optimizer(ROOT, record["variant"])
+    return memory.preview(record["point"], optimizer=made)
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -61,12 +61,8 @@ def fields(root: Path, variant: str) -> tuple[str, ...]:
     Raises:
         UserError: no such variant, no module of Python, no ``FIELDS``, or an undeclared name in it.
     """
-    path = _path(root, variant)
+    path, tree = _parsed(root, variant)
     wanted = 'FIELDS = "factors", "tau": what it reads, as declared in algoperf_shampoo/points.py'
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a Python module: {error}") from error
     values = [
         node.value
         for node in tree.body
@@ -86,6 +82,47 @@ def fields(root: Path, variant: str) -> tuple[str, ...]:
     except points.PointError as error:
         raise UserError(f"{path}: FIELDS: {error}") from error
     return names
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What a variant's module makes: the name of a class, and arguments that are written out."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+def optimizer(root: Path, variant: str) -> Optimizer | None:
+    """The class of :mod:`algoperf_shampoo.optim` that the variant's module calls; None where it
+    calls none, or several. Read without importing it, as :func:`fields`.
+
+    Raises:
+        UserError: no such variant, or no module of Python.
+    """
+    _, tree = _parsed(root, variant)
+    ours = {
+        alias.asname or alias.name: alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module == "algoperf_shampoo.optim"
+        for alias in node.names
+    }
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    made = [
+        Optimizer(
+            ours[node.func.id],
+            {
+                keyword.arg: keyword.value.value
+                for keyword in node.keywords
+                if keyword.arg is not None and isinstance(keyword.value, ast.Constant)
+            },
+        )
+        for function in functions
+        if function.name == "make_optimizer"
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ours
+    ]
+    optimizers = [one for one in made if one.name != "Solver"]
+    return optimizers[0] if len(optimizers) == 1 else None
 
 
 def load(root: Path, variant: str) -> Submission:
@@ -138,6 +175,14 @@ def _path(root: Path, variant: str) -> Path:
         known = ", ".join(variants(root)) or "none"
         raise UserError(f"unknown variant {variant!r}: submissions/ has {known}")
     return path
+
+
+def _parsed(root: Path, variant: str) -> tuple[Path, ast.Module]:
+    path = _path(root, variant)
+    try:
+        return path, ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a Python module: {error}") from error
 
 
 def import_module(root: Path, variant: str) -> ModuleType:

@@ -269,7 +269,8 @@ def _with_memory(cost: Cost, run: RunSpec, root: Path) -> Cost:
     if run.workload not in memory.workloads():
         return cost
     shapes = memory.shapes(run.workload)
-    own = memory.need(shapes, run.hparams, cost.gpus, run.variant).total
+    made = submission_loader.optimizer(root, run.variant)
+    own = memory.need(shapes, run.hparams, cost.gpus, made).total
     path = root / "results" / "measured" / "h100" / "workload_step.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["workloads"]

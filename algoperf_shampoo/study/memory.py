@@ -18,20 +18,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from algoperf_shampoo.harness.submission_loader import Optimizer
+
 FLOAT32 = 4
 CARD_GIB = {"v0.5": 16, "v0.6": 16, "2026": 40}
 """Memory of a GPU of the benchmark's hardware: V100, and A100 (40 GB)."""
 _SHAPES = Path(__file__).parents[1] / "workloads" / "data" / "algoperf_shapes.json"
 
 # Tensors like a block that a rule keeps, those it works in besides the gradient's place, and
-# whether it keeps a vector per mode; of variants that differ from EShampoo.
+# whether it keeps a vector per mode; of classes that differ from EShampoo, without grafting.
 _EShampoo = (2, 1, False)
 _KEPT = {
-    "kl_shampoo": (1, 2, True),
-    "kl_soap": (2, 2, True),
-    "shampoo": (1, 1, False),
-    "shampoo2_trace": (1, 1, False),
-    "shampoo_adaptive": (1, 1, True),
+    "KLShampoo": (1, 2, True),
+    "KLSOAP": (2, 2, True),
+    "Shampoo": (1, 1, False),
+    "Shampoo2Trace": (1, 1, False),
+    "ShampooAdaptive": (1, 1, True),
 }
 
 Shapes = Sequence[tuple[tuple[int, ...], int]]
@@ -68,7 +70,10 @@ def shapes(workload: str) -> list[tuple[tuple[int, ...], int]]:
 
 
 def need(
-    parameters: Shapes, point: Mapping[str, Any], processes: int = 4, variant: str = ""
+    parameters: Shapes,
+    point: Mapping[str, Any],
+    processes: int = 4,
+    optimizer: Optimizer | None = None,
 ) -> Need:
     """What a run needs besides activations.
 
@@ -76,10 +81,10 @@ def need(
         parameters: shapes and counts, as :func:`shapes` gives them.
         point: the hyperparameters; without ``max_preconditioner_dim`` there are no factors.
         processes: GPUs of the run; each holds all of the state.
-        variant: whose rule it is; one that is not known here counts as EShampoo.
+        optimizer: what the variant makes; a class that is not known here counts as EShampoo.
     """
     entries = sum(math.prod(shape) * count for shape, count in parameters)
-    states = {shape: _state(shape, point, variant) * count for shape, count in parameters}
+    states = {shape: _state(shape, point, optimizer) * count for shape, count in parameters}
     largest = max(states, key=lambda shape: states[shape])
     workspace = int(point.get("eigen_workspace_mib", 8)) << 20 if _has_factors(point) else 0
     return Need(
@@ -90,7 +95,10 @@ def need(
 
 
 def preview(
-    point: Mapping[str, Any], version: str = "2026", processes: int = 4, variant: str = ""
+    point: Mapping[str, Any],
+    version: str = "2026",
+    processes: int = 4,
+    optimizer: Optimizer | None = None,
 ) -> list[str]:
     """One line a workload: what it needs of a GPU of the version's hardware, and what does not fit.
 
@@ -99,7 +107,7 @@ def preview(
     card = CARD_GIB[version]
     lines = []
     for workload in workloads():
-        found = need(shapes(workload), point, processes, variant)
+        found = need(shapes(workload), point, processes, optimizer)
         line = (
             f"{workload}: {found.total / 2**30:.1f} of {card} GiB a GPU besides activations "
             f"(optimizer {found.optimizer / 2**30:.1f})"
@@ -118,22 +126,23 @@ def _has_factors(point: Mapping[str, Any]) -> bool:
     return "max_preconditioner_dim" in point
 
 
-def _kept(point: Mapping[str, Any], variant: str) -> tuple[int, int, bool]:
-    moments, work, vectors = _KEPT.get(variant, _EShampoo)
-    if point.get("grafting") == "adam":  # Shampoo's own grafting has both moments as EShampoo
-        if variant == "shampoo":
+def _kept(point: Mapping[str, Any], optimizer: Optimizer | None) -> tuple[int, int, bool]:
+    name, settings = ("", {}) if optimizer is None else (optimizer.name, optimizer.settings)
+    moments, work, vectors = _KEPT.get(name, _EShampoo)
+    if settings.get("grafting", point.get("grafting")) == "adam":
+        if name == "Shampoo":  # its own grafting has both moments as EShampoo
             return _EShampoo
         return moments + 2, work + 1, vectors
     return moments, work, vectors
 
 
-def _state(shape: tuple[int, ...], point: Mapping[str, Any], variant: str) -> int:
+def _state(shape: tuple[int, ...], point: Mapping[str, Any], optimizer: Optimizer | None) -> int:
     """Entries of one parameter's state and buffers in the optimizer."""
     entries = math.prod(shape)
     if not _has_factors(point):
         return 3 * entries  # M, D and gradients in stack order
     one_dim = point.get("one_dim", "full")
-    moments, work, vectors = _kept(point, variant)
+    moments, work, vectors = _kept(point, optimizer)
     total = 0
     for block in _partition().cut(shape, point["max_preconditioner_dim"]):
         order = len(block.shape)

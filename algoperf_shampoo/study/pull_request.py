@@ -49,6 +49,7 @@ def compose(
     fields = submission_loader.fields(root, variant)
     full = [t for t in own if size_of(t.workload) == "full" and _same_point(t, record, fields)]
     minis = [t for t in own if size_of(t.workload) == "mini"]
+    made = submission_loader.optimizer(root, variant)
     parts = [
         "# New Submission",
         "## Submission Information",
@@ -65,7 +66,7 @@ def compose(
         _tables(minis, root) or "None in the records that this text was made from.",
         "## Comments",
         "Memory of one GPU by formula, on the parameter shapes of AlgoPerf's models:",
-        "\n".join(f"- {line}" for line in memory.preview(record["points"][0], variant=variant)),
+        "\n".join(f"- {line}" for line in memory.preview(record["points"][0], optimizer=made)),
     ]
     return "\n\n".join(parts) + "\n"
 

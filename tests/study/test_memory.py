@@ -56,7 +56,9 @@ def test_the_formula_is_what_the_optimizer_allocates(variant, workload):
             held = [stack.g, *stack.work, *stack.state.values(), *stack.factors, *stack.operators]
             held += [vector for mine in stack.vectors.values() for vector in mine]
             entries += sum(tensor.numel() for tensor in held)
-    need = memory.need(memory.shapes(workload), point, variant=variant)
+    made = submission_loader.optimizer(ROOT, variant)
+    assert made is not None and made.name == type(optimizer).__name__
+    need = memory.need(memory.shapes(workload), point, optimizer=made)
     workspace = complete._asdict().get("eigen_workspace_mib", 0) << 20
     assert need.optimizer == 4 * entries + workspace
     numbers = sum(p.numel() for p in optimizer.param_groups[0]["params"])
@@ -85,5 +87,27 @@ def test_the_data_say_how_they_were_obtained():
 
 def test_a_preview_is_of_the_variant_s_own_rule():
     point = test_points.point_of("kl_shampoo")
-    own = memory.preview(point, variant="kl_shampoo")
+    own = memory.preview(point, optimizer=submission_loader.optimizer(ROOT, "kl_shampoo"))
     assert own != memory.preview(point) and len(own) == 9
+
+
+def test_a_variant_of_another_name_has_the_preview_of_its_class(tmp_path):
+    """And one whose module calls no class of ours, or several, counts as EShampoo."""
+    for name, edit in (
+        ("mine", ("", "")),
+        ("grafted", ("grafting=None", 'grafting="adam"')),
+        ("several", ("    return Shampoo", "    Shampoo(params)\n    return Shampoo")),
+    ):
+        folder = tmp_path / "submissions" / name
+        folder.mkdir(parents=True)
+        text = (ROOT / "submissions/shampoo/submission.py").read_text()
+        assert edit[0] in text
+        (folder / "submission.py").write_text(text.replace(*edit))
+    point = test_points.point_of("shampoo")
+    lines = {
+        name: memory.preview(point, optimizer=submission_loader.optimizer(tmp_path, name))
+        for name in ("mine", "grafted", "several")
+    }
+    shampoo = submission_loader.optimizer(ROOT, "shampoo")
+    assert lines["mine"] == memory.preview(point, optimizer=shampoo) != lines["grafted"]
+    assert lines["grafted"] == lines["several"] == memory.preview(point)
