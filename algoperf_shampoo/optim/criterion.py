@@ -68,9 +68,9 @@ def scores(factor_set: FactorSet, indices: Sequence[int], tau: float) -> Tensor:
             with matmul_precision("highest"):
                 part = relative_off_diagonal(a, take(factor_set.operators, chunk))
         else:
-            top = largest_entry(a)
-            part = torch.where(top > 0, top + math.inf, top)
-            part = torch.where(torch.isfinite(top), part, torch.full_like(part, math.nan))
+            largest = largest_entry(a)
+            part = torch.where(largest > 0, largest + math.inf, largest)
+            part = torch.where(torch.isfinite(largest), part, torch.full_like(part, math.nan))
         parts.append(part.double())
     return torch.cat(parts)
 

@@ -80,10 +80,10 @@ def _rayleigh_ritz_(a: Tensor, x: Tensor, lead: int, y: Tensor, z: Tensor) -> No
     """Replace the first ``lead`` columns of x by the eigenvectors of a in their span, in descending
     order."""
     N, n = x.shape[:2]
-    top = x[..., :lead]
+    leading = x[..., :lead]
     beside = y.view(-1)[: N * n * lead].view(N, n, lead)
     small = z.view(-1)[: N * lead * lead].view(N, lead, lead)
-    torch.bmm(top.mT, torch.bmm(a, top, out=beside), out=small)
+    torch.bmm(leading.mT, torch.bmm(a, leading, out=beside), out=small)
     torch.nan_to_num(small, out=small)
     scale = largest_entry(small).clamp_min(torch.finfo(a.dtype).tiny)
     small /= scale[:, None, None]
@@ -103,4 +103,4 @@ def _rayleigh_ritz_(a: Tensor, x: Tensor, lead: int, y: Tensor, z: Tensor) -> No
             vectors = torch.linalg.eigh(small).eigenvectors
         except torch.linalg.LinAlgError:  # Eq. 11 then reads nan, and the caller goes on
             vectors = torch.full_like(small, torch.nan)
-    top.copy_(torch.bmm(top, vectors.flip(-1), out=beside))
+    leading.copy_(torch.bmm(leading, vectors.flip(-1), out=beside))

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # Of a chunk, per matrix entry: in borrowed memory two float64 and two float32 numbers, and two more
 # where the matrices are copied; else six of the matrices' own.
-BYTES_IN_A_ROOM, BYTES_OF_COPIES = 24, 8
+BYTES_BORROWED, BYTES_OF_COPIES = 24, 8
 ENTRIES_ANEW = 6
 
 
@@ -51,25 +51,26 @@ def iterate(
     Returns:
         diag(Q'AQ) as values; as permutation where each column came from, with ``sort``.
     """
-    room = _room(problem, borrowed)
-    size = _chunk(problem, room, iterations, limit)
+    memory = _free_memory(problem, borrowed)
+    size = _chunk(problem, memory, iterations, limit)
     values, permutations, converged = [], [], []
     for start in range(0, len(problem.indices), size):
         indices = problem.indices[start : start + size]
-        desk = Desk(room, (len(indices), problem.n, problem.n), problem.factors)
+        workspace = Workspace(memory, (len(indices), problem.n, problem.n), problem.factors)
         with matmul_precision("highest"):
-            a, q = desk.taken(problem.factors, indices), desk.taken(problem.operators, indices)
+            a = workspace.taken(problem.factors, indices)
+            q = workspace.taken(problem.operators, indices)
             # Tiny factors would underflow when squared.
             scale = largest_entry(a).clamp_min(torch.finfo(a.dtype).tiny)
-            aq = torch.bmm(a, q, out=desk.product).div_(scale[:, None, None])
+            aq = torch.bmm(a, q, out=workspace.product).div_(scale[:, None, None])
             if sort:
-                quotients = torch.mul(q, aq, out=desk.spare).sum(-2)
+                quotients = torch.mul(q, aq, out=workspace.spare).sum(-2)
                 order = quotients.argsort(dim=-1, descending=True, stable=True)
                 permutations.append(order)
                 columns = order[:, None, :].expand_as(q)
-                aq = torch.gather(aq, -1, columns, out=desk.spare)
-                old = torch.gather(q, -1, columns, out=desk.sorted)
-            new, bad = desk.orthonormal(aq, old if sort else q)
+                aq = torch.gather(aq, -1, columns, out=workspace.spare)
+                old = torch.gather(q, -1, columns, out=workspace.sorted)
+            new, bad = workspace.orthonormal(aq, old if sort else q)
             if bad:
                 q = take(q, bad)
                 if sort:
@@ -77,14 +78,14 @@ def iterate(
                 put(new, bad, _householder(take(a, bad), q, take(scale, bad)))
             q = new
             if iterations > 1:
-                q = _iterated(a, scale, q, tau, iterations - 1, desk)
-            values.append(torch.bmm(a, q, out=desk.spare).mul_(q).sum(-2))
+                q = _iterated(a, scale, q, tau, iterations - 1, workspace)
+            values.append(torch.bmm(a, q, out=workspace.spare).mul_(q).sum(-2))
         converged += torch.isfinite(q.sum((1, 2))).tolist()
         put(problem.operators, indices, q)
     return Result(torch.cat(values), converged, torch.cat(permutations) if sort else None)
 
 
-def _room(problem: Problem, borrowed: Sequence[BorrowedMemory]) -> Tensor:
+def _free_memory(problem: Problem, borrowed: Sequence[BorrowedMemory]) -> Tensor:
     """Borrowed bytes that hold nothing, where float64 products are worth it and one matrix fits."""
     factors = problem.factors
     none = torch.empty(0, dtype=torch.uint8, device=factors.device)
@@ -92,35 +93,35 @@ def _room(problem: Problem, borrowed: Sequence[BorrowedMemory]) -> Tensor:
         return none
     free = [as_bytes(x.memory[: x.free]) for x in borrowed if x.memory.device == factors.device]
     largest = max(free, key=len, default=none)
-    return largest if len(largest) >= _bytes_in_a_room(problem) else none
+    return largest if len(largest) >= _borrowed_bytes(problem) else none
 
 
-def _bytes_in_a_room(problem: Problem) -> int:
+def _borrowed_bytes(problem: Problem) -> int:
     """Per matrix, with what alignment may take."""
     copies = 0 if consecutive(problem.indices) else BYTES_OF_COPIES
-    return (BYTES_IN_A_ROOM + copies) * problem.n**2 + 8 * ALIGNMENT
+    return (BYTES_BORROWED + copies) * problem.n**2 + 8 * ALIGNMENT
 
 
-def _chunk(problem: Problem, room: Tensor, iterations: int, limit: int) -> int:
+def _chunk(problem: Problem, memory: Tensor, iterations: int, limit: int) -> int:
     """How many matrices are worked on at a time."""
     entry = problem.n**2 * problem.factors.dtype.itemsize
-    if not len(room):
+    if not len(memory):
         return max(1, limit // (ENTRIES_ANEW * entry))
-    size = len(room) // _bytes_in_a_room(problem)
+    size = len(memory) // _borrowed_bytes(problem)
     # Those left of a chunk are copied, and looked at, in memory taken anew.
     return size if iterations == 1 else min(size, max(1, limit // (4 * entry)))
 
 
-class Desk:
-    """Memory for one chunk of matrices [N, n, n], in a room (bytes) or taken anew.
+class Workspace:
+    """Memory for one chunk of matrices [N, n, n], in free bytes of borrowed memory or taken anew.
 
     Attributes:
         product, sorted, spare: of the matrices' dtype; ``spare`` is free but while
             :meth:`orthonormal` is at work.
     """
 
-    def __init__(self, room: Tensor, shape: tuple[int, int, int], like: Tensor) -> None:
-        self._room, self._shape, self._at, self._dtype = room, shape, 0, like.dtype
+    def __init__(self, memory: Tensor, shape: tuple[int, int, int], like: Tensor) -> None:
+        self._memory, self._shape, self._at, self._dtype = memory, shape, 0, like.dtype
         self._doubles: list[Tensor] = []
         if like.dtype == torch.float32 and cholesky_qr.fast_float64(like.device):
             self._doubles = [self._new(torch.float64) for _ in range(2)]
@@ -133,10 +134,10 @@ class Desk:
     def _new(self, dtype: torch.dtype) -> Tensor:
         size = math.prod(self._shape) * dtype.itemsize
         start = self._at
-        if not len(self._room):
-            return torch.empty(self._shape, dtype=dtype, device=self._room.device)
+        if not len(self._memory):
+            return torch.empty(self._shape, dtype=dtype, device=self._memory.device)
         self._at += -(-size // ALIGNMENT) * ALIGNMENT
-        return self._room[start : start + size].view(dtype).view(self._shape)
+        return self._memory[start : start + size].view(dtype).view(self._shape)
 
     def taken(self, x: Tensor, indices: Sequence[int]) -> Tensor:
         """x[indices]: a view, or a copy."""
@@ -160,7 +161,7 @@ class Desk:
 
 
 def _iterated(
-    a: Tensor, scale: Tensor, q: Tensor, tau: float, iterations: int, desk: Desk
+    a: Tensor, scale: Tensor, q: Tensor, tau: float, iterations: int, workspace: Workspace
 ) -> Tensor:
     """So many iterations more, those of matrices that do not meet Eq. 11."""
     q, left = q.clone(), list(range(len(q)))
@@ -172,9 +173,9 @@ def _iterated(
             if not left:
                 break
             some = take(a, left), take(q, left)
-        aq = torch.bmm(*some, out=desk.product[: len(left)])
+        aq = torch.bmm(*some, out=workspace.product[: len(left)])
         aq /= take(scale, left)[:, None, None]
-        new, bad = desk.orthonormal(aq, some[1])
+        new, bad = workspace.orthonormal(aq, some[1])
         if bad:
             those = take(some[0], bad), take(some[1], bad), take(take(scale, left), bad)
             put(new, bad, _householder(*those))
