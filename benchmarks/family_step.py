@@ -8,23 +8,24 @@ blocks of at most --max-dim), every block a tensor of its own; the same gradient
 Adam (ours with one_dim="adam", the authors' by torch's fused AdamW beside). Checkouts:
 nikhilvyas/SOAP, which computes in float32, and yorkerlin/KL-Methods, which computes in bfloat16
 unless it is told not to, and is run in float32 as well; what it marks for torch.compile is
-compiled. Every F-th step refreshes; those are timed apart. Every step is timed from an idle device
-to an idle device.
+compiled, unless TORCHDYNAMO_DISABLE=1. Every F-th step refreshes; those are timed apart. Every
+step is timed from an idle device to an idle device.
 
-Per variant also: state by kind, in entries of float32 as the formulas have it and as allocated, and
-the peak over a refresh, parameters and gradients included.
+Per variant also: entries of the state by kind, MiB that it holds after its steps (without
+parameters and gradients), and the most that a later step takes besides for a while.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib
 import io
 import math
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -184,73 +185,96 @@ def formula(params: Params) -> dict[str, int]:
     }
 
 
-def peak_memory(build: Any, params: Params, F: int) -> float:
-    """MiB at the peak of F + 3 steps, one of them a refresh."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    mine = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    optimizer = build(mine, F)
-    for p in mine:
-        p.grad = torch.randn_like(p)
-    for _ in range(F + 3):
-        optimizer.step()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+@dataclass
+class Figures:
+    """What is measured of one contender."""
+
+    ordinary: list[float] = field(default_factory=list)
+    refreshing: list[float] = field(default_factory=list)
+    first_ms: float = 0.0
+    held: float = 0.0
+    besides: float = 0.0
+
+    def step(self, optimizer: Any, device: torch.device, t: int, F: int) -> None:
+        """One step, number t, measured."""
+        before = allocated(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        ms = 1e3 * seconds(optimizer.step, device)
+        after = allocated(device)
+        self.held += after - before
+        if t <= F + 3:  # first calls: loading, compiling, recording
+            self.first_ms += ms
+            return
+        if device.type == "cuda":
+            self.besides = max(self.besides, torch.cuda.max_memory_allocated() / 2**20 - after)
+        if t % F:
+            self.ordinary.append(ms)
+        elif t > 2 * F:  # before that a check runs directly, then is recorded
+            self.refreshing.append(ms)
 
 
-def measured(workload: str, table_of: dict[str, Contender], args: Any) -> dict[str, Any]:
+def allocated(device: torch.device) -> float:
+    """MiB."""
+    return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+
+
+def measured(
+    workload: str,
+    table_of: dict[str, Contender],
+    args: Any,
+    so_far: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """so_far: is given the entry as it stands after every round."""
     device, F = torch.device(args.device), args.frequency
     params = blocks_of(workload, args.max_dim, device)
-    peaks = {}
-    if device.type == "cuda" and not args.no_peaks:
-        peaks = {n: peak_memory(c.build, params, F) for n, c in table_of.items()}
     replicas = {n: [torch.nn.Parameter(p.detach().clone()) for p in params] for n in table_of}
-    optimizers = {n: c.build(replicas[n], F) for n, c in table_of.items()}
+    figures = {n: Figures() for n in table_of}
+    optimizers = {}
+    for name, c in table_of.items():
+        before = allocated(device)
+        optimizers[name] = c.build(replicas[name], F)
+        figures[name].held += allocated(device) - before
     gradients = TurningGradients(list(params))
-    ordinary: dict[str, list[float]] = {n: [] for n in table_of}
-    refreshing: dict[str, list[float]] = {n: [] for n in table_of}
-    first: dict[str, float] = dict.fromkeys(table_of, 0.0)
+
+    def entry() -> dict[str, Any]:
+        return {
+            "workload": workload,
+            "tensors": len(params),
+            "parameters": sum(p.numel() for p in params),
+            "entries_by_formula": formula(params),
+            "contenders": {
+                n: {
+                    "ordinary_ms": spread(figures[n].ordinary),
+                    "refresh_ms": spread(figures[n].refreshing),
+                    "first_steps_ms": figures[n].first_ms,
+                    "held_mib": figures[n].held,
+                    "besides_mib": figures[n].besides,
+                    "state_entries": state_of(optimizers[n]),
+                    "floor": floor(params, c.products),
+                    "finite": all(bool(p.isfinite().all()) for p in replicas[n]),
+                }
+                for n, c in table_of.items()
+            },
+        }
+
     for i in range(1, (args.rounds + 2) * F + 2):
         drawn = gradients.draw()
         for name, c in table_of.items():
-            t = i - c.starts
             for p, g in zip(replicas[name], drawn, strict=True):
                 p.grad = g
-            ms = 1e3 * seconds(optimizers[name].step, device)
-            if t <= F + 3:  # first calls: loading, compiling, recording
-                first[name] += ms
-            elif t % F:
-                ordinary[name].append(ms)
-            elif t > 2 * F:  # before that a check runs directly, then is recorded
-                refreshing[name].append(ms)
-    return {
-        "workload": workload,
-        "tensors": len(params),
-        "parameters": sum(p.numel() for p in params),
-        "entries_by_formula": formula(params),
-        "contenders": {
-            n: {
-                "ordinary_ms": spread(ordinary[n]),
-                "refresh_ms": spread(refreshing[n]),
-                "first_steps_ms": first[n],
-                "peak_mib": peaks.get(n),
-                "state_entries": state_of(optimizers[n]),
-                "floor": floor(params, c.products),
-                "finite": all(bool(p.isfinite().all()) for p in replicas[n]),
-            }
-            for n, c in table_of.items()
-        },
-    }
+            figures[name].step(optimizers[name], device, i - c.starts, F)
+        if i > 3 * F and i % F == 1:
+            so_far(entry())
+    return entry()
 
 
-def printed(record: dict[str, Any]) -> None:
+def printed(entry: dict[str, Any]) -> None:
     rows = []
-    base = record["contenders"].get("EShampoo", {}).get("ordinary_ms", {}).get("median", math.nan)
-    for name, entry in record["contenders"].items():
-        o, r, f = entry["ordinary_ms"], entry["refresh_ms"], entry["floor"]
-        peak = "-" if entry["peak_mib"] is None else f"{entry['peak_mib']:.0f}"
+    n = entry["contenders"]
+    base = n.get("EShampoo", {}).get("ordinary_ms", {}).get("median", math.nan)
+    for name, one in n.items():
+        o, r, f = one["ordinary_ms"], one["refresh_ms"], one["floor"]
         rows.append(
             [
                 name,
@@ -258,14 +282,13 @@ def printed(record: dict[str, Any]) -> None:
                 f"{o['median'] / base:.2f}",
                 f"{r['median']:.1f} ({r['min']:.1f}-{r['max']:.1f})",
                 f"{f['gflop']:.0f} GFLOP, {f['mbyte']:.0f} MB",
-                peak,
+                f"{one['held_mib']:.0f} + {one['besides_mib']:.0f}",
             ]
         )
-    n = record["contenders"]
-    counts = f"{next(iter(n.values()))['ordinary_ms']['n']} and {len(n)} contenders"
-    print(f"\n{record['workload']}: {record['tensors']} tensors, n = {counts}")
+    counts = next(iter(n.values()))["ordinary_ms"]["n"]
+    print(f"\n{entry['workload']}: {entry['tensors']} tensors, n = {counts}")
     header = ["optimizer", "ordinary step, ms", "/ EShampoo's", "refresh step, ms"]
-    print(table([*header, "floor", "peak MiB"], rows), flush=True)
+    print(table([*header, "floor", "MiB held + besides"], rows), flush=True)
 
 
 def main() -> None:
@@ -275,7 +298,6 @@ def main() -> None:
     parser.add_argument("--frequency", type=int, default=10, help="F: every F-th step refreshes")
     parser.add_argument("--rounds", type=int, default=4, help="refreshes timed, after two")
     parser.add_argument("--max-dim", type=int, default=1024, help="largest dimension of a block")
-    parser.add_argument("--no-peaks", action="store_true", help="do not measure memory")
     parser.add_argument("--soap", help="checkout of nikhilvyas/SOAP")
     parser.add_argument("--kl", help="checkout of yorkerlin/KL-Methods")
     parser.add_argument("--only", help="names of contenders, separated by ;")
@@ -284,16 +306,22 @@ def main() -> None:
     found = contenders(args.soap, args.kl)
     if args.only:
         found = {name: found[name] for name in args.only.split(";")}
-    record: dict[str, Any] = {
+    whole: dict[str, Any] = {
         "machine": machine(torch.device(args.device)),
         "frequency": args.frequency,
         "max_dim": args.max_dim,
-        "workloads": [],
+        "authors_compiled": os.environ.get("TORCHDYNAMO_DISABLE") != "1",
     }
+    done: list[dict[str, Any]] = []
     for workload in args.workloads.split(","):
-        record["workloads"].append(measured(workload, found, args))
-        printed(record["workloads"][-1])
-        write(args.json, record)
+
+        def keep(entry: dict[str, Any]) -> None:
+            write(args.json, {**whole, "workloads": [*done, entry]})
+
+        entry = measured(workload, found, args, keep)
+        keep(entry)
+        done.append(entry)
+        printed(entry)
 
 
 if __name__ == "__main__":

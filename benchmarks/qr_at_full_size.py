@@ -188,24 +188,31 @@ def main() -> None:
                 costs[n] = householder_ms(a)
             for c in contenders:
                 c.check(n, a, start, costs[n])
-    rows = []
+        record = {
+            "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+            "settings": vars(args),
+            "steps_seen": t,
+            "householder_ms_a_matrix": costs,
+            "mean_rank_above_n_eps": ranks,
+            "loss": [losses[0], losses[-1]],
+            "rows": rows_of(contenders),
+        }
+        write(args.json, record)
+    for row in rows_of(contenders):
+        if row["n"] == "all":
+            print(row, flush=True)
+    assert all(math.isfinite(x) for x in losses)
+
+
+def rows_of(contenders: list[Contender]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for c in contenders:
         for n, tally in sorted(c.tallies.items()):
             rows.append({"order": c.order, "tau": c.tau, "n": n, **asdict(tally)})
         each = [asdict(x) for x in c.tallies.values()]
         whole = {k: sum(x[k] for x in each) for k in asdict(Tally())}
         rows.append({"order": c.order, "tau": c.tau, "n": "all", **whole})
-        print(f"tau {c.tau:5} {c.order:11}", {k: round(v, 1) for k, v in whole.items()}, flush=True)
-    assert all(math.isfinite(x) for x in losses)
-    record = {
-        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "settings": vars(args),
-        "householder_ms_a_matrix": costs,
-        "mean_rank_above_n_eps": ranks,
-        "loss": [losses[0], losses[-1]],
-        "rows": rows,
-    }
-    write(args.json, record)
+    return rows
 
 
 if __name__ == "__main__":

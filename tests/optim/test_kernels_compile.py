@@ -47,7 +47,7 @@ CASES = [
         "product",
         {},
         dict(PRODUCT_ALIGNED, BETWEEN=True, B_ROWS=False, SPLIT=True),
-        tiles.LARGE,
+        tiles.SMALL,
         True,
     ),
     (
@@ -161,8 +161,7 @@ def test_machine_code_without_tables(name, capability, tmp_path):
     arguments, settings = WITHOUT_TABLES[name]
     kernel = compiled(name, arguments, settings, {}, capability, tables={})
     assert "mma" not in kernel.asm["ptx"]
-    if capability == 90:
-        assert stack_bytes(kernel, tmp_path) == 0
+    assert stack_bytes(kernel, tmp_path) == 0
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -178,8 +177,9 @@ def test_machine_code(name, arguments, settings, tile, multiplies, capability, t
         assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in ptx
     else:
         assert "mma" not in ptx
-    if capability == 90:
-        assert stack_bytes(kernel, tmp_path) == 0
+    # The one exception, on an A100: 64 bytes, in what moves moments out of a basis.
+    moves_back = settings.get("A_ROWS") and settings["B_ROWS"]
+    assert stack_bytes(kernel, tmp_path) <= (64 if moves_back and capability == 80 else 0)
     # Rows said to be aligned are written 16 bytes at a time.
     aligned = settings.get("ALIGN_N", 4) == 4 and not settings.get("BETWEEN")
     if name in ("product", "adam", "momentum") and aligned:

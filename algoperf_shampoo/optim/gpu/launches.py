@@ -390,7 +390,7 @@ class KernelLaunches:
     ) -> Calls:
         """Products, each to be called with the layouts A_ROWS and B_ROWS. between: of modes with
         others before and after."""
-        wide = self._wide[split]
+        wide = tiles.SMALL if between else self._wide[split]  # a large one spills on an A100
         launches: Calls = []
         for kind, mine in tiles.products(sizes, wide).items():
             if kind.shape == "vector":
