@@ -12,7 +12,8 @@ compiled, unless TORCHDYNAMO_DISABLE=1. Every F-th step refreshes; those are tim
 step is timed from an idle device to an idle device.
 
 Per variant also: entries of the state by kind, MiB that it holds after its steps (without
-parameters and gradients), and the most that a later step takes besides for a while.
+parameters and gradients), and the most that a later step takes besides for a while. --entries
+counts those of the state, and all that is allocated between steps, and makes no step.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from gradients import TurningGradients
 from measure import machine, seconds, spread, table, write
 from optimizer_step import parameters
+from peers import BLOCKS, POINT
 from torch import Tensor
 
 from algoperf_shampoo.optim import (
@@ -46,7 +48,6 @@ from algoperf_shampoo.optim import (
 )
 from algoperf_shampoo.optim.blocks.partition import cut
 
-POINT: dict[str, Any] = dict(lr=1.4e-3, betas=(0.9747, 0.9749), weight_decay=2e-4)
 Params = list[torch.nn.Parameter]
 
 
@@ -85,7 +86,7 @@ def blocks_of(workload: str, max_dim: int, device: torch.device) -> Params:
 
 def ours(cls: Any, **more: Any) -> Callable[[Params, int], Any]:
     def build(params: Params, F: int) -> Any:
-        fixed = dict(POINT, one_dim="adam", small_matrices="matrix", max_preconditioner_dim=10**4)
+        fixed = dict(POINT, one_dim="adam", small_matrices="matrix", **BLOCKS)
         return cls(params, precondition_frequency=F, **{**fixed, **more})
 
     return build
@@ -172,6 +173,32 @@ def state_of(optimizer: Any) -> dict[str, int]:
                     kind = name.split(".")[-1].rstrip("0123456789").rstrip("_")
                     found[kind] = found.get(kind, 0) + x.numel()
     return found
+
+
+def allocated_entries(optimizer: PreconditionedOptimizer) -> int:
+    """Entries of float32 that are kept between steps: state, buffers for gradients and for work."""
+    total = sum(s.factors.numel() + s.operators.numel() for s in optimizer.factor_sets())
+    for group in optimizer._groups:
+        total += sum(x.memory.numel() for x in group.layout.borrowed)
+        vectors = [v for s in group.layout.stacks for mine in s.vectors.values() for v in mine]
+        total += sum(v.numel() for v in vectors)
+    return total
+
+
+def entries(workload: str, table_of: dict[str, Contender], args: Any) -> dict[str, Any]:
+    """Entries of ours alone, one variant after the other."""
+    params = blocks_of(workload, args.max_dim, torch.device(args.device))
+    found = {}
+    for name, c in table_of.items():
+        optimizer = c.build(params, args.frequency)
+        if isinstance(optimizer, PreconditionedOptimizer):
+            state, kept = state_of(optimizer), allocated_entries(optimizer)
+            found[name] = {"state_entries": state, "allocated_entries": kept}
+            print(f"{workload} {name}: {kept} allocated, state {state}", flush=True)
+        del optimizer
+    by_formula = formula(params)
+    print(workload, by_formula)
+    return {"workload": workload, "entries_by_formula": by_formula, "contenders": found}
 
 
 def formula(params: Params) -> dict[str, int]:
@@ -298,11 +325,13 @@ def main() -> None:
     parser.add_argument("--frequency", type=int, default=10, help="F: every F-th step refreshes")
     parser.add_argument("--rounds", type=int, default=4, help="refreshes timed, after two")
     parser.add_argument("--max-dim", type=int, default=1024, help="largest dimension of a block")
+    parser.add_argument("--entries", action="store_true", help="count entries, make no step")
     parser.add_argument("--soap", help="checkout of nikhilvyas/SOAP")
     parser.add_argument("--kl", help="checkout of yorkerlin/KL-Methods")
     parser.add_argument("--only", help="names of contenders, separated by ;")
     parser.add_argument("--json", help="where to write the record")
     args = parser.parse_args()
+    BLOCKS["max_preconditioner_dim"] = args.max_dim
     found = contenders(args.soap, args.kl)
     if args.only:
         found = {name: found[name] for name in args.only.split(";")}
@@ -312,6 +341,10 @@ def main() -> None:
         "max_dim": args.max_dim,
         "authors_compiled": os.environ.get("TORCHDYNAMO_DISABLE") != "1",
     }
+    if args.entries:
+        del whole["authors_compiled"]
+        workloads = [entries(name, found, args) for name in args.workloads.split(",")]
+        return write(args.json, {**whole, "workloads": workloads})
     done: list[dict[str, Any]] = []
     for workload in args.workloads.split(","):
 

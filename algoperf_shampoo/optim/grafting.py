@@ -29,7 +29,9 @@ class Grafted(Rule):
         ):
             setattr(self, name, getattr(inner, name))
         self.moments = (*inner.moments, "graft_avg", "graft_avg_sq")
-        self.work_buffers = inner.work_buffers + 1
+
+    def work_buffers_of(self, order: int) -> int:
+        return self.inner.work_buffers_of(order) + 1
 
     def direction(self, G: Value, s: State, h: Hyper, ops: Operations) -> Value:
         A = ops.copy(G)

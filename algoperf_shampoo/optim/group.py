@@ -73,7 +73,9 @@ def lay_out(
     sets = build_factor_sets(with_factors)
     rule_of = {id(s): r for r, stacks in rules for s in stacks}
     layout.allocate(
-        lambda s: rule_of[id(s)].moments, rule.work_buffers, lambda s: rule_of[id(s)].vectors
+        lambda s: rule_of[id(s)].moments,
+        lambda s: rule.work_buffers_of(len(s.shape)),
+        lambda s: rule_of[id(s)].vectors,
     )
     kinds = {(s.device, s.dtype) for s in layout.stacks}
     recorder = by_kernels = None

@@ -42,11 +42,14 @@ class KLShampooRule(Rule):
     starts = True
     moments: tuple[str, ...] = ("exp_avg",)
     vectors: ClassVar[Mapping[str, float]] = {"eigenvalues": INITIAL_EIGENVALUE}
-    work_buffers = 2
 
     def __init__(self, eigenvalues: Eigenvalues = "ema", clamp: bool = True) -> None:
         self.eigenvalues = eigenvalues
         self.clamp = clamp
+
+    def work_buffers_of(self, order: int) -> int:
+        """Several products on the way from a gradient that is needed once more want two."""
+        return 1 if order <= 2 else 2
 
     def start(self, G: Value, s: State, h: Hyper, ops: Operations) -> None:
         ops.gram_ema(G, h.beta2, 1 - h.beta2, mean=True)

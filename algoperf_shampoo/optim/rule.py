@@ -37,7 +37,8 @@ class Rule(ABC):
             :meth:`start` and an exact decomposition: no update, t stays 0 (SOAP, KL-Shampoo).
         adam_eps: the option that is Adam's epsilon, where ``eps`` is added to factors.
         eigenvalues_at_checks: whether :meth:`keep` is called at checks.
-        work_buffers: how many values live at a time besides the one in the gradient's place.
+        work_buffers: how many values live at a time besides the one in the gradient's place; where
+            that depends on how many modes blocks have, see :meth:`work_buffers_of`.
     """
 
     has_factors: bool = True
@@ -51,6 +52,10 @@ class Rule(ABC):
     adam_eps: str = "eps"
     eigenvalues_at_checks: bool = False
     work_buffers: int = 1
+
+    def work_buffers_of(self, order: int) -> int:
+        """``work_buffers`` of blocks with so many modes."""
+        return self.work_buffers
 
     def accumulate(self, G: Value, s: State, h: Hyper, ops: Operations) -> None:
         """The factors (and vectors) learn the gradient: Eq. 15 unless overridden. G is kept."""

@@ -29,12 +29,14 @@ _SHAPES = Path(__file__).parents[1] / "workloads" / "data" / "algoperf_shapes.js
 # whether it keeps a vector per mode; of classes that differ from EShampoo, without grafting.
 _EShampoo = (2, 1, False)
 _KEPT = {
-    "KLShampoo": (1, 2, True),
-    "KLSOAP": (2, 2, True),
+    "KLShampoo": (1, 1, True),
+    "KLSOAP": (2, 1, True),
     "Shampoo": (1, 1, False),
     "Shampoo2Trace": (1, 1, False),
     "ShampooAdaptive": (1, 1, True),
 }
+
+_TWO_BUFFERS = ("KLShampoo", "KLSOAP")  # one more for blocks of order 3 and 4
 
 Shapes = Sequence[tuple[tuple[int, ...], int]]
 
@@ -148,6 +150,8 @@ def _state(shape: tuple[int, ...], point: Mapping[str, Any], optimizer: Optimize
         order = len(block.shape)
         kept = {"full": True, "adam": order > 1, "only": order == 1}[one_dim]
         plain = block.shape == (1,) or not kept
+        if optimizer is not None and optimizer.name in _TWO_BUFFERS and order > 2:
+            total += math.prod(block.shape)
         total += (1 + work + (2 if plain else moments)) * math.prod(block.shape)
         if not plain:
             total += sum(2 * d * d + vectors * d for d in block.shape)

@@ -61,7 +61,7 @@ class Machine:
         self.stacks = self.layout.stacks
         build_factor_sets(self.stacks)
         moments = ("exp_avg", "exp_avg_sq")
-        self.layout.allocate(lambda stack: moments, 2, lambda stack: {"scales": 1.0})
+        self.layout.allocate(lambda stack: moments, lambda stack: 2, lambda stack: {"scales": 1.0})
         if back_end == "fresh":
             for s in self.stacks:
                 s.work.clear()

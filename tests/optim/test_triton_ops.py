@@ -61,7 +61,7 @@ def layout():
     params = [torch.nn.Parameter(torch.zeros(s, device=DEVICE)) for s in SHAPES]
     layout = Layout(params, lambda p: cut(tuple(p.shape), 64))
     build_factor_sets(layout.stacks)
-    layout.allocate(lambda stack: ("exp_avg", "exp_avg_sq"), 1)
+    layout.allocate(lambda stack: ("exp_avg", "exp_avg_sq"), lambda stack: 1)
     exponents = iter(torch.randint(-18, 12, (99,)).tolist())
     for stack in layout.stacks:
         for row in range(len(stack)):

@@ -399,11 +399,12 @@ class Layout:
     def allocate(
         self,
         names: Callable[[Stack], Sequence[str]],
-        work: int,
+        work: Callable[[Stack], int],
         vectors: Callable[[Stack], Mapping[str, float]] = lambda stack: {},
     ) -> None:
         """Zeros [B, *shape] as ``stack.state[name]`` for the names of every stack, as ``g`` and as
-        so many ``work`` buffers; and ``stack.vectors``, [B, d_i] filled with the numbers given.
+        so many ``work`` buffers of every stack; and ``stack.vectors``, [B, d_i] filled with the
+        numbers given.
 
         All in one piece of memory that a refresh can borrow (:class:`BorrowedMemory`): what holds
         nothing between steps first, so that only the rest has to stand aside.
@@ -412,13 +413,15 @@ class Layout:
             mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
             # (name, number): which stacks have it.
             users: dict[tuple[str, int], list[Stack]] = {(GRADIENT, 0): mine}
-            users |= {(WORK, number): mine for number in range(work)}
+            most = max(map(work, mine))
+            for number in range(most):
+                users[WORK, number] = [s for s in mine if number < work(s)]
             for name in dict.fromkeys(name for stack in mine for name in names(stack)):
                 users[name, 0] = [s for s in mine if name in names(s)]
             sizes = {id(s): -(-s.numel // ALIGNMENT) * ALIGNMENT for s in mine}
             totals = [sum(sizes[id(s)] for s in some) for some in users.values()]
             arena = torch.zeros(sum(totals), dtype=dtype, device=device)
-            self.borrowed.append(BorrowedMemory(arena, sum(totals[: 1 + work])))
+            self.borrowed.append(BorrowedMemory(arena, sum(totals[: 1 + most])))
             for (key, some), flat in zip(users.items(), arena.split(totals), strict=True):
                 name, number = key
                 if number == 0:

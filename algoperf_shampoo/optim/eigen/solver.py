@@ -7,6 +7,8 @@
 | "warm" | orthogonal iteration from the old basis until Eq. 11 holds, then "eigh" | tau |
 | "qr" | simultaneous iteration from the old basis, ``max_iterations`` at most (Algorithm 4) | any |
 
+QR is Householder's, and for float32 on data centres' GPUs that of :mod:`.cholesky_qr`.
+
 The error is ||A - Q Lambda Q'|| / ||A|| in float32.
 
 The order in which back ends are asked depends on device, size and versions alone, never on a
