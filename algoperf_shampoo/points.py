@@ -185,6 +185,11 @@ DECLARED = (
         "rotations on a GPU: accurate to float32, or 11 bits as in TF32", "factors", "highest",
     ),
     Field(
+        "sharding", "shard", Choice(("auto", "on", "off")),
+        "several processes share the work, each keeping the state of some blocks; auto: if, by the "
+        "shapes, that saves more than it takes", "factors", "auto",
+    ),
+    Field(
         "noise_directions", "noise", Choice(("drop", "keep")),
         "coordinates that are rounding: no step, or a step", None, "drop",
     ),

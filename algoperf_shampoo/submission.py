@@ -65,6 +65,7 @@ def kronecker_settings(point: Any) -> dict[str, Any]:
         "matmul_precision": point.matmul_precision,
         "small_matrices": point.small_matrices,
         "eigen_workspace_mib": point.eigen_workspace_mib,
+        "sharding": point.sharding,
     }
     return settings | ({"eigensolver": point.eigensolver} if hasattr(point, "eigensolver") else {})
 
@@ -297,11 +298,22 @@ class Submission:
         optimizer = optimizer_state["optimizer"]
         metrics = optimizer_state["monitor"].flush()
         metrics["learning_rate"] = float(optimizer.param_groups[0]["lr"])
-        sets = list(optimizer.factor_sets())
-        if sets:
+        if _checkpoint_follows():  # written by rank 0 alone
+            optimizer.gather_state(to=0)
+        if optimizer.rule.has_factors:
+            sets = list(optimizer.factor_sets(everywhere=True))
             for name in ("checks", "refreshes", "failures"):
                 metrics[f"eigenbasis_{name}"] = sum(sum(getattr(s, name)) for s in sets)
             metrics |= _by_kind(sets)
+        if optimizer.process_group is not None:
+            unequal, parted = optimizer.replicas_differ()
+            metrics["replicas_unequal_gradients"], metrics["replicas_differ"] = unequal, int(parted)
+            if unequal or parted:
+                log.warning(
+                    "step %d: gradients of the processes differed at %d checks, and their "
+                    "parameters %s: this run trains several models",
+                    global_step, unequal, "differ" if parted else "are equal",
+                )  # fmt: skip
         skipped = optimizer.skipped_gradients()
         metrics["gradients_skipped"] = sum(count.total for count in skipped.values())
         in_a_row = [count.in_a_row for count in skipped.values()]
@@ -389,6 +401,14 @@ def _watch(
     if not under_algoperf or (_process_group() and dist.get_rank()):
         return optimizer.telemetry, None
     return optimizer.telemetry, factor_log.FactorLog(Path(asked), COLUMNS)
+
+
+def _checkpoint_follows() -> bool:
+    """Whether the harness saves a checkpoint after an evaluation: AlgoPerf's may be told not to."""
+    flags = getattr(sys.modules.get("absl.flags"), "FLAGS", None)
+    if flags is None or not flags.is_parsed():
+        return True
+    return bool(getattr(flags, "save_checkpoints", True))
 
 
 def _process_group() -> dist.ProcessGroup | None:

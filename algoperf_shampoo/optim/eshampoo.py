@@ -18,6 +18,7 @@ from .options import (
     Noise,
     NonFinite,
     OneDim,
+    Sharding,
     SmallMatrices,
     solver_of,
 )
@@ -100,7 +101,10 @@ class EShampoo(PreconditionedOptimizer):
             complete step; ``check_gradients()`` looks at any time.
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs.
         process_group: set when its processes hold replicas that see equal gradients; then they
-            decide alike which bases to compute anew.
+            decide alike which bases to compute anew, and every one of them must take every step.
+        sharding: whether these share the work, each keeping the state of some blocks
+            (:mod:`.sharding`): "on", "off", or "auto": if, by the shapes, a step saves more than
+            gathering the directions takes. Saving needs :meth:`gather_state` on all of them first.
         grafting: for ablations, "adam": every block's update gets the norm of Adam's; None: it
             stays as it is.
         grafting_eps: added to Adam's sqrt(D).
@@ -139,6 +143,7 @@ class EShampoo(PreconditionedOptimizer):
         nonfinite_limit: int = 100,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        sharding: Sharding = "auto",
         grafting: Grafting = None,
         grafting_eps: float = 1e-8,
         beta3: float | None = None,  # beta_3
@@ -179,4 +184,5 @@ class EShampoo(PreconditionedOptimizer):
             solver=solver_of(eigensolver, eigen_workspace_mib),
             cuda_graph=cuda_graph,
             process_group=process_group,
+            sharding=sharding,
         )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import gpu
+import torch.distributed as dist
+from torch import Tensor
+
+from . import gpu, sharding
 from .blocks.factors import FactorSet, build_factor_sets
-from .blocks.layout import Layout, Stack
-from .blocks.partition import cut
+from .blocks.layout import Layout, Stack, check_parameters
+from .blocks.partition import Block, cut
 from .blocks.state_dict import GroupState
 from .gpu.graphs import Recorder
 from .gpu.triton_ops import TritonOperations
@@ -26,6 +32,7 @@ class Group:
     """One parameter group laid out in stacks: which rule takes which, and all their factors.
 
     with_factors: stacks of rules that have factors.
+    shard: whose blocks these are, where ranks share the work.
     state: as it stands in ``optimizer.state``.
     recorder: on one GPU, runs steps in which all parameters take part; by_kernels: computes them,
     where our kernels work, and ``by_torch`` all others.
@@ -37,6 +44,7 @@ class Group:
     rules: list[tuple[Rule, list[Stack]]]
     with_factors: list[Stack]
     factor_sets: list[FactorSet]
+    shard: sharding.Shard
     state: GroupState
     recorder: Recorder | None
     by_kernels: TritonOperations | None
@@ -52,6 +60,8 @@ def lay_out(
     first: int,
     journal: Journal,
     cuda_graph: bool,
+    shard: sharding.Sharding = "off",
+    process_group: dist.ProcessGroup | None = None,
 ) -> Group:
     """A parameter group, its state as before the first step.
 
@@ -60,44 +70,71 @@ def lay_out(
         first: number of its first parameter, for messages.
         journal: where what its operations change is entered.
         cuda_graph: whether steps may be recorded.
+        shard, process_group: whether the processes of the group share the work.
     """
     limit = options.get("max_preconditioner_dim", MAX_DIM)
     small = options.get("small_matrices", "vector")
-    layout = Layout(options["params"], lambda p: cut(tuple(p.shape), limit, small), first)
+    check_parameters(options["params"], first)
+    rule_of = functools.partial(rule_for, rule=rule, one_dim=options.get("one_dim", "full"))
+
+    def has_factors(shape: tuple[int, ...]) -> bool:
+        return rule_of(shape).has_factors
+
+    def blocks(p: Tensor) -> list[Block]:
+        return cut(tuple(p.shape), limit, small)
+
+    shapes = [(b.shape, has_factors(b.shape)) for p in options["params"] for b in blocks(p)]
+    frequency = options.get("precondition_frequency", 1)
+    part = sharding.place(shard, process_group, shapes, frequency)
+    owners = functools.partial(sharding.owners, has_factors=has_factors, ranks=part.ranks)
+    layout = Layout(
+        options["params"], blocks, first, owners if part.shared else None, part.rank, part.ranks
+    )
     by_rule: dict[int, tuple[Rule, list[Stack]]] = {}
     for stack in layout.stacks:
-        mine = rule_for(stack.shape, rule, options.get("one_dim", "full"))
+        mine = rule_of(stack.shape)
         by_rule.setdefault(id(mine), (mine, []))[1].append(stack)
     rules = list(by_rule.values())
     with_factors = [s for r, stacks in rules if r.has_factors for s in stacks]
     sets = build_factor_sets(with_factors)
-    rule_of = {id(s): r for r, stacks in rules for s in stacks}
+    others = _factor_sets_of_others(layout, has_factors)
     layout.allocate(
-        lambda s: rule_of[id(s)].moments,
+        lambda s: rule_of(s.shape).moments,
         lambda s: rule.work_buffers_of(len(s.shape)),
-        lambda s: rule_of[id(s)].vectors,
+        lambda s: rule_of(s.shape).vectors,
     )
-    kinds = {(s.device, s.dtype) for s in layout.stacks}
+    kinds = {(s.device, s.dtype) for s in layout.everywhere} if layout.stacks else set()
     recorder = by_kernels = None
     if len(kinds) == 1:
         ((device, dtype),) = kinds
         if device.type == "cuda":
             recorder = Recorder(device, cuda_graph, journal)
             if gpu.multiplies(dtype, device):
-                by_kernels = TritonOperations(layout.stacks, journal.once)
+                by_kernels = TritonOperations(layout.stacks, journal.once, layout.others)
                 layout.row_absmax = by_kernels.row_absmax_of_gradients
     return Group(
         layout,
         rules,
         with_factors,
         sets,
-        GroupState(layout, sets),
+        part,
+        GroupState(layout, sets, others),
         recorder,
         by_kernels,
         Operations(journal.once),
         Guard(layout),
         seen,
     )
+
+
+def _factor_sets_of_others(
+    layout: Layout, has_factors: Callable[[tuple[int, ...]], bool]
+) -> list[FactorSet]:
+    """By rank, as that rank has them, but without memory."""
+    sets = []
+    for _, stacks in itertools.groupby(layout.others, key=lambda s: s.owner):
+        sets += build_factor_sets([s for s in stacks if has_factors(s.shape)], elsewhere=True)
+    return sets
 
 
 def rule_for(shape: tuple[int, ...], rule: Rule, one_dim: str) -> Rule:

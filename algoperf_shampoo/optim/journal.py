@@ -79,6 +79,18 @@ class Journal:
             raise
         self.clear()
 
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """A part of a step that ranks take together: one that fails cannot take it again alone."""
+        try:
+            yield
+        except BaseException as error:
+            self._lost = (
+                f"the last step failed where ranks exchange updates ({type(error).__name__}: "
+                f"{error}); load_state_dict() with a saved state goes on from there, on all ranks"
+            )
+            raise
+
     def check_complete(self) -> None:
         """
         Raises:

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from .eigen.solver import Solver
 from .ops import BasisChange, Hyper, ModeVectors, Operations, State, Value
 from .optimizer import PreconditionedOptimizer
-from .options import MatmulPrecision, NonFinite, OneDim, SmallMatrices
+from .options import MatmulPrecision, NonFinite, OneDim, Sharding, SmallMatrices
 from .rule import Rule
 from .soap import decayed
 
@@ -160,6 +160,7 @@ class KLShampoo(PreconditionedOptimizer):
         nonfinite_limit: int = 100,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        sharding: Sharding = "auto",
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -186,6 +187,7 @@ class KLShampoo(PreconditionedOptimizer):
             ),
             cuda_graph=cuda_graph,
             process_group=process_group,
+            sharding=sharding,
         )
 
 

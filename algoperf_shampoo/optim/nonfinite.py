@@ -5,7 +5,7 @@ included), its moments and its factors in this step, all its blocks alike; with
 ``nonfinite_gradients`` "propagate" nothing is looked at. Its step count t goes on, and with it F
 and the bias corrections, because on a GPU the host does not know: there the decision is made on
 the device, without a synchronisation, and inside a recorded graph. Replicas see the same reduced
-gradients and decide alike.
+gradients and decide alike, of blocks that another one keeps too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .blocks.layout import GRADIENT, Layout
+from .blocks.layout import Layout
+from .blocks.memory import GRADIENT
 from .journal import Once, directly
 
 POLICIES = ("skip", "propagate")
@@ -50,12 +51,12 @@ class Guard:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._on_host = [s for s in layout.stacks if s.device.type == "cpu"]
+        self._on_host = [s for s in layout.everywhere if s.device.type == "cpu"]
         self._flat = [x for x in layout.flat(GRADIENT) if x.device.type == "cpu"]
         self._counts = [Skipped(0, 0)] * len(layout.params)  # of parameters on the host
         self._bad_lately = False
         self.square = math.inf
-        devices = dict.fromkeys(s.device for s in layout.stacks if s.device.type != "cpu")
+        devices = dict.fromkeys(s.device for s in layout.everywhere if s.device.type != "cpu")
         self._marks = [Marks(layout, device) for device in devices]
 
     def arm(self, policy: str) -> None:
@@ -72,7 +73,7 @@ class Guard:
         squares = [_sum_of_squares(x) for x in self._flat]
         fine = [s < BOUND[x.dtype] ** 2 for s, x in zip(squares, self._flat, strict=True)]
         if all(fine):
-            everywhere = len(self._on_host) == len(self._layout.stacks)
+            everywhere = len(self._on_host) == len(self._layout.everywhere)
             self.square = sum(squares) if everywhere else math.inf
             return []
         bad = set()
@@ -141,7 +142,7 @@ class Marks:
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self._layout = layout
-        self._stacks = [s for s in layout.stacks if s.device == device]
+        self._stacks = [s for s in layout.everywhere if s.device == device]
         members = [m.param for s in self._stacks for m in s.members]
         count = len(layout.params)
         self.rows = torch.zeros(len(members), dtype=torch.int32, device=device)

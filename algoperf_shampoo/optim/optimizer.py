@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,17 +14,18 @@ from torch.optim.optimizer import ParamsT
 
 from . import settings
 from .blocks import costs
-from .blocks.factors import FactorSet
 from .blocks.layout import Stack
 from .eigen.solver import Solver
 from .group import Group, lay_out
 from .journal import Journal, Run, directly_run
-from .nonfinite import NonFiniteGradientError, Skipped
 from .ops import Hyper, Operations, State
 from .ops.linalg import matmul_precision
+from .options import Sharding
 from .refresh import refresh
+from .reports import Reports
 from .rule import Rule
-from .saving import Saving
+from .sharding import CHOICES, Comparison, agree_on_ready, exchange, roomier
+from .step import begin, by_tau, starting
 from .telemetry import Telemetry
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class Step:
         ops, run: what computes, and what runs or replays its sections.
         gathered: whether ``g`` holds the gradients.
         worst: the most bad gradients in a row, where that was looked at.
+        checked: whether any rank checks a basis, and replicas compare gradients.
     """
 
     number: int
@@ -56,6 +58,7 @@ class Step:
     run: Run
     gathered: bool
     worst: int = 0
+    checked: bool = False
 
     def gather_again(self) -> None:
         """Gradients into ``g``, where something else is."""
@@ -66,7 +69,7 @@ class Step:
             self.gathered = True
 
 
-class PreconditionedOptimizer(Saving):
+class PreconditionedOptimizer(Reports):
     """Shampoo-family optimizer with one rule, which a class like :class:`.eshampoo.EShampoo` names.
 
     Parameters are merged and cut into blocks (:mod:`.blocks.partition`), blocks of one shape are
@@ -85,6 +88,10 @@ class PreconditionedOptimizer(Saving):
         cuda_graph: on a GPU, replay steps with all gradients there as recorded graphs; see
             :mod:`.gpu.graphs`.
         process_group: set when the processes of the group hold replicas that see equal gradients.
+            Every one of them must then take every step.
+        sharding: whether these share the work (:mod:`.sharding`): "on", "off", or "auto": if, by
+            the shapes, more is saved than gathering the directions takes. Saving then needs
+            :meth:`gather_state` on all of them first.
 
     Raises:
         ValueError: an option out of range (named, with its range), or a parameter that is empty,
@@ -103,13 +110,18 @@ class PreconditionedOptimizer(Saving):
         solver: Solver | None = None,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        sharding: Sharding = "off",
     ) -> None:
+        if sharding not in CHOICES:
+            raise ValueError(f"sharding must be one of {', '.join(CHOICES)}, got {sharding!r}")
         defaults = {"rule": type(self).__name__, **defaults}
         settings.check(defaults)
         self.rule = rule
         self.solver = solver or Solver()
         self.cuda_graph = cuda_graph
         self.process_group = process_group
+        self.sharding = sharding
+        self._comparison = Comparison()
         self._fixed = ("rule", *fixed)
         self._groups: list[Group] = []
         self._journal = Journal()
@@ -141,7 +153,16 @@ class PreconditionedOptimizer(Saving):
     def _lay_out(self, options: dict[str, Any]) -> Group:
         first = sum(len(g.layout.params) for g in self._groups)
         seen = _changeable(options)
-        return lay_out(options, seen, self.rule, first, self._journal, self.cuda_graph)
+        return lay_out(
+            options,
+            seen,
+            self.rule,
+            first,
+            self._journal,
+            self.cuda_graph,
+            self.sharding,
+            self.process_group,
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -163,6 +184,8 @@ class PreconditionedOptimizer(Saving):
             if closure is not None and not self._journal:
                 with torch.enable_grad():
                     self._loss = closure()
+            if self._shares:
+                self._release()
             # First, so that a device has work during the bookkeeping.
             present = [group.layout.gather() for group in self._groups]
             self._check_options()
@@ -175,6 +198,11 @@ class PreconditionedOptimizer(Saving):
             self.check_gradients()
         loss, self._loss = self._loss, None
         return loss
+
+    @property
+    def _shares(self) -> bool:
+        """Whether ranks share the work."""
+        return self.process_group is not None and any(g.shard.shared for g in self._groups)
 
     def _check_options(self) -> None:
         """Refuse options that cannot be stepped with, before anything is changed."""
@@ -226,7 +254,7 @@ class PreconditionedOptimizer(Saving):
         if policy == "skip":
             h = h._replace(gradient_square=guard.square)
         gathered = True
-        if self.rule.starts and any(late := self._once(number, "late", _late, group, present)):
+        if self.rule.starts and any(late := self._once(number, "late", starting, group, present)):
             self._once(number, "start", self._start, group, late, fit, bad, h)
             present = [here and not starts for here, starts in zip(present, late, strict=True)]
             fit = [here and not starts for here, starts in zip(fit, late, strict=True)]
@@ -234,8 +262,8 @@ class PreconditionedOptimizer(Saving):
             if not any(present):
                 return None
             gathered = False
-        rows = {id(s): s.rows(None if all(fit) else fit) for s in layout.stacks}
-        counted = {id(s): s.rows(present) for s in layout.stacks} if bad else rows
+        rows = {id(s): s.rows(None if all(fit) else fit) for s in layout.everywhere}
+        counted = {id(s): s.rows(present) for s in layout.everywhere} if bad else rows
         self._once(number, "count", _count, group, counted, present, bad)
         frequency = options.get("precondition_frequency", 1)
         due = {id(s): s.due(counted[id(s)], frequency) for s in group.with_factors}
@@ -248,6 +276,9 @@ class PreconditionedOptimizer(Saving):
             h, run = group.recorder.begin(layout, h)
             ops = group.by_kernels or ops
         step = Step(number, options, group, h, present, fit, rows, due, ops, run, gathered)
+        step.checked = self.process_group is not None and any(
+            s.due(counted[id(s)], frequency) for s in layout.everywhere if s.factors
+        )
         if gathered:
             ops.gradients_gathered(layout.stacks, layout.measured)
         return step
@@ -272,7 +303,7 @@ class PreconditionedOptimizer(Saving):
             rows[id(s)] = [r for r in rows[id(s)] if not bad[r]]
         ops.begin()
         with matmul_precision("highest"):
-            _act(_begin, self.rule, stacks, rows, h, ops)
+            _act(begin, self.rule, stacks, rows, h, ops)
         refresh(
             group.factor_sets,
             rows,
@@ -282,7 +313,7 @@ class PreconditionedOptimizer(Saving):
             self.solver.start(),
             ops,
             group.layout.borrowed,
-            self.process_group,
+            self._deciding(group),
             mend=h.skip,
             first=True,
             telemetry=self.telemetry,
@@ -290,6 +321,8 @@ class PreconditionedOptimizer(Saving):
         for stack in stacks:
             for row in rows[id(stack)]:
                 stack.ready[row] = True
+        if group.shard.shared:
+            agree_on_ready(group.layout, group.shard)
         group.state.publish()
 
     def _statistics(self, step: Step) -> None:
@@ -319,9 +352,20 @@ class PreconditionedOptimizer(Saving):
         step.gathered = False
 
     def _run_update(self, step: Step) -> None:
-        step.run("update", functools.partial(self._change, step))
+        group, h = step.group, step.h
+        apply = functools.partial(
+            group.layout.apply, step.fit, h.lr, h.weight_decay, step.ops.once
+        )
+        find = functools.partial(self._find_directions, step)
+        if group.layout.ranks == 1:
+            step.run("update", functools.partial(_in_turn, find, apply))
+            return
+        step.run("update", find)
+        with self._journal.shared():
+            exchange(group.layout, group.shard)
+            apply()
 
-    def _change(self, step: Step) -> None:
+    def _find_directions(self, step: Step) -> None:
         group, h, ops = step.group, step.h, step.ops
         if not (self.rule.statistics_first and group.factor_sets):
             ops.judge(group.guard, step.present)
@@ -330,10 +374,14 @@ class PreconditionedOptimizer(Saving):
         with matmul_precision(h.matmul_precision):
             for rule, stacks in group.rules:
                 _act(_direction, rule, stacks, step.rows, h, ops)
-        group.layout.apply(step.fit, h.lr, h.weight_decay, ops.once)
 
     def _refresh(self, step: Step) -> None:
         """Phase, when any factor is due: those that fail the check get a new basis."""
+        if step.checked and self.process_group is not None:
+            step.gather_again()
+            # Once: the others do so once.
+            layout, group = step.group.layout, self.process_group
+            self._once(step.number, "compare", self._comparison.gradients, layout, group)
         if any(step.due.values()):
             overwritten, step.worst = self._once(step.number, "refresh", self._check, step)
             step.gathered = step.gathered and not overwritten
@@ -348,15 +396,15 @@ class PreconditionedOptimizer(Saving):
                 self.rule,
                 step.h.beta2,
                 tau,
-                self.solver,
+                roomier(self.solver, group.layout) if self._shares else self.solver,
                 step.ops,
                 group.layout.borrowed,
-                self.process_group,
+                self._deciding(group),
                 step.run,
                 step.h.skip,
                 telemetry=self.telemetry,
             )
-            for tau, due in _by_tau(step).items()
+            for tau, due in by_tau(step.options, group.with_factors, step.due).items()
         ]
         group.state.publish()
         return any(overwritten), step.ops.once(group.guard.worst)
@@ -378,81 +426,33 @@ class PreconditionedOptimizer(Saving):
             beta3=options.get("beta3"),
         )
 
-    def skipped_gradients(self) -> dict[int, Skipped]:
-        """Parameters whose gradients were not finite, or not below :data:`.nonfinite.BOUND`, and
-        how often, since the optimizer was made in this process. Waits for the device."""
-        counts = [c for group in self._groups for c in group.guard.counts()]
-        return {number: c for number, c in enumerate(counts) if c.total}
+    def _deciding(self, group: Group) -> dist.ProcessGroup | None:
+        """The processes that must decide alike which bases to compute anew."""
+        return None if group.shard.shared else self.process_group
 
-    def check_gradients(self) -> None:
-        """
-        Raises:
-            NonFiniteGradientError: parameters have had ``nonfinite_limit`` bad gradients in a row
-                (or more). The state is that of a complete step, and may be stepped on or saved.
-        """
-        first, found = 0, []
-        for options, group in zip(self.param_groups, self._groups, strict=True):
-            limit = options.get("nonfinite_limit", math.inf)
-            for number, c in enumerate(group.guard.counts(), first):
-                if c.in_a_row >= limit:
-                    found.append(f"parameter {number} {c.in_a_row} (of {c.total} in all)")
-            first += len(group.layout.params)
-        if found:
-            more = f" and {len(found) - 5} parameters more" if len(found) > 5 else ""
-            raise NonFiniteGradientError(
-                "gradients not finite, or too large, in so many steps in a row: "
-                f"{', '.join(found[:5])}{more}; weights of those stay as they are"
-            )
 
-    def factor_sets(self) -> Iterable[FactorSet]:
-        """All factor sets, for telemetry and tests."""
-        for group in self._groups:
-            yield from group.factor_sets
+
+def _in_turn(*actions: Callable[[], None]) -> None:
+    for action in actions:
+        action()
 
 
 def _pair(present: list[bool], bad: list[int]) -> tuple[list[bool], list[int]]:
     return present, bad
 
 
+def _changeable(options: dict[str, Any]) -> dict[str, Any]:
+    """What must be checked when it has changed: all options but the learning rate."""
+    return {name: options[name] for name in settings.OPTIONS if name in options and name != "lr"}
+
+
 def _count(
     group: Group, rows: dict[int, list[int]], present: list[bool], bad: list[int]
 ) -> None:
     """One step more for these rows."""
-    for stack in group.layout.stacks:
+    for stack in group.layout.everywhere:
         stack.count(rows[id(stack)])
     group.guard.count(present, bad)
-
-
-def _by_tau(step: Step) -> dict[float, dict[int, list[int]]]:
-    """The rows that are due by the threshold that holds for them: tau, and after their step number
-    tau_switch tau_later."""
-    options = step.options
-    tau, switch = options.get("tau", 0.0), options.get("tau_switch")
-    if switch is None:
-        return {tau: step.due}
-    found: dict[float, dict[int, list[int]]] = {}
-    for stack in step.group.with_factors:
-        for row in step.due[id(stack)]:
-            now = tau if stack.steps[row] <= switch else options["tau_later"]
-            found.setdefault(now, {}).setdefault(id(stack), []).append(row)
-    return found
-
-
-def _late(group: Group, present: Sequence[bool]) -> list[bool]:
-    """Which parameters with a gradient are of a rule that ``starts``, and have not started."""
-    late = [False] * len(present)
-    if all(all(s.ready) for rule, stacks in group.rules if rule.starts for s in stacks):
-        return late
-    for rule, stacks in group.rules:
-        for stack in stacks if rule.starts else ():
-            for member, ready in zip(stack.members, stack.ready, strict=True):
-                late[member.param] |= present[member.param] and not ready
-    return late
-
-
-def _begin(rule: Rule, stacks: list[Stack], h: Hyper, ops: Operations) -> None:
-    state = State(stacks, rule.orthogonal)
-    rule.start(ops.gradients(stacks, kept=True), state, h, ops)
 
 
 def _accumulate(rule: Rule, stacks: list[Stack], h: Hyper, ops: Operations) -> None:
@@ -487,8 +487,3 @@ def _act(
         for stack, part in zip(some, ops.once(on_copies), strict=True):
             stack.put(rows[id(stack)], part)
         ops.state_replaced()
-
-
-def _changeable(options: dict[str, Any]) -> dict[str, Any]:
-    """What must be checked when it has changed: all options but the learning rate."""
-    return {name: options[name] for name in settings.OPTIONS if name in options and name != "lr"}

@@ -13,6 +13,7 @@ MatmulPrecision = Literal["highest", "high"]
 NonFinite = Literal["skip", "propagate"]
 Noise = Literal["drop", "keep"]
 Grafting = Literal["adam"] | None
+Sharding = Literal["auto", "on", "off"]
 
 
 def solver_of(eigensolver: Eigensolver, workspace_mib: int | None) -> Solver:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .blocks.factors import FactorSet
-from .blocks.layout import BorrowedMemory
+from .blocks.memory import BorrowedMemory
 from .blocks.rows import CHUNK_ENTRIES, chunks, put, take
 from .criterion import read_scores
 from .eigen.host_offload import aside

@@ -16,14 +16,18 @@ from .blocks.state_dict import GroupState, copy_of
 from .group import Group
 from .journal import Journal
 from .replicas import Replicas
+from .sharding import Comparison, gather_state
 
 log = logging.getLogger(__name__)
+
+PICKLED = ("rule", "solver", "cuda_graph", "sharding", "_fixed")
 
 
 class Saving(torch.optim.Optimizer):
     """A torch.optim.Optimizer whose state stands in groups."""
 
     process_group: dist.ProcessGroup | None
+    _comparison: Comparison
     _fixed: tuple[str, ...]
     _groups: list[Group]
     _journal: Journal
@@ -39,8 +43,12 @@ class Saving(torch.optim.Optimizer):
         As torch's: {"state": {number of a parameter: its entry, see :mod:`.blocks.state_dict`},
         "param_groups": [...]}. The same whatever the stacks, the device or the back end. Takes as
         much memory as the state itself.
+
+        Raises:
+            RuntimeError: the last step failed half-way; or ranks share the work, and what the
+                others keep has not been gathered since the last step.
         """
-        self._journal.check_complete()
+        self._check_complete()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         entries: list[dict[str, Any]] = []
@@ -55,6 +63,34 @@ class Saving(torch.optim.Optimizer):
             result = after(self, packed)
             packed = packed if result is None else result
         return packed
+
+    @torch.no_grad()
+    def gather_state(self, to: int | None = None) -> None:
+        """Where ranks share the work: what the others keep comes to rank ``to`` of the process
+        group (or to all), in host memory, so that :meth:`state_dict` there is complete until the
+        next step. All ranks must call it, with the same ``to``; nothing happens where none share.
+        """
+        self._journal.check_complete()
+        for group in self._groups:
+            shard = group.shard
+            if shard.shared:
+                state = group.state
+                gather_state(group.layout, group.factor_sets, state.others, shard, to)
+                if to is None or to == shard.rank:
+                    state.gathered()
+
+    def _release(self) -> None:
+        """A step begins: what was gathered is not true any more."""
+        for group in self._groups:
+            group.state.release()
+
+    def _check_complete(self) -> None:
+        self._journal.check_complete()
+        if not all(group.state.complete for group in self._groups):
+            raise RuntimeError(
+                "ranks share this optimizer's state, and this one has not got all of it: call "
+                "gather_state() on every rank first, after the last step"
+            )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -97,13 +133,13 @@ class Saving(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which have the state but no hooks, as torch's."""
-        self._journal.check_complete()
+        self._check_complete()
         entries = [entry for group in self._groups for entry in group.state.copies()]
         params = [p for group in self._groups for p in group.layout.params]
         return {
             **super().__getstate__(),
             "state": dict(zip(params, entries, strict=True)),
-            **{name: self.__dict__[name] for name in ("rule", "solver", "cuda_graph", "_fixed")},
+            **{name: self.__dict__[name] for name in PICKLED},
             "process_group": Replicas(self.process_group),
         }
 
@@ -113,6 +149,7 @@ class Saving(torch.optim.Optimizer):
         self.process_group = state_["process_group"].group
         self._groups = []
         self._journal, self._loss = Journal(), None
+        self._comparison = Comparison()
         saved, self.state = self.state, defaultdict(dict)
         for options in self.param_groups:
             group = self._lay_out(options)

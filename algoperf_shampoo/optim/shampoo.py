@@ -18,6 +18,7 @@ from .options import (
     MatmulPrecision,
     NonFinite,
     OneDim,
+    Sharding,
     SmallMatrices,
     solver_of,
 )
@@ -169,6 +170,7 @@ class Shampoo(PreconditionedOptimizer):
         nonfinite_limit: int = 100,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        sharding: Sharding = "auto",
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -200,6 +202,7 @@ class Shampoo(PreconditionedOptimizer):
             solver=solver_of(eigensolver, eigen_workspace_mib),
             cuda_graph=cuda_graph,
             process_group=process_group,
+            sharding=sharding,
         )
 
     @torch.no_grad()

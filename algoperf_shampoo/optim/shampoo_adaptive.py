@@ -19,6 +19,7 @@ from .options import (
     MatmulPrecision,
     NonFinite,
     OneDim,
+    Sharding,
     SmallMatrices,
     solver_of,
 )
@@ -110,6 +111,7 @@ class ShampooAdaptive(PreconditionedOptimizer):
         nonfinite_limit: int = 100,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        sharding: Sharding = "auto",
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -136,4 +138,5 @@ class ShampooAdaptive(PreconditionedOptimizer):
             solver=solver_of(eigensolver, eigen_workspace_mib),
             cuda_graph=cuda_graph,
             process_group=process_group,
+            sharding=sharding,
         )

@@ -14,7 +14,7 @@ from .blocks.layout import Stack
 from .eigen.solver import Solver
 from .ops import BasisChange, Hyper, Operations, State, Value, bias_corrections
 from .optimizer import PreconditionedOptimizer
-from .options import MatmulPrecision, NonFinite, OneDim, SmallMatrices
+from .options import MatmulPrecision, NonFinite, OneDim, Sharding, SmallMatrices
 from .rule import Rule
 
 
@@ -85,6 +85,7 @@ class SOAP(PreconditionedOptimizer):
         nonfinite_limit: int = 100,
         cuda_graph: bool = True,
         process_group: dist.ProcessGroup | None = None,
+        sharding: Sharding = "auto",
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -106,6 +107,7 @@ class SOAP(PreconditionedOptimizer):
             solver=Solver(method="qr", max_iterations=1, workspace_mib=eigen_workspace_mib),
             cuda_graph=cuda_graph,
             process_group=process_group,
+            sharding=sharding,
         )
 
 

@@ -104,7 +104,7 @@ class Telemetry:
         self.parameters = list(parameters)
         self.every = every
         self.step = 0
-        self.shared = False
+        self.shared = any(group.layout.ranks > 1 for group in optimizer._groups)
         self._sampled: int | None = None  # step of the last check that was written down
         self._watched: dict[int, _Watched] = {}
         self._open: list[_Sample] = []  # of the last check, whose factors may still change

@@ -21,6 +21,8 @@ from typing import Any
 from algoperf_shampoo.harness.submission_loader import Optimizer
 
 FLOAT32 = 4
+ROOM = 2**30
+"""Bytes that a refresh takes besides, at most, where GPUs share the work."""
 CARD_GIB = {"v0.5": 16, "v0.6": 16, "2026": 40}
 """Memory of a GPU of the benchmark's hardware: V100, and A100 (40 GB)."""
 _SHAPES = Path(__file__).parents[1] / "workloads" / "data" / "algoperf_shapes.json"
@@ -82,16 +84,22 @@ def need(
     Args:
         parameters: shapes and counts, as :func:`shapes` gives them.
         point: the hyperparameters; without ``max_preconditioner_dim`` there are no factors.
-        processes: GPUs of the run; each holds all of the state.
+        processes: GPUs of the run. Those of a rule with factors share the state, each with the
+            gradients of all blocks and room for a refresh, unless the point's sharding is "off".
         optimizer: what the variant makes; a class that is not known here counts as EShampoo.
     """
     entries = sum(math.prod(shape) * count for shape, count in parameters)
     states = {shape: _state(shape, point, optimizer) * count for shape, count in parameters}
     largest = max(states, key=lambda shape: states[shape])
     workspace = int(point.get("eigen_workspace_mib", 8)) << 20 if _has_factors(point) else 0
+    state = FLOAT32 * sum(states.values())
+    if _has_factors(point) and processes > 1 and point.get("sharding", "auto") != "off":
+        own = FLOAT32 * entries + (state - FLOAT32 * entries) // processes
+        workspace += min((state - own) // 2, ROOM)
+        state = own
     return Need(
         model=FLOAT32 * entries * (2 + (processes > 1)),
-        optimizer=FLOAT32 * sum(states.values()) + workspace,
+        optimizer=state + workspace,
         largest=(largest, dict(parameters)[largest], FLOAT32 * states[largest]),
     )
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from algoperf_shampoo.optim.blocks.layout import BorrowedMemory
+from algoperf_shampoo.optim.blocks.memory import BorrowedMemory
 from algoperf_shampoo.optim.blocks.rows import consecutive, longest_run, put, take
 from algoperf_shampoo.optim.eigen import batch_plan, batched, cusolver, host_offload
 from algoperf_shampoo.optim.eigen.problem import Problem

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from algoperf_shampoo.optim import EShampoo
-from algoperf_shampoo.optim.blocks.layout import BorrowedMemory
+from algoperf_shampoo.optim.blocks.memory import BorrowedMemory
 from algoperf_shampoo.optim.criterion import relative_off_diagonal
 from algoperf_shampoo.optim.eigen import batch_plan, batched, cusolver, exact
 from algoperf_shampoo.optim.eigen.orthogonal_iteration import ORTHOGONALIZATIONS

@@ -16,6 +16,7 @@ from algoperf_shampoo.optim.journal import directly_run
 from algoperf_shampoo.optim.nonfinite import NonFiniteGradientError, Skipped
 
 from . import support
+from .ranks import Ranks
 from .support import PRECONDITIONED, VARIANTS, gradients, late, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
@@ -33,17 +34,20 @@ SHAPES = [(12, 10), (12, 10), (20, 18), (6, 5, 5)]
 LIMITS = {"max_preconditioner_dim": 20}
 
 
+SMALL_TILES = {
+    "SMALL": dict(BM=32, BN=32, BK=16),
+    "NARROW": dict(BM=32, BN=16, BK=16),
+    "VECTOR": dict(BN=32, BK=32),
+    "GRAM": dict(S=32, BK=16),
+    "NARROW_GRAM": dict(S=16, BK=16),
+    "OUTER": dict(S=32),
+}
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     if INTERPRETED:
-        for name, tile in {
-            "SMALL": dict(BM=32, BN=32, BK=16),
-            "NARROW": dict(BM=32, BN=16, BK=16),
-            "VECTOR": dict(BN=32, BK=32),
-            "GRAM": dict(S=32, BK=16),
-            "NARROW_GRAM": dict(S=16, BK=16),
-            "OUTER": dict(S=32),
-        }.items():
+        for name, tile in SMALL_TILES.items():
             monkeypatch.setattr(tiles, name, tile)
 
 
@@ -57,7 +61,9 @@ def on_device(optimizer):
     for group in optimizer._groups if INTERPRETED else ():
         group.recorder = Unrecorded(torch.device("cpu"))
         once = optimizer._journal.once
-        group.by_kernels = triton_ops.TritonOperations(group.layout.stacks, once)
+        layout = group.layout
+        group.by_kernels = triton_ops.TritonOperations(layout.stacks, once, layout.others)
+        layout.row_absmax = group.by_kernels.row_absmax_of_gradients
         group.guard._on_host, group.guard._flat = [], []
         group.guard._marks = [nonfinite.Marks(group.layout, torch.device("cpu"))]
     return optimizer
@@ -273,3 +279,30 @@ def test_garbage_of_cusolver_keeps_the_old_basis(monkeypatch):
     assert new["refreshes_0"] + new["failures_0"] == 3
     assert not torch.equal(new["operator_0"], old["operator_0"])
     assert all(p.isfinite().all() and p.abs().max() < 10 for p in params)
+
+
+def shared_by_kernels(group):
+    """On every rank: steps by our kernels, two of them with a bad gradient; parameters, counts."""
+    for name, tile in SMALL_TILES.items():
+        setattr(tiles, name, tile)
+    params = parameters(DEVICE)
+    more = {} if group is None else {"process_group": group, "sharding": "on"}
+    optimizer = on_device(make("eshampoo_fixed", params, **limits("eshampoo_fixed"), **more))
+    for t in range(1, 9):
+        give(params, t, (0,) if t == 3 else (2,) if t == 6 else ())
+        optimizer.step()
+    return [p.detach().clone() for p in params], optimizer.skipped_gradients()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="without GPUs for two ranks: TRITON_INTERPRET=1")
+def test_ranks_that_share_the_work_see_bad_gradients_of_others():
+    alone, counted = shared_by_kernels(None)
+    ranks = Ranks(2)
+    try:
+        (one, skipped), (two, again) = ranks(2, shared_by_kernels)
+    finally:
+        ranks.close()
+    assert skipped == again == counted == {0: Skipped(1, 0), 2: Skipped(1, 0)}
+    for x, y, z in zip(one, two, alone, strict=True):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-6)

@@ -31,7 +31,8 @@ ROOMS = {
     "refresh": "refresh",
     "operations on a GPU": "gpu.launches gpu.mode_launches gpu.triton_ops gpu.graphs",
     "options": "settings options",
-    "optimizer": "group saving optimizer",
+    "sharing": "sharding",
+    "optimizer": "group step saving reports optimizer",
 }
 ORDER = [*ROOMS, "algorithms"]
 EXACT = {"gpu"}  # the package itself: what is inside has rooms of its own

@@ -58,22 +58,37 @@ def test_the_formula_is_what_the_optimizer_allocates(variant, workload):
             entries += sum(tensor.numel() for tensor in held)
     made = submission_loader.optimizer(ROOT, variant)
     assert made is not None and made.name == type(optimizer).__name__
-    need = memory.need(memory.shapes(workload), point, optimizer=made)
+    alone = {**point, "sharding": "off"}
+    need = memory.need(memory.shapes(workload), alone, optimizer=made)
     workspace = complete._asdict().get("eigen_workspace_mib", 0) << 20
     assert need.optimizer == 4 * entries + workspace
     numbers = sum(p.numel() for p in optimizer.param_groups[0]["params"])
     assert need.model == 4 * 3 * numbers
     assert memory.need(memory.shapes(workload), point, processes=1).model == 4 * 2 * numbers
+    assert memory.need(memory.shapes(workload), point, 1, made).optimizer == need.optimizer
+
+
+def test_where_gpus_share_the_work_each_has_its_part_and_all_gradients():
+    point = {**test_points.point_of("eshampoo_adaptive"), "eigen_workspace_mib": 8}
+    shapes = [((1024, 1024), 4)]
+    alone = memory.need(shapes, point, processes=1).optimizer - (8 << 20)
+    block = 4 * 2**20  # bytes of a 1024 x 1024 matrix
+    assert alone == 4 * 8 * block  # g, a buffer, M, D, two factors, two bases
+    kept_by_others = 2 * 7 * block
+    shared = memory.need(shapes, point, processes=2).optimizer
+    assert shared == 4 * block + 2 * 7 * block + (8 << 20) + kept_by_others // 2
 
 
 def test_what_does_not_fit_is_named():
-    [criteo, *others] = memory.preview(test_points.point_of("eshampoo_adaptive"))
+    point = {**test_points.point_of("eshampoo_adaptive"), "sharding": "off"}
+    [criteo, *others] = memory.preview(point)
     assert criteo.startswith("criteo1tb: 46.6 of 40 GiB a GPU besides activations")
     assert "does not fit: the state of 4 x [1048576, 128] alone is 40.5" in criteo
     assert len(others) == 8 and not any("does not fit" in line for line in others)
     adam = memory.preview(test_points.point_of("nadamw"))
     assert not any("does not fit" in line for line in adam)
-    plain = {**test_points.point_of("eshampoo_adaptive"), "one_dim": "adam"}
+    assert not any("does not fit" in line for line in memory.preview({**point, "sharding": "on"}))
+    plain = {**point, "one_dim": "adam"}
     full = {**plain, "one_dim": "full"}
     without, with_factors = (memory.need([((999,), 2)], p).optimizer for p in (plain, full))
     assert with_factors - without == 4 * 2 * 2 * 999**2
@@ -86,7 +101,7 @@ def test_the_data_say_how_they_were_obtained():
 
 
 def test_a_preview_is_of_the_variant_s_own_rule():
-    point = test_points.point_of("kl_shampoo")
+    point = {**test_points.point_of("kl_shampoo"), "sharding": "off"}
     own = memory.preview(point, optimizer=submission_loader.optimizer(ROOT, "kl_shampoo"))
     assert own != memory.preview(point) and len(own) == 9
 
@@ -103,7 +118,7 @@ def test_a_variant_of_another_name_has_the_preview_of_its_class(tmp_path):
         text = (ROOT / "submissions/shampoo/submission.py").read_text()
         assert edit[0] in text
         (folder / "submission.py").write_text(text.replace(*edit))
-    point = test_points.point_of("shampoo")
+    point = {**test_points.point_of("shampoo"), "sharding": "off"}
     lines = {
         name: memory.preview(point, optimizer=submission_loader.optimizer(tmp_path, name))
         for name in ("mine", "grafted", "several")

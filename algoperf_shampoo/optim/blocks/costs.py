@@ -20,7 +20,7 @@ def warn(layout: Layout, options: dict[str, Any]) -> None:
     factor of 1024 x 1024: 128 times the parameter.
     """
     costs = [0] * len(layout.params)
-    for stack in layout.stacks:
+    for stack in layout.everywhere:
         if stack.factors:
             a_block = 2 * stack.dtype.itemsize * sum(d * d for d in stack.shape)
             for member in stack.members:

@@ -54,8 +54,11 @@ class FactorSet:
                 yield span, [r for r, _ in inside], [p for _, p in inside]
 
 
-def build_factor_sets(stacks: Sequence[Stack]) -> list[FactorSet]:
-    """Allocate factors (zero) and operators (identity) of the stacks, and set their slices."""
+def build_factor_sets(stacks: Sequence[Stack], elsewhere: bool = False) -> list[FactorSet]:
+    """Allocate factors (zero) and operators (identity) of the stacks, and set their slices.
+
+    elsewhere: they are another rank's: shapes without memory, on torch's meta device.
+    """
     modes: dict[tuple[int, torch.dtype, torch.device], list[tuple[Stack, int]]] = {}
     for stack in stacks:
         for mode, n in enumerate(stack.shape):
@@ -65,6 +68,7 @@ def build_factor_sets(stacks: Sequence[Stack]) -> list[FactorSet]:
     sets = []
     for (n, dtype, device), users in modes.items():
         total = sum(len(stack) for stack, _ in users)
+        device = torch.device("meta") if elsewhere else device
         factors = torch.zeros(total, n, n, dtype=dtype, device=device)
         operators = torch.eye(n, dtype=dtype, device=device).repeat(total, 1, 1)
         spans, start = [], 0

@@ -18,22 +18,11 @@ from torch import Tensor
 
 from ..gpu.transfer import Transfer
 from ..journal import Once, directly
+from . import memory
+from .memory import GRADIENT, BorrowedMemory
 from .partition import Block, runs
 
-GRADIENT, WORK = "gradient", "work"
 _grad = operator.attrgetter("grad")
-ALIGNMENT = 64  # entries; what cuBLAS's and our kernels load at a time starts at a multiple
-
-
-@dataclass(frozen=True)
-class BorrowedMemory:
-    """Flat memory that a refresh may work in.
-
-    The first ``free`` entries may be overwritten; the others' contents must be there afterwards.
-    """
-
-    memory: Tensor
-    free: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +50,8 @@ class Stack:
         g: [B, *shape], gradients and then update directions of the current step.
         work: like g, for what is computed from it; as many as the rule asks for.
         ready: per row, whether any of its operators was computed; until then they are the identity.
+        owner: the rank that keeps these blocks; a stack of another rank's has, of all tensors, g
+            alone, and meta tensors for the others (:mod:`..sharding`).
         bad: per row [B] int32 on a GPU, not zero where the gradient of its parameter is not to be
             learnt from (:mod:`.nonfinite`); None where the host has seen to that, or nobody asks.
     """
@@ -79,6 +70,7 @@ class Stack:
     g: Tensor = field(default_factory=lambda: torch.empty(0))
     work: list[Tensor] = field(default_factory=list)
     bad: Tensor | None = None
+    owner: int = 0
     _ready_rows: tuple[list[bool], Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -216,8 +208,16 @@ class Layout:
     Gradients are gathered into one buffer, block by block in stack order; the rules replace them
     there by update directions, which are scattered from it.
 
+    Where ranks share the work (:mod:`..sharding`), each has the gradients of all blocks, and state
+    of its own ones. The buffer is in equal parts then, one of each rank's blocks.
+
+    Attributes:
+        stacks: of this rank's blocks; others: of the other ranks', by rank; everywhere: both.
+
     Args:
         first: number of the first parameter, for messages.
+        owners: the rank of every block (in the order of parameters), of ``ranks``; None: of one.
+        rank: this process's.
 
     Raises:
         ValueError: a parameter that is empty, sparse or not of real floating-point numbers, or
@@ -229,39 +229,55 @@ class Layout:
         params: Sequence[Tensor],
         blocks: Callable[[Tensor], list[Block]],
         first: int = 0,
+        owners: Callable[[Sequence[Member]], Sequence[int]] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.params = list(params)
         self._first = first
-        for i, p in enumerate(self.params, first):
-            _check_parameter(i, p)
-        if len(set(self.params)) < len(self.params):
-            raise ValueError("a parameter is twice in its group")
+        check_parameters(self.params, first)
         self.blocks = [blocks(p) for p in self.params]
-        by_shape: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Member]] = {}
-        for i, p in enumerate(self.params):
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            for j, block in enumerate(self.blocks[i]):
-                by_shape.setdefault((block.shape, dtype, p.device), []).append(Member(i, j, block))
-        self.stacks = [
-            Stack(shape, members, dtype, device)
-            for (shape, dtype, device), members in by_shape.items()
+        members = [
+            Member(i, j, block)
+            for i, blocks in enumerate(self.blocks)
+            for j, block in enumerate(blocks)
         ]
+        owned = [0] * len(members) if owners is None else owners(members)
+        by_shape: dict[
+            tuple[int, tuple[int, ...], torch.dtype, torch.device], list[Member]
+        ] = {}
+        for owner, member in zip(owned, members, strict=True):
+            p = self.params[member.param]
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            key = owner, member.block.shape, dtype, p.device
+            by_shape.setdefault(key, []).append(member)
+        stacks = [
+            Stack(shape, mine, dtype, device, owner=owner)
+            for (owner, shape, dtype, device), mine in by_shape.items()
+        ]
+        self.rank, self.ranks = rank, ranks
+        self.stacks = [s for s in stacks if s.owner == rank]
+        self.others = sorted((s for s in stacks if s.owner != rank), key=lambda s: s.owner)
+        self.everywhere = [*self.stacks, *self.others]
         # Per parameter, t: as it stands in ``optimizer.state``, of its first block's row.
         self.step_counts = torch.zeros(len(self.params), dtype=torch.int64)
         self._first_rows = {
             member.param: (stack, row)
-            for stack in self.stacks
+            for stack in self.everywhere
             for row, member in enumerate(stack.members)
             if member.index == 0
         }
         self._views = [BlockViews(blocks) for blocks in self.blocks]
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self.borrowed: list[BorrowedMemory] = []
+        # (the buffer of all ranks, this rank's part of it), one pair per dtype and device.
+        self.shared: list[tuple[Tensor, Tensor]] = []
         self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
         self._transfer: Transfer | None = None
         # As `Stack.bad`, but per parameter: of those on a GPU.
         self.bad: dict[torch.device, Tensor] = {}
-        # Where a gather by our kernel leaves the largest entry of every row of the gradients.
+        # Where a gather by our kernel leaves the largest entry of every row of the gradients, as
+        # they come in ``everywhere``.
         self.row_absmax: Tensor | None = None
         self._absmax_is_zeros = False
         self.measured = False
@@ -306,6 +322,9 @@ class Layout:
                     row.copy_(piece)
         if to:
             torch._foreach_copy_(to, source)
+        if self.row_absmax is not None and self.others:  # the others' rows are nobody else's affair
+            top = torch.cat([s.g.flatten(1).abs().amax(1) for s in self.others])
+            self.row_absmax[-len(top) :].copy_(top.view(torch.int32))
         return present
 
     def finish(self) -> None:
@@ -336,7 +355,7 @@ class Layout:
             and once(transfer.scatter, self.params, lr, weight_decay, *self.bad.values())
         ):
             return
-        for stack in self.stacks:
+        for stack in self.everywhere:
             if stack.bad is not None:
                 stack.g.masked_fill_(stack.kept(), 0.0)
         here = [i for i, there in enumerate(present) if there]
@@ -385,7 +404,7 @@ class Layout:
 
     def publish_steps(self) -> None:
         """Bring ``step_counts`` up to date."""
-        stacks = self.stacks
+        stacks = self.everywhere
         if all(s.uniform and s.steps[0] == stacks[0].steps[0] for s in stacks):
             self.step_counts.fill_(stacks[0].steps[0] if stacks else 0)
         else:
@@ -404,49 +423,28 @@ class Layout:
     ) -> None:
         """Zeros [B, *shape] as ``stack.state[name]`` for the names of every stack, as ``g`` and as
         so many ``work`` buffers of every stack; and ``stack.vectors``, [B, d_i] filled with the
-        numbers given.
-
-        All in one piece of memory that a refresh can borrow (:class:`BorrowedMemory`): what holds
-        nothing between steps first, so that only the rest has to stand aside.
-        """
-        for dtype, device in dict.fromkeys((stack.dtype, stack.device) for stack in self.stacks):
-            mine = [s for s in self.stacks if (s.dtype, s.device) == (dtype, device)]
-            # (name, number): which stacks have it.
-            users: dict[tuple[str, int], list[Stack]] = {(GRADIENT, 0): mine}
-            most = max(map(work, mine))
-            for number in range(most):
-                users[WORK, number] = [s for s in mine if number < work(s)]
-            for name in dict.fromkeys(name for stack in mine for name in names(stack)):
-                users[name, 0] = [s for s in mine if name in names(s)]
-            sizes = {id(s): -(-s.numel // ALIGNMENT) * ALIGNMENT for s in mine}
-            totals = [sum(sizes[id(s)] for s in some) for some in users.values()]
-            arena = torch.zeros(sum(totals), dtype=dtype, device=device)
-            self.borrowed.append(BorrowedMemory(arena, sum(totals[: 1 + most])))
-            for (key, some), flat in zip(users.items(), arena.split(totals), strict=True):
-                name, number = key
-                if number == 0:
-                    self._buffers[name, dtype, device] = flat
-                parts = flat.split([sizes[id(s)] for s in some])
-                for stack, part in zip(some, parts, strict=True):
-                    view = part[: stack.numel].view(len(stack), *stack.shape)
-                    if name == GRADIENT:
-                        stack.g = view
-                    elif name == WORK:
-                        stack.work.append(view)
-                    else:
-                        stack.state[name] = view
-        for stack in self.stacks:
+        numbers given."""
+        kinds = sorted({(s.dtype, s.device) for s in self.everywhere}, key=str)
+        for dtype, device in kinds:  # the same order on all ranks
+            kind = [s for s in self.everywhere if (s.dtype, s.device) == (dtype, device)]
+            arena = memory.Arena(kind, names, work, self.rank, self.ranks)
+            self.borrowed.append(arena.borrowed)
+            self.shared.append((arena.flat[GRADIENT], arena.own_gradients))
+            for name, flat in arena.flat.items():
+                self._buffers[name, dtype, device] = flat
+        for stack in self.everywhere:
+            device = stack.device if stack.owner == self.rank else torch.device("meta")
             stack.initial = vectors(stack)
             for name, initial in stack.initial.items():
                 stack.vectors[name] = [
-                    torch.full((len(stack), d), initial, dtype=stack.dtype, device=stack.device)
+                    torch.full((len(stack), d), initial, dtype=stack.dtype, device=device)
                     for d in stack.shape
                 ]
 
     def _prepare(self) -> None:
         """The views of the gradient buffer that are ever needed."""
         pieces = [[torch.empty(0)] * len(blocks) for blocks in self.blocks]
-        for stack in self.stacks:
+        for stack in self.everywhere:
             for row, member in enumerate(stack.members):
                 whole = len(self.blocks[member.param]) == 1
                 shape = self.params[member.param].shape if whole else stack.shape
@@ -455,11 +453,22 @@ class Layout:
             (buffer,) = self.flat(GRADIENT)
             blocks = [
                 (m.param, runs(m.block), int(stack.g[row].storage_offset()))
-                for stack in self.stacks
+                for stack in self.everywhere
                 for row, m in enumerate(stack.members)
             ]
             self._transfer = Transfer(blocks, buffer)
         self._pieces = pieces  # only now, so that a failure leaves nothing half made
+
+
+def check_parameters(params: Sequence[Tensor], first: int = 0) -> None:
+    """
+    Raises:
+        ValueError: see :class:`Layout`.
+    """
+    for i, p in enumerate(params, first):
+        _check_parameter(i, p)
+    if len(set(params)) < len(params):
+        raise ValueError("a parameter is twice in its group")
 
 
 def _check_parameter(number: int, p: Tensor) -> None:

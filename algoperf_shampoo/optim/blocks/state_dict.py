@@ -13,7 +13,9 @@ parameter (:func:`.partition.cut`) and its mode i:
 | j.ready | 1 once any operator of the block was computed; until then they are the identity |
 | j.checks_i, j.refreshes_i, j.failures_i | how often it was due, got a new operator, could not |
 
-No key holds a list or a string, because torch.distributed.checkpoint flattens neither.
+No key holds a list or a string, because torch.distributed.checkpoint flattens neither. Where ranks
+share the work, tensors of blocks that another rank keeps are on torch's meta device, shapes without
+memory, until they have been gathered, and again from the next step on.
 """
 
 from __future__ import annotations
@@ -37,13 +39,22 @@ class GroupState:
 
     Attributes:
         entries: per parameter of the group, its part of ``optimizer.state``.
+        complete: whether it holds what other ranks keep.
+
+    Args:
+        others: factor sets of other ranks' blocks.
     """
 
-    def __init__(self, layout: Layout, factor_sets: Sequence[FactorSet]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        factor_sets: Sequence[FactorSet],
+        others: Sequence[FactorSet] = (),
+    ) -> None:
         self._rows: list[list[tuple[Stack, int]]] = [[] for _ in layout.params]
         by_place = {
             (member.param, member.index): (stack, row)
-            for stack in layout.stacks
+            for stack in layout.everywhere
             for row, member in enumerate(stack.members)
         }
         for param, index in sorted(by_place):
@@ -51,10 +62,13 @@ class GroupState:
         # (id(stack), mode) -> the factor set, and where in it the stack begins.
         self._sets = {
             (id(span.stack), span.mode): (factor_set, span.start)
-            for factor_set in factor_sets
+            for factor_set in (*factor_sets, *others)
             for span in factor_set.spans
         }
         self._layout = layout
+        self.complete = not layout.others
+        self.others = list(others)
+        self._spoiled_elsewhere: list[int] = []
         self.entries: list[Entry] = []
         for param, rows in enumerate(self._rows):
             entry: Entry = {"step": layout.step_counts[param]}
@@ -71,6 +85,28 @@ class GroupState:
                 entry[f"{j}.ready"] = int(stack.ready[row])
                 for name, counts, k in self._counters(stack, row):
                     entry[f"{j}.{name}"] = counts[k]
+
+    def gathered(self) -> None:
+        """What other ranks keep has come into the tensors of their stacks."""
+        self.complete = True
+        self._link_others()
+        self.publish()
+
+    def release(self) -> None:
+        """A step begins: what was gathered from other ranks is not true any more."""
+        if not self._layout.others or not self.complete:
+            return
+        self.complete = False
+        for stack in self._layout.others:
+            for tensors, key in tensors_of(stack):
+                tensors[key] = torch.empty_like(tensors[key], device="meta")
+        self._link_others()
+
+    def _link_others(self) -> None:
+        for entry, rows in zip(self.entries, self._rows, strict=True):
+            for j, (stack, row) in enumerate(rows):
+                if stack.owner != self._layout.rank:
+                    entry |= {f"{j}.{name}": x for name, x in _tensors(stack, row)}
 
     def copies(self) -> list[Entry]:
         """The entries, sharing no memory with them or with each other.
@@ -93,6 +129,7 @@ class GroupState:
         """
         tensors: list[tuple[Tensor, Tensor]] = []
         numbers: list[tuple[list[Any], int, Any]] = []
+        elsewhere: list[tuple[int, Tensor]] = []
         frozen = []
         for param, (rows, found) in enumerate(zip(self._rows, saved, strict=True)):
             if found is None and not self._layout.params[param].requires_grad:
@@ -103,7 +140,11 @@ class GroupState:
             step = _whole(where, found, "step")
             for name, x in live.items():
                 if name != "step" and isinstance(x, Tensor):
-                    tensors.append((x, _tensor_like(where, found, name, x)))
+                    value = _tensor_like(where, found, name, x)
+                    if self._is_elsewhere(param, name):
+                        elsewhere.append((param, value))
+                    else:
+                        tensors.append((x, value))
             for j, (stack, row) in enumerate(rows):
                 numbers.append((stack.steps, row, step))
                 numbers.append((stack.ready, row, bool(_whole(where, found, f"{j}.ready"))))
@@ -111,6 +152,8 @@ class GroupState:
                     numbers.append((counts, k, _whole(where, found, f"{j}.{name}")))
 
         def load() -> None:
+            self._spoiled_elsewhere = [p for p, x in elsewhere if not _finite(x)]
+            self.release()
             for live, value in tensors:
                 live.copy_(value)
             for target, index, value in numbers:
@@ -124,11 +167,13 @@ class GroupState:
     def mend(self) -> list[int]:
         """Parameters whose state is not finite start anew, as on their first step; which those are.
 
-        Reads all of the state once.
+        Reads all of the state once; of other ranks' blocks what was loaded is known.
         """
         rows = [row for stack in self._layout.stacks for row in _finite_rows(stack)]
         members = [m.param for stack in self._layout.stacks for m in stack.members]
-        spoiled = sorted({p for p, fine in zip(members, rows, strict=True) if not fine})
+        here = {p for p, fine in zip(members, rows, strict=True) if not fine}
+        spoiled = sorted({*here, *self._spoiled_elsewhere})
+        self._spoiled_elsewhere = []
         for param in spoiled:
             self._start_anew(param)
         if spoiled:
@@ -138,15 +183,19 @@ class GroupState:
     def _start_anew(self, param: int) -> None:
         for stack, row in self._rows[param]:
             stack.steps[row], stack.ready[row] = 0, False
-            for name, x in _tensors(stack, row):
+            for name, x in _tensors(stack, row) if stack.owner == self._layout.rank else ():
                 x.zero_()
                 if name.startswith("operator_"):
                     x.fill_diagonal_(1)
             for name, initial in stack.initial.items():
                 for x in stack.vectors[name]:
-                    x[row].fill_(initial)
+                    x[row].fill_(initial)  # nothing happens on the meta device
             for _, counts, k in self._counters(stack, row):
                 counts[k] = 0
+
+    def _is_elsewhere(self, param: int, name: str) -> bool:
+        stack, _ = self._rows[param][int(name.partition(".")[0])]
+        return stack.owner != self._layout.rank
 
     def _counters(self, stack: Stack, row: int) -> Iterator[tuple[str, list[int], int]]:
         """(key, counts, k) of all counters counts[k] of one block."""
@@ -154,6 +203,15 @@ class GroupState:
             factor_set, start = self._sets[id(stack), mode]
             for name in COUNTERS:
                 yield f"{name}_{mode}", getattr(factor_set, name), start + row
+
+
+def tensors_of(stack: Stack) -> Iterator[tuple[Any, Any]]:
+    """(list or dict, key) of all state tensors of a stack, in the same order on every rank."""
+    yield from ((stack.state, name) for name in stack.state)
+    for vectors in stack.vectors.values():
+        yield from ((vectors, i) for i in range(len(vectors)))
+    yield from ((stack.factors, i) for i in range(len(stack.factors)))
+    yield from ((stack.operators, i) for i in range(len(stack.operators)))
 
 
 def copy_of(value: Any) -> Any:
@@ -182,6 +240,11 @@ def _tensors(stack: Stack, row: int) -> Iterator[tuple[str, Tensor]]:
         yield f"factor_{mode}", x[row]
     for mode, x in enumerate(stack.operators):
         yield f"operator_{mode}", x[row]
+
+
+def _finite(x: Tensor) -> bool:
+    low, high = x.aminmax()
+    return bool(low.isfinite() & high.isfinite())
 
 
 def _finite_rows(stack: Stack) -> list[bool]:

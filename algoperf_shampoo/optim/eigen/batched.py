@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..blocks.layout import BorrowedMemory
+from ..blocks.memory import BorrowedMemory
 from ..blocks.rows import consecutive, longest_run
 from . import cusolver
 from .batch_plan import Batch, Plan, Room, Task, schedule

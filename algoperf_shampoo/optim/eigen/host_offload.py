@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks.layout import BorrowedMemory
+from ..blocks.memory import BorrowedMemory
 from ..blocks.rows import chunks, take
 
 # At most so much of a piece of borrowed memory is offloaded: the host memory for it is kept.

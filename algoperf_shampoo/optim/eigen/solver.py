@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..blocks.layout import BorrowedMemory
+from ..blocks.memory import BorrowedMemory
 from ..blocks.rows import consecutive, put, take
 from . import batched, cusolver, exact, simultaneous
 from .host_offload import ALIGNMENT, offloaded, usable

@@ -50,29 +50,31 @@ class KernelLaunches:
     Args:
         stacks: all stacks there will be.
         once: see :mod:`..journal`.
+        others: those of other ranks' blocks. Tiles are chosen by all of them, so that a block's
+            numbers do not depend on who computes them.
 
     Products are accurate to float32 (relative error 3e-7 of the result's norm), those of rotations
     under ``matmul_precision`` "high" to 11 bits of their inputs, as in TF32 (3e-4).
     """
 
-    def __init__(self, stacks: Sequence[Stack], once: Once = directly) -> None:
-        self.once = once
-        module = triton_kernels()
-        assert module is not None
-        self._kernels = module
-        self._device = stacks[0].device
-        self._first = stacks[0]
-        self._small = sum(s.numel for s in stacks) < tiles.SMALL_MODEL
+    def __init__(
+        self, stacks: Sequence[Stack], once: Once = directly, others: Sequence[Stack] = ()
+    ) -> None:
+        self.once, self._first, self._device = once, stacks[0], stacks[0].device
+        self._kernels: Any = triton_kernels()
+        assert self._kernels is not None
+        self._small = sum(s.numel for s in (*stacks, *others)) < tiles.SMALL_MODEL
         self._wide = {
             split: tiles.SMALL if self._small or not _much_shared_memory(self._device) else large
             for split, large in ((True, tiles.LARGE), (False, tiles.LARGE_ROUNDED))
         }
-        count = sum(len(s) for s in stacks)
+        count = self._own = sum(len(s) for s in stacks)
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
         # The largest absolute entry of every row ("top" in the kernels): of `g` and every work
         # buffer; of state that is rotated; and a place for those that nobody will ask for.
         buffers = 1 + max(len(s.work) for s in stacks)
-        self._absmax = torch.zeros(buffers + 2, count, dtype=torch.int32, device=self._device)
+        rows = count + sum(len(s) for s in others)
+        self._absmax = torch.zeros(buffers + 2, rows, dtype=torch.int32, device=self._device)
         # Limits of noise, see :mod:`..noise`, and those that nothing is below.
         self._limits, self._no_limits = torch.zeros(2, count, device=self._device).unbind()
         self._no_marks = torch.zeros(count, dtype=torch.int32, device=self._device)
@@ -84,7 +86,7 @@ class KernelLaunches:
 
     @property
     def row_absmax_of_gradients(self) -> Tensor:
-        """Absmax of all stacks' ``g``, which a gather may leave there (:mod:`.transfer`)."""
+        """Absmax of ``g``'s rows, then of other ranks'; a gather may leave them there."""
         return self._absmax[0]
 
     def judge(self, guard: Guard, present: Sequence[bool]) -> None:
@@ -283,7 +285,7 @@ class KernelLaunches:
         if len(xs) == len(self._rows):
             buffers = {x.number for x in xs}
             if len(buffers) == 1:
-                self._absmax[buffers.pop()].zero_()
+                self._absmax[buffers.pop(), : self._own].zero_()  # not other ranks' rows
                 return
         torch._foreach_zero_([self._absmax_of(s, x) for s, x in zip(stacks, xs, strict=True)])
 
@@ -487,10 +489,8 @@ class KernelLaunches:
 
 def _much_shared_memory(device: torch.device) -> bool:
     """Whether large tiles fit a multiprocessor, as in data centres."""
-    if device.type != "cuda":
-        return False
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) >= 2**17
+    found = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(found, "shared_memory_per_block_optin", 0) >= 2**17
 
 
 def _run_and_note(

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks.layout import ALIGNMENT, Stack
+from ..blocks.layout import Stack
+from ..blocks.memory import ALIGNMENT
 from ..ops.values import ModeVectors, Place, resolved
 from . import tiles, triton_mode_kernels
 from .launches import Calls, GramOperand, KernelLaunches

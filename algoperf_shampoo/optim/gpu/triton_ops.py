@@ -36,11 +36,14 @@ class TritonOperations(Operations):
     Args:
         stacks: all stacks there will be.
         once: see :mod:`..journal`.
+        others: those of other ranks' blocks.
     """
 
-    def __init__(self, stacks: Sequence[Stack], once: Once = directly) -> None:
+    def __init__(
+        self, stacks: Sequence[Stack], once: Once = directly, others: Sequence[Stack] = ()
+    ) -> None:
         super().__init__(once)
-        self._kernels = ModeLaunches(stacks, once)
+        self._kernels = ModeLaunches(stacks, once, others)
         self._precision = "highest"
         self._by_default: set[str] = set()
 

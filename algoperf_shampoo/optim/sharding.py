@@ -1,0 +1,285 @@
+"""Several ranks share the work of one optimizer: each block is kept by one of them.
+
+The ranks hold replicas of the parameters and see the same reduced gradients. A block's owner keeps
+its factors, bases and moments, learns its gradient, refreshes its bases when they are due, and
+computes its update direction; then the directions are gathered, and every rank changes all
+parameters alike. So a step has one collective, and a refresh none: owners decide and decompose at
+the same time. Rules, operations and kernels see stacks of own blocks and know nothing of it.
+
+Which gradients are not to be learnt from every rank finds for itself (:mod:`.nonfinite`): all ranks
+gather all gradients, as a single one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .blocks.factors import FactorSet
+from .blocks.layout import Layout, Member, Stack
+from .blocks.state_dict import COUNTERS, tensors_of
+from .eigen.cusolver import milliseconds
+from .eigen.solver import Solver
+from .options import Sharding
+
+CHOICES = get_args(Sharding)
+
+# What a decision is made from that must be the same on every machine: arithmetic per millisecond of
+# float32-accurate products, bytes per millisecond between GPUs of one host, and what a collective
+# takes at least, all of an H100's order.
+FLOP_PER_MS = 5e10
+BYTES_PER_MS = 1e8
+COLLECTIVE_MS = 0.1
+# Entries weigh this much beside arithmetic when blocks are given out: the parts that are gathered
+# are as long as the longest.
+WEIGHT_OF_ENTRIES = 0.25
+ROOM_MIB = 1024  # beyond it a refresh gains nothing
+PIECE_BYTES = 2**26  # of state sent at a time
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A process's place among those that share the work: ``rank`` of ``ranks`` in ``group``."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def shared(self) -> bool:
+        return self.ranks > 1
+
+
+ALONE = Shard()
+
+
+def place(
+    sharding: Sharding,
+    group: dist.ProcessGroup | None,
+    shapes: Sequence[tuple[tuple[int, ...], bool]],
+    frequency: int,
+) -> Shard:
+    """This process's, alone if there are no others or sharing does not pay.
+
+    Args:
+        shapes: of all blocks of a parameter group, and whether they have factors.
+        frequency: F.
+    """
+    if group is None or sharding == "off" or (ranks := dist.get_world_size(group)) == 1:
+        return ALONE
+    if sharding == "auto" and not pays(shapes, frequency, ranks):
+        return ALONE
+    return Shard(group, dist.get_rank(group), ranks)
+
+
+def pays(
+    shapes: Sequence[tuple[tuple[int, ...], bool]], frequency: int, ranks: int
+) -> bool:
+    """Whether ranks save more per step than gathering the directions takes, by shapes alone."""
+    sizes: dict[int, int] = {}
+    flop = entries = 0
+    for shape, has_factors in shapes:
+        numel = _numel(shape)
+        entries += numel
+        for n in shape if has_factors else ():
+            sizes[n] = sizes.get(n, 0) + 1
+            flop += 3 * 2 * numel * n  # one Gram, to and fro
+    refresh = sum(milliseconds(n, count) for n, count in sizes.items())
+    others = (ranks - 1) / ranks
+    saved = (refresh / frequency + flop / FLOP_PER_MS) * others
+    return saved > COLLECTIVE_MS + 4 * entries * others / BYTES_PER_MS
+
+
+def owners(
+    members: Sequence[Member], has_factors: Callable[[tuple[int, ...]], bool], ranks: int
+) -> list[int]:
+    """Per block, its rank: the dearest first, each to the rank that has least to do by then.
+
+    A block costs sum n_i^3, its decompositions; those without factors fill up what is even.
+    """
+    costs = [
+        sum(n**3 for n in m.block.shape) if has_factors(m.block.shape) else 0 for m in members
+    ]
+    entries = [m.block.numel for m in members]
+    all_costs, all_entries = max(1, sum(costs)), sum(entries)
+    loads = [0.0] * ranks
+    found = [0] * len(members)
+    for i in sorted(range(len(members)), key=lambda i: (-costs[i], -entries[i], i)):
+        rank = min(range(ranks), key=lambda r: (loads[r], r))
+        loads[rank] += costs[i] / all_costs + WEIGHT_OF_ENTRIES * entries[i] / all_entries
+        found[i] = rank
+    return found
+
+
+def roomier(solver: Solver, layout: Layout) -> Solver:
+    """The solver, with half of the memory that others keep factors and bases in for a refresh.
+
+    cuSOLVER's batches take as long for ten matrices as for a hundred, if these fit: with fewer
+    matrices a rank gains little unless it can decompose them together.
+    """
+    elsewhere = sum(
+        2 * len(s) * sum(n * n for n in s.shape) * s.dtype.itemsize
+        for s in layout.others
+        if s.factors
+    )
+    return replace(solver, workspace_mib=solver.workspace_mib + min(elsewhere // 2**21, ROOM_MIB))
+
+
+def exchange(layout: Layout, shard: Shard) -> None:
+    """The directions of all blocks into ``g``, from their owners."""
+    for everything, own in layout.shared:
+        part = own if own.is_cuda else own.clone()  # gloo does not say that the two may overlap
+        _all_gather(everything, part, shard.group)
+
+
+def _all_gather(to: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Every rank's part, one after the other, into ``to``."""
+    # The name until torch 2.12.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(to, part, group=group)
+
+
+def agree_on_ready(layout: Layout, shard: Shard) -> None:
+    """Every rank knows which parameters all blocks of which are ready; waits for the device."""
+    ready = [1] * len(layout.params)
+    for stack in layout.stacks:
+        for member, fine in zip(stack.members, stack.ready, strict=True):
+            ready[member.param] &= fine
+    flags = torch.tensor(ready, dtype=torch.int32, device=layout.params[0].device)
+    dist.all_reduce(flags, dist.ReduceOp.MIN, group=shard.group)
+    ready = flags.tolist()
+    for stack in layout.others:
+        stack.ready = [bool(ready[m.param]) for m in stack.members]
+
+
+def gather_state(
+    layout: Layout,
+    sets: Sequence[FactorSet],
+    others: Sequence[FactorSet],
+    shard: Shard,
+    to: int | None,
+) -> None:
+    """What the other ranks keep into the tensors of :attr:`.Layout.others`, on the host.
+
+    Pieces of PIECE_BYTES pass through the device; the host gets as much as they keep. All ranks
+    learn the counters.
+
+    Args:
+        sets, others: factor sets of the own blocks, and of each other rank's, by rank.
+        to: rank that receives; None: all do.
+    """
+    for owner in range(shard.ranks):
+        mine = owner == shard.rank
+        for stack in layout.everywhere:
+            if stack.owner == owner:
+                for tensors, key in tensors_of(stack):
+                    if mine:
+                        _send(tensors[key], to, shard)
+                    elif to is None or to == shard.rank:
+                        tensors[key] = _receive(stack, tensors[key], owner, to, shard)
+        _tell_counters(layout, sets if mine else others, owner, shard)
+
+
+def _pieces(x: Tensor) -> Iterable[Tensor]:
+    rows = max(1, PIECE_BYTES // max(1, x[0].numel() * x.element_size()))
+    yield from x.split(rows)
+
+
+def _send(x: Tensor, to: int | None, shard: Shard) -> None:
+    for piece in _pieces(x):
+        if to is None:
+            dist.broadcast(piece, _global(shard, shard.rank), group=shard.group)
+        elif to != shard.rank:
+            dist.send(piece, _global(shard, to), group=shard.group)
+
+
+def _receive(stack: Stack, like: Tensor, owner: int, to: int | None, shard: Shard) -> Tensor:
+    on_gpu = stack.device.type != "cpu"
+    host = torch.empty(like.shape, dtype=like.dtype, pin_memory=on_gpu)
+    for piece in _pieces(host):
+        here = torch.empty_like(piece, device=stack.device) if on_gpu else piece
+        if to is None:
+            dist.broadcast(here, _global(shard, owner), group=shard.group)
+        else:
+            dist.recv(here, _global(shard, owner), group=shard.group)
+        if on_gpu:
+            piece.copy_(here)
+    return host
+
+
+def _tell_counters(
+    layout: Layout, sets: Sequence[FactorSet], owner: int, shard: Shard
+) -> None:
+    stacks = [s for s in layout.everywhere if s.owner == owner]
+    mine = [s for s in sets if s.spans[0].stack.owner == owner]
+    lists: list[list[Any]] = [s.ready for s in stacks]
+    lists += [getattr(s, name) for s in mine for name in COUNTERS]
+    values = torch.tensor(
+        [int(x) for numbers in lists for x in numbers],
+        dtype=torch.int64,
+        device=layout.params[0].device,
+    )
+    if len(values):
+        dist.broadcast(values, _global(shard, owner), group=shard.group)
+    if owner != shard.rank:
+        told = iter(values.tolist())
+        for numbers in lists:
+            kind = type(numbers[0])
+            numbers[:] = [kind(next(told)) for _ in numbers]
+
+
+def _global(shard: Shard, rank: int) -> int:
+    assert shard.group is not None
+    return dist.get_global_rank(shard.group, rank)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    numel = 1
+    for n in shape:
+        numel *= n
+    return numel
+
+
+class Comparison:
+    """Whether replicas saw the same gradients, and hold the same parameters, to the bit.
+
+    Gradients are compared where bases are checked, without waiting for the device.
+    """
+
+    def __init__(self) -> None:
+        self._differed: Tensor | None = None
+
+    def gradients(self, layout: Layout, group: dist.ProcessGroup) -> None:
+        """Compare those that are gathered: they are read once, 8 bytes a rank are sent."""
+        sums = [_bits(everything) for everything, _ in layout.shared]
+        differ = _differ(sums, group).long()
+        self._differed = differ if self._differed is None else self._differed + differ
+
+    def read(self) -> int:
+        """At how many checks since the last time gradients differed; waits for the device."""
+        count, self._differed = self._differed, None
+        return 0 if count is None else int(count)
+
+    @staticmethod
+    def parameters(params: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
+        """Whether parameters differ; waits for the device."""
+        return bool(_differ([_bits(p) for p in params], group))
+
+
+def _bits(x: Tensor) -> Tensor:
+    """The sum of the entries' bits as integers: exact, in whatever order it is taken."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().contiguous().view(kinds[x.element_size()]).sum(dtype=torch.int64)
+
+
+def _differ(sums: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """Whether the sums are other ones on another rank: bool []."""
+    mine = torch.stack([x.to(sums[0].device) for x in sums])
+    found = mine.new_empty(dist.get_world_size(group) * len(mine))
+    _all_gather(found, mine, group)
+    return (found.view(-1, len(mine)) != mine).any()

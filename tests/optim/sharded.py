@@ -1,0 +1,198 @@
+"""What tests of sharding run on every rank."""
+
+import contextlib
+import copy
+import pickle
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from algoperf_shampoo.optim.eigen import exact
+
+from .support import STARTS, make
+
+SHAPES = [(24, 10), (17,), (6, 5, 4), (40, 9), (3,), (1,), (33, 20), (16, 16)]
+# Whose first gradients have full rank: of others null spaces are arbitrary, and rounding decides.
+SQUARE = [(10, 10), (12, 12), (48, 16), (11, 11), (16, 16)]
+SETTINGS = {"precondition_frequency": 3, "max_preconditioner_dim": 16}
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES):
+    g = torch.Generator().manual_seed(5)
+    return [
+        torch.nn.Parameter(torch.randn(s, generator=g, dtype=torch.float64).to(dtype))
+        for s in shapes
+    ]
+
+
+def set_gradients(params, t, trouble=""):
+    """Gradients of step t: "missing" leaves some out, "bad" has a NaN in one block of one."""
+    g = torch.Generator().manual_seed(100 + t)
+    for i, p in enumerate(params):
+        p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
+        if trouble == "missing" and (i + t) % 4 == 0:
+            p.grad = None
+        if trouble == "bad" and i == 3 and t in (2, 6):
+            p.grad[-1, -1] = torch.nan
+
+
+def build(group, variant, params, sharding="on", **settings):
+    return make(
+        variant, params, process_group=group, sharding=sharding, **{**SETTINGS, **settings}
+    )
+
+
+def train(group, variant, steps, trouble="", dtype=torch.float64, sharding="on", **settings):
+    """Parameters, state and counts after some steps; state only of rank 0, as AlgoPerf saves it."""
+    params = parameters(dtype, SQUARE if variant in STARTS else SHAPES)
+    if trouble == "groups":
+        params = [{"params": params[:3]}, {"params": params[3:], "lr": 0.02}]
+    optimizer = build(group, variant, params, sharding, **settings)
+    params = [p for some in optimizer.param_groups for p in some["params"]]
+    for t in range(1, steps + 1):
+        set_gradients(params, t, trouble)
+        optimizer.step()
+    optimizer.gather_state(to=0)
+    layouts = [group.layout for group in optimizer._groups]
+    return {
+        "params": [p.detach().clone() for p in params],
+        "state": optimizer.state_dict() if layouts[0].rank == 0 else None,
+        "blocks": sum(len(s) for x in layouts for s in x.stacks),
+        "factors": sum(f.numel() for x in layouts for s in x.stacks for f in s.factors),
+        "skipped": optimizer.skipped_gradients(),
+        "differ": optimizer.replicas_differ(),
+    }
+
+
+def resume(group, variant, saved, first, steps, dtype=torch.float64):
+    """Go on from what :func:`train` gave; parameters and all of the state at the end."""
+    params = parameters(dtype, SQUARE if variant in STARTS else SHAPES)
+    for p, value in zip(params, saved["params"], strict=True):
+        p.data.copy_(value)
+    optimizer = build(group, variant, params)
+    optimizer.load_state_dict(copy.deepcopy(saved["state"]))
+    for t in range(first, first + steps):
+        set_gradients(params, t)
+        optimizer.step()
+    optimizer.gather_state()
+    return {"params": [p.detach().clone() for p in params], "state": optimizer.state_dict()}
+
+
+def refusals(group):
+    """What state_dict, pickles and copies say before and after state is gathered to rank 0."""
+    params = parameters()
+    optimizer = build(group, "eshampoo_fixed", params)
+
+    def said():
+        found = []
+        for action in (optimizer.state_dict, lambda: copy.deepcopy(optimizer)):
+            try:
+                action()
+                found.append("")
+            except RuntimeError as error:
+                found.append(str(error))
+        return found
+
+    every = [said()]
+    for to in (0, None):
+        optimizer.gather_state(to)
+        every.append(said())
+        if to is None:
+            again = pickle.loads(pickle.dumps(optimizer.state_dict()))
+            every[-1].append(sorted(again["state"][0]))
+        set_gradients(params, 1)
+        optimizer.step()
+        every.append(said())
+    live = optimizer.state[params[6]]
+    return every, sorted({x.device.type for x in live.values() if isinstance(x, torch.Tensor)})
+
+
+def checkpointed(group, folder, flatten):
+    """A round trip by torch.distributed.checkpoint; the movement after it, and without it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    ends = []
+    for saves in (True, False):
+        model = torch.nn.Sequential(torch.nn.Linear(20, 33), torch.nn.Linear(33, 40))
+        params = list(model.parameters())
+        values = parameters(shapes=[p.shape for p in params])
+        for p, value in zip(params, values, strict=True):
+            p.data.copy_(value)
+        optimizer = build(group, "eshampoo_fixed", params)
+        for t in range(1, 8):
+            if t == 5 and saves:
+                optimizer.gather_state()
+                state = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+                dcp.save(state, checkpoint_id=folder, process_group=group)
+                optimizer = build(group, "eshampoo_fixed", params)
+                optimizer.gather_state()
+                found = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+                dcp.load(found, checkpoint_id=folder, process_group=group)
+                set_optimizer_state_dict(model, optimizer, found["optimizer"], options=options)
+            set_gradients(params, t)
+            optimizer.step()
+        ends.append([p.detach().clone() for p in params])
+    return ends
+
+
+def unequal(group, where):
+    """Gradients (or a parameter) of the last rank are off by one bit at one step."""
+    params = parameters()
+    optimizer = build(group, "eshampoo_fixed", params)
+    found = []
+    for t in range(1, 7):
+        set_gradients(params, t)
+        if t == 3 and dist.get_rank(group) == dist.get_world_size(group) - 1:
+            x = params[6].grad if where == "gradient" else params[6].data
+            x.view(torch.int32)[0, 0] += 1
+        optimizer.step()
+        if t % 3 == 0:
+            found.append(optimizer.replicas_differ())
+    return found
+
+
+def failing(group):
+    """A solver raises on rank 1 alone; called again, its step ends as one that did not fail."""
+    ends = []
+    for fails in (False, True):
+        params = parameters()
+        optimizer = build(group, "eshampoo_fixed", params)
+        for t in range(1, 8):
+            set_gradients(params, t)
+            if fails and t == 3 and dist.get_rank(group) == 1:
+                before = exact.exact
+                exact.exact = _raise
+                try:
+                    with contextlib.suppress(MemoryError):
+                        optimizer.step()
+                finally:
+                    exact.exact = before
+            optimizer.step()
+        ends.append([p.detach().clone() for p in params])
+    return ends
+
+
+def _raise(a):
+    raise MemoryError
+
+
+def stalled(group):
+    """Rank 1 does not come; what the others say."""
+    if dist.get_rank(group) == 1:
+        return ""
+    params = parameters()
+    optimizer = build(group, "eshampoo_fixed", params)
+    set_gradients(params, 1)
+    said = []
+    for _ in range(2):
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
