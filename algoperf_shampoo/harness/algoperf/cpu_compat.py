@@ -12,6 +12,7 @@ import os
 import sys
 import types
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 # Functions of psutil that may answer None, and what AlgoPerf reads of the answer.
@@ -109,8 +110,8 @@ def _distributed_on_gloo() -> None:
     start, send = dist.init_process_group, dist.broadcast
 
     def init_process_group(backend: str | None = None, **options: Any) -> None:
-        del backend  # the runner asks for nccl
-        start("gloo", **options)
+        del backend  # the runner asks for nccl, whose time limit it is; gloo's own is 30 minutes
+        start("gloo", **{"timeout": timedelta(minutes=10), **options})
 
     def broadcast(tensor: torch.Tensor, src: int = 0, **options: Any) -> Any:
         if tensor.dtype != torch.bool:
