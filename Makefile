@@ -138,7 +138,7 @@ table3: words ## Table 3, likewise; written to results/table3.*
 rank: words ## score and place in AlgoPerf's 2026 pool, of runs RUN= or of the paper's steps, VARIANT=
 	$(IN_RUN) scripts/rank.py $(call flag,RUN,run) $(call flag,VARIANT,variant)
 
-tables: words ## the committed tables again from the committed runs
+tables: words ## the committed tables and pages of claims again from the committed runs
 	$(IN_RUN) scripts/table.py --write
 
 figures: words ## curves and times of the runs as PNG and SVG, into OUT=results/figures

@@ -15,7 +15,7 @@ from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk, gpus
 from algoperf_shampoo.study import busy, forks, local, plan, progress, status
 from algoperf_shampoo.study import figures as runs_figures
-from algoperf_shampoo.study.claims import costs, figures, results, rule, tuning
+from algoperf_shampoo.study.claims import committed, costs, figures, results, rule, tuning
 from algoperf_shampoo.study.study import Job
 
 _CLAIMS = flags.DEFINE_list("claims", "claims", "Studies of claims: names, or files.json.")
@@ -116,12 +116,8 @@ def _weigh(phases: tuning.Phases) -> None:
     print("", *results.text(after), sep="\n")
     own = "claims" if phases.path.stem == "claims" else f"claims_{phases.path.stem}"
     name = own + ("_quick" if phases.quick else "")
-    stem = ROOT / "results" / name
-    for ending, content in (
-        ("md", results.markdown(after, ROOT)),
-        ("json", results.to_json(after, ROOT)),
-    ):
-        disk.write_atomically(Path(f"{stem}.{ending}"), content.encode())
+    for path, content in committed.files(after, ROOT, ROOT / "results" / name).items():
+        disk.write_atomically(path, content.encode())
     written = [f"results/{name}.md", f"results/{name}.json", *_figures(after, own)]
     print(f"\nwritten: {', '.join(written)}")
 

@@ -1,7 +1,8 @@
 """Make Table 1 or 3 from run folders: ``python scripts/table.py --runs=results/runs``.
 
 With ``--check`` or ``--write`` the committed tables instead, which ``results/measured/tables.json``
-lists with the runs that they follow from.
+lists with the runs that they follow from, and the committed pages of claims
+(``results/measured/claims/pages.json``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from algoperf_shampoo import paths
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import disk
 from algoperf_shampoo.study import comparisons, table_files, table_text, tables
+from algoperf_shampoo.study.claims import committed
 
 _COMMITTED = "results/measured/tables.json"
 _NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -80,6 +82,7 @@ def _write(stem: Path, made: list[tables.Table], asked: bool) -> None:
 def _committed(write: bool) -> int:
     """Compare the committed tables with what their runs give now, or write them anew."""
     stale = table_files.stale(ROOT, ROOT / _COMMITTED, write)
+    stale += committed.stale(ROOT, ROOT / committed.LIST, write)
     for name in stale:
         print(f"{name}: {'written' if write else 'is not what its runs give; make tables'}")
     return 0 if write or not stale else 1

@@ -15,7 +15,16 @@ from algoperf_shampoo.harness.hparams import F_KEY, TAU_KEY
 from algoperf_shampoo.study.claims.file import Curves
 from algoperf_shampoo.study.claims.results import Outcome, Run
 from algoperf_shampoo.study.claims.statistics import KINDS, OF_KINDS, loss_curve, shares_between
-from algoperf_shampoo.study.figures import DPI, MARKERS, SETTINGS, STYLES, WIDTH, Drawn, saved
+from algoperf_shampoo.study.figures import (
+    DPI,
+    LATER,
+    MARKERS,
+    SETTINGS,
+    STYLES,
+    WIDTH,
+    Drawn,
+    saved,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +32,12 @@ if TYPE_CHECKING:
 _RATE = "learning_rate"
 _WINDOW = 25
 """Steps over which a curve is averaged."""
+_MARKED = 4
+"""Of the places of a curve every so manieth has a mark, each line's beginning at another."""
+_ABREAST = 2
+"""Names of lines beside each other below the panels."""
+_TICKS = 4
+"""Labels of learning rates that a panel has room for."""
 
 
 def draw(found: Outcome, name: str = "claims") -> list[Drawn]:
@@ -67,7 +82,8 @@ _OF_KINDS = (
 )
 _CURVES = (
     "Training loss, mean of 25 steps, against the steps, on the minis; beside the paper's {} "
-    "(there: Imagewoof). Mean over seeds; runs that diverged are left out."
+    "(there: Imagewoof). Mean over seeds; runs that diverged are left out. The axis is that of "
+    "what comes after the first tenth of the steps; before it lines may lie outside."
 )
 
 
@@ -107,8 +123,7 @@ def _rates(found: Outcome) -> Figure | None:
             }
             finite = {rate: [v for v in vs if math.isfinite(v)] for rate, vs in points.items()}
             _line(axes, number, name, finite)
-        axes.set_xscale("log")
-        axes.set_xlabel("learning rate")
+        _rate_axis(axes, [rate for by_rate in lines.values() for rate in by_rate])
     grid[0].set_ylabel("training loss, last tenth")
     return _with_legend(figure, grid[0], len(lines))
 
@@ -123,8 +138,7 @@ def _tuned(found: Outcome) -> Figure:
             losses = choice.losses if choice else {}
             points = {r: [v] if math.isfinite(v) else [] for r, v in losses.items()}
             _line(axes, number, arm, points)
-        axes.set_xscale("log")
-        axes.set_xlabel("learning rate")
+        _rate_axis(axes, [rate for choice in found.choices.values() for rate in choice.losses])
     grid[0].set_ylabel("training loss, last tenth")
     return _with_legend(figure, grid[0], len(arms))
 
@@ -144,8 +158,7 @@ def _refreshes(found: Outcome) -> Figure | None:
                 for step, share in shares_between(run.folder).items():
                     shares.setdefault(step, []).append(share)
             _line(axes, number, arm, shares)
-        axes.set_xlabel("steps")
-        axes.set_ylim(0, 1)
+        _share_axis(axes)
     grid[0].set_ylabel("eigendecompositions / checks")
     return _with_legend(figure, grid[0], len(by_arm))
 
@@ -163,8 +176,7 @@ def _kinds(found: Outcome) -> Figure | None:
                 for step, share in shares_between(run.folder, kind).items():
                     shares.setdefault(step, []).append(share)
             _line(axes, number, kind, shares)
-        axes.set_xlabel("steps")
-        axes.set_ylim(0, 1)
+        _share_axis(axes)
     grid[0].set_ylabel("eigendecompositions / checks")
     return _with_legend(figure, grid[0], len(KINDS))
 
@@ -181,6 +193,7 @@ def _curves(found: Outcome, wanted: Curves) -> Figure | None:
                 for step, loss in loss_curve(run.folder, _WINDOW).items():
                     losses.setdefault(step, []).append(loss)
             _line(axes, number, arm, losses, each=False)
+        _later_axis(axes)
         axes.set_xlabel("steps")
     grid[0].set_ylabel("training loss")
     return _with_legend(figure, grid[0], len(wanted.arms))
@@ -189,31 +202,70 @@ def _curves(found: Outcome, wanted: Curves) -> Figure | None:
 def _line(
     axes: Any, number: int, name: str, points: Mapping[float, Sequence[float]], each: bool = True
 ) -> None:
-    """The mean over runs at each place, and with ``each`` a small mark for each run."""
+    """The mean over runs at each place, and with ``each`` a small mark for each run.
+
+    Without ``each`` places are many, and some alone are marked.
+    """
     known = {place: values for place, values in points.items() if values}
     style: dict[str, Any] = {"color": "0.0" if number % 2 == 0 else "0.45"}
     marker = MARKERS[number % len(MARKERS)]
     axes.plot(
         list(known), [stat.fmean(values) for values in known.values()], marker=marker,
         markersize=4, markerfacecolor="white", linestyle=STYLES[number % len(STYLES)],
-        linewidth=1.2, label=name, **style,
+        markevery=None if each else (number % _MARKED, _MARKED),
+        linewidth=1.2, label=name, clip_on=not each, **style,
     )  # fmt: skip
     for place, values in known.items() if each else ():
-        axes.plot([place] * len(values), values, marker, markersize=2, linestyle="none", **style)
+        axes.plot(
+            [place] * len(values), values, marker, markersize=2, linestyle="none", clip_on=False,
+            **style,
+        )  # fmt: skip
+
+
+def _rate_axis(axes: Any, rates: Sequence[float]) -> None:
+    """Logarithmic; a tick at each rate while they have room, else at powers of ten."""
+    from matplotlib.ticker import NullFormatter
+
+    axes.set_xscale("log")
+    shown = sorted(set(rates))
+    if len(shown) <= _TICKS:
+        axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("learning rate")
+
+
+def _share_axis(axes: Any) -> None:
+    axes.set_xlabel("steps")
+    axes.set_ylim(0, 1)
+
+
+def _later_axis(axes: Any) -> None:
+    """The vertical axis of what comes after the first steep part of the curves."""
+    points = [point for line in axes.get_lines() for point in line.get_xydata()]
+    last = max((step for step, _ in points), default=0.0)
+    later = [value for step, value in points if step > LATER * last]
+    if later and min(later) < max(later):
+        margin = 0.06 * (max(later) - min(later))
+        axes.set_ylim(min(later) - margin, max(later) + margin)
 
 
 def _panels(minis: Sequence[str], lines: int) -> tuple[Figure, Sequence[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 2.4 + 0.18 * lines), dpi=DPI)
+    figure = Figure(figsize=(WIDTH, 2.4 + _legend_height(lines)), dpi=DPI)
     grid = figure.subplots(1, len(minis), squeeze=False)[0]
     for mini, axes in zip(minis, grid, strict=True):
         axes.set_title(mini, loc="left")
     return figure, grid
 
 
+def _legend_height(lines: int) -> float:
+    """Inches below the panels."""
+    return 0.18 * -(-lines // _ABREAST) + 0.05
+
+
 def _with_legend(figure: Figure, axes: Any, lines: int) -> Figure:
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower left", ncols=1, handlelength=4)
-    height = figure.get_figheight()
-    figure.tight_layout(rect=(0, (0.18 * lines + 0.05) / height, 1, 1))
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="lower left", ncols=_ABREAST, handlelength=4)
+    figure.tight_layout(rect=(0, _legend_height(lines) / figure.get_figheight(), 1, 1))
     return figure

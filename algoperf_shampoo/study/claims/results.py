@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,17 @@ from algoperf_shampoo.study.claims.statistics import STATISTICS, of_run
 from algoperf_shampoo.study.claims.tuning import Choice, Place
 from algoperf_shampoo.study.study import Job, Study
 
+NOT_RUN = "not run"
+"""Instead of a verdict, where no run of a claim's arms is done."""
+
 
 @dataclass(frozen=True)
 class Run:
     """One run of a study of claims that is done: where, and the numbers that claims are about.
 
     ``values`` by statistic, ``math.inf`` where not finite. ``wall`` is seconds, evaluations
-    included and the start of the process not; None where the log does not say.
+    included and the start of the process not; None where the log does not say. ``sources``: sha256
+    of what makes its curve, by name.
     """
 
     arm: str
@@ -38,6 +44,7 @@ class Run:
     diverged: bool
     point: Mapping[str, Any]
     session: Mapping[str, Any]
+    sources: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -140,14 +147,21 @@ def text(found: Outcome) -> list[str]:
     return [*lines, *found.problems]
 
 
-def markdown(found: Outcome, root: Path) -> str:
-    """The outcome as a page: a row a claim, hypotheses, the means of every arm, and the paper's
-    Table 2; ``root`` is the repository."""
+def markdown(found: Outcome, root: Path, folder: Path) -> str:
+    """The outcome as a page: a row a claim, hypotheses, the means of every arm, each with a link to
+    its runs, where they ran, and the paper's Table 2.
+
+    Args:
+        root: the repository.
+        folder: that the page will lie in; links begin there.
+    """
     pairs = len(found.minis) * len(found.seeds)
     steps = sorted({run.steps for run in found.runs})
     lines = [f"# {found.declared.title}", ""]
     if found.quick:
         lines += ["**Quick: no verdicts.** It shows that the machinery runs, and nothing else.", ""]
+    if not found.runs:
+        lines += ["**Not run.** These claims are declared, and no run of them is done.", ""]
     lines += [
         f"{len(found.runs)} runs, seeds {', '.join(map(str, found.seeds))}, "
         f"{' and '.join(map(str, steps)) or 'no'} steps. Written by `make claims"
@@ -183,25 +197,17 @@ def markdown(found: Outcome, root: Path) -> str:
         "Hypotheses:",
         "",
         *(f"- {claim.name}: {claim.hypothesis}" for claim in found.declared.claims),
-        "",
-        "Means over seeds:",
-        "",
-        "| arm | statistic | " + " | ".join(found.minis) + " |",
-        "| --- | --- |" + " --- |" * len(found.minis),
     ]
-    for arm, names in statistics_by_arm(found.declared.claims).items():
-        lines += [
-            f"| {arm} | {name} | "
-            + " | ".join(_mean(found.runs, arm, mini, name) for mini in found.minis)
-            + " |"
-            for name in names
-        ]
+    if found.runs:
+        lines += ["", "Means over seeds:", "", *_means_table(found, folder)]
     verdicts = {one.claim.name: _verdict(found, i) for i, one in enumerate(found.evidence)}
     verdicts |= {c.name: f"waits for {', '.join(c.waits_for)}" for c in _waiting(found)}
     if found.choices:
         seeds = ", ".join(map(str, found.declared.tuning_seeds))
         lines += ["", f"Learning rates, chosen on seeds {seeds}:", ""]
         lines += tuning.table(found.choices, _number)
+    if found.runs:
+        lines += ["", *_machines_table(found.runs)]
     if table2.speaks_of(verdicts):
         lines += ["", "The paper's Table 2:", "", *table2.markdown(verdicts, root)]
     lines += ["", *(f"- {problem}" for problem in found.problems)]
@@ -210,28 +216,31 @@ def markdown(found: Outcome, root: Path) -> str:
 
 def to_json(found: Outcome, root: Path) -> str:
     """The outcome with the numbers of every run; what is not finite is null."""
-    first = found.runs[0].session if found.runs else {}
     claims = []
     for index, one in enumerate(found.evidence):
         entry: dict[str, Any] = {
             "name": one.claim.name,
             "parts": [part.text() for part in one.claim.parts],
-            "effects": [dict(effects) for effects in one.effects],
+            "effects": [
+                {mini: None if e is None else _rounded(e) for mini, e in effects.items()}
+                for effects in one.effects
+            ],
             "pairs": one.pairs,
             "wanted": one.wanted,
             "not_finite": one.spoiled,
         }
         if not found.quick:
-            verdict = found.verdicts[index]
-            entry |= {"p": one.p, "corrected": verdict.corrected, "verdict": verdict.verdict}
+            corrected = found.verdicts[index].corrected
+            entry |= {"p": one.p, "corrected": corrected, "verdict": _verdict(found, index)}
         claims.append(entry)
     content = {
         "title": found.declared.title,
         "quick": found.quick,
         "seeds": list(found.seeds),
-        "git_commit_hash": first.get("git_commit_hash"),
-        "cpu_model_name": first.get("cpu_model_name"),
-        "packages": first.get("packages"),
+        "machines": [
+            {"runs": count, **dict(zip(_MACHINE, machine, strict=True))}
+            for machine, count in machines(found.runs)
+        ],
         "least_p": rule.least_p(len(found.minis) * len(found.seeds)),
         "claims": claims,
         "tuning_seeds": list(found.declared.tuning_seeds),
@@ -266,6 +275,45 @@ def to_json(found: Outcome, root: Path) -> str:
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
+_MACHINE = ("cpu", "cores", "torch", "python", "commit", "dirty", "optimizer", "workloads")
+
+
+def machines(runs: Sequence[Run]) -> list[tuple[tuple[Any, ...], int]]:
+    """Where runs were made and from which sources, :data:`_MACHINE`, each with the number of runs.
+
+    ``dirty``: whether the commit that was found there is not what ran; the sha256 of the sources
+    say what did.
+    """
+    counts: Counter[tuple[Any, ...]] = Counter()
+    for run in {run.folder: run for run in runs}.values():
+        packages = run.session.get("packages", {})
+        known = [run.session.get(f"cpu_{name}") for name in ("model_name", "count")]
+        known += [packages.get("torch"), run.session.get("python_version")]
+        known += [run.session.get(f"git_{name}") for name in ("commit_hash", "dirty")]
+        counts[(*known, *(run.sources.get(name) for name in _MACHINE[-2:]))] += 1
+    return counts.most_common()
+
+
+def _machines_table(runs: Sequence[Run]) -> list[str]:
+    lines = [
+        "Where the runs were made, with the commit found there (dirty: not what ran) and the "
+        "beginning of the sha256 of the sources:",
+        "",
+        "| runs | " + " | ".join(name for name in _MACHINE if name != "dirty") + " |",
+        "| --- |" + " --- |" * (len(_MACHINE) - 1),
+    ]
+    for (cpu, cores, torch, python, commit, dirty, *sources), count in machines(runs):
+        state = f"{str(commit)[:7]}{', dirty' * bool(dirty)}"
+        cells = [count, cpu, cores, torch, python, state, *(str(s)[:12] for s in sources)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _rounded(value: float) -> float:
+    """To nine digits: logarithms differ in their last bit from one C library to another."""
+    return float(f"{value:.9g}")
+
+
 def logs_name(path: Path, root: Path) -> str:
     """A folder below ``root`` by its path from there, another one by its last four names."""
     inside = path.is_relative_to(root)
@@ -289,6 +337,7 @@ def _run(arm: str, mini: str, job: Job, trial: logs.Trial, names: Sequence[str])
         diverged=trial.diverged,
         point=job.run.hparams,
         session=record["sessions"][-1],
+        sources=record["identity"]["source_sha256"],
     )
 
 
@@ -297,9 +346,11 @@ def _waiting(found: Outcome) -> list[Claim]:
 
 
 def _verdict(found: Outcome, index: int) -> str:
-    if not found.quick:
-        return found.verdicts[index].verdict
     one = found.evidence[index]
+    if not found.quick:
+        arms = {arm for part in one.claim.parts for arm in part.arms}
+        begun = any(run.arm in arms for run in found.runs)
+        return found.verdicts[index].verdict if begun else NOT_RUN
     return "quick, no verdict" + (f": {one.pairs} of {one.wanted} pairs" * (one.pairs < one.wanted))
 
 
@@ -313,14 +364,29 @@ def _effects(part: Part, effects: Mapping[str, float | None]) -> str:
     return ", ".join(f"{mini} {effect}" for mini, effect in shown.items())
 
 
-def _mean(runs: Sequence[Run], arm: str, mini: str, name: str) -> str:
-    values = [r.values[name] for r in runs if (r.arm, r.mini) == (arm, mini)]
-    if not values:
+def _means_table(found: Outcome, folder: Path) -> list[str]:
+    lines = [
+        "| arm | statistic | " + " | ".join(found.minis) + " |",
+        "| --- | --- |" + " --- |" * len(found.minis),
+    ]
+    for arm, names in statistics_by_arm(found.declared.claims).items():
+        for name in names:
+            means = (_mean(found, arm, mini, name, folder) for mini in found.minis)
+            lines.append(f"| {arm} | {name} | {' | '.join(means)} |")
+    return lines
+
+
+def _mean(found: Outcome, arm: str, mini: str, name: str, folder: Path) -> str:
+    """``0.4983 (n = 8)``, the number of runs as a link to their folder; of a quick study, whose
+    runs are not for keeping, without one."""
+    own = [r for r in found.runs if (r.arm, r.mini) == (arm, mini)]
+    if not own:
         return "-"
+    values = [r.values[name] for r in own]
+    there = os.path.relpath(own[0].folder.parents[2], folder)  # label / seed / workload / trial
+    count = f"n = {len(values)}" if found.quick else f"[n = {len(values)}](<{there}>)"
     bad = sum(not math.isfinite(v) for v in values)
-    if bad:
-        return f"{bad} of {len(values)} not finite"
-    return f"{statistics.fmean(values):.4f} (n = {len(values)})"
+    return f"{f'{bad} not finite' if bad else f'{statistics.fmean(values):.4f}'} ({count})"
 
 
 def _number(value: float | None) -> str:

@@ -58,14 +58,14 @@ def test_from_folders_to_a_verdict(tmp_path):
             values = [float(row["loss"]) for row in csv.DictReader(losses)]
         assert run.values["loss"] == pytest.approx(math.fsum(values[36:]) / 4, rel=1e-15)
         assert run.steps == 40
-    page = results.markdown(found, ROOT)
+    page = results.markdown(found, ROOT, tmp_path)
     assert "| better | here | loss: rotated < adam |" in page and "supported |" in page
     assert "| later | here | | | | | | waits for a variant |" in page
     record = json.loads(results.to_json(found, ROOT))
     assert record["claims"][0]["verdict"] == "supported" and len(record["runs"]) == 12
     quick = results.outcome(declared, made, quick=True)
-    assert quick.verdicts == () and "no verdict" in results.markdown(quick, ROOT)
-    assert "supported" not in results.markdown(quick, ROOT) + results.to_json(quick, ROOT)
+    assert quick.verdicts == () and "no verdict" in results.markdown(quick, ROOT, tmp_path)
+    assert "supported" not in results.markdown(quick, ROOT, tmp_path) + results.to_json(quick, ROOT)
 
 
 def test_figures_on_the_papers_axes(tmp_path):

@@ -94,7 +94,7 @@ def test_rates_are_chosen_as_soon_as_their_runs_are_done(tmp_path, monkeypatch):
     assert {j.run.run_dir for j in again.study.jobs} == {j.run.run_dir for j in followed}
     found = results.outcome(again.declared, again.study, False, again.choices)
     assert len(found.runs) == 12 and found.verdicts[0].verdict == rule.CONTRADICTED
-    page, record = results.markdown(found, ROOT), json.loads(results.to_json(found, ROOT))
+    page, record = results.markdown(found, ROOT, tmp_path), json.loads(results.to_json(found, ROOT))
     assert "Learning rates, chosen on seeds 7, 8:" in page and "| adam | fastmri | 0.05 |" in page
     assert "Table 2" not in page and record["rates"][0]["losses"].keys() == {"0.0001", "0.05"}
     header = "global_step,"
