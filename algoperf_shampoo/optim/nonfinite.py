@@ -78,9 +78,9 @@ class Guard:
             return []
         bad = set()
         for stack in self._on_host:
-            tops = stack.g.flatten(1).abs().amax(1).tolist()
-            for member, top in zip(stack.members, tops, strict=True):
-                if present[member.param] and not top < BOUND[stack.dtype]:
+            row_absmax = stack.g.flatten(1).abs().amax(1).tolist()
+            for member, absmax in zip(stack.members, row_absmax, strict=True):
+                if present[member.param] and not absmax < BOUND[stack.dtype]:
                     bad.add(member.param)
         return sorted(bad)
 

@@ -100,7 +100,7 @@ CASES = [
     ),
     ("outer", AVERAGE, dict(ALIGN_D=4), tiles.OUTER, False),
     ("matvec", {}, dict(B_ROWS=True, ALIGN_K=4), tiles.VECTOR, False),
-    ("tops", {}, dict(SIZE=tiles.ENTRIES, ALIGN=4), {}, False),
+    ("row_absmax", {}, dict(SIZE=tiles.ENTRIES, ALIGN=4), {}, False),
     ("limits", dict.fromkeys(("first", "second"), "fp32"), dict(SIZE=128), {}, False),
     (
         "adam",
@@ -144,9 +144,11 @@ def stack_bytes(kernel, folder):
 
 
 ADDRESSES = {"addresses": "*i64", "pieces": "*i64", "tiles": "*i64", "buffer": "*fp32"}
-COUNTS = dict.fromkeys(("first", "row_of", "tops", "bad_rows", "bad_params", "counts"), "*i32")
+COUNTS = dict.fromkeys(
+    ("first", "row_of", "row_absmax", "bad_rows", "bad_params", "counts"), "*i32"
+)
 WITHOUT_TABLES = {
-    "gather": ({**ADDRESSES, "tops": "*i32"}, dict(SIZE=4096, MEASURE=True)),
+    "gather": ({**ADDRESSES, "row_absmax": "*i32"}, dict(SIZE=4096, MEASURE=True)),
     "scatter": (
         {**ADDRESSES, "lr_ptr": "*fp32", "weight_decay": "fp32", "bad": "*i32"},
         dict(SIZE=4096),

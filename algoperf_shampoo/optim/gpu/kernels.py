@@ -11,8 +11,8 @@ a b = low high + high low + high high (Ootomo and Yokota 2022, arXiv:2203.03341)
 entries down to 2^-17 of the largest exact to 22 bits, and what is smaller to 2^-39 of the largest.
 Tensor cores round sums towards zero, so sums over k leave them after every BK entries.
 
-The largest absolute entry of every row of a stack ("top") is kept as the bits of a float32: bits of
-non-negative numbers are ordered as the numbers are, nan above all, so that an integer atomic
+The largest absolute entry of every row of a stack ("absmax") is kept as the bits of a float32: bits
+of non-negative numbers are ordered as the numbers are, nan above all, so that an integer atomic
 maximum works, and its result does not depend on the order.
 """
 
@@ -25,9 +25,9 @@ WORDS = tl.constexpr(18)
 
 
 @triton.jit
-def _exponent(top):
-    """e such that top * 2^e is in [2^14, 2^15), within what leaves 2^-e a normal number."""
-    e = 14 + 127 - (top.to(tl.int32, bitcast=True) >> 23)
+def _exponent(absmax):
+    """e such that absmax * 2^e is in [2^14, 2^15), within what leaves 2^-e a normal number."""
+    e = 14 + 127 - (absmax.to(tl.int32, bitcast=True) >> 23)
     return tl.minimum(tl.maximum(e, -126), 126)
 
 
@@ -49,15 +49,15 @@ def _float_pointer(word):
 
 @triton.jit
 def _load_of_row(word, row):
-    """One number of a row (its top, say), given the address of all rows' in a table."""
+    """One number of a row (its absmax, say), given the address of all rows' in a table."""
     return tl.load(tl.load(word).to(tl.pointer_type(tl.float32)) + row)
 
 
 @triton.jit
 def _raise_top(word, row, values):
-    """Let the top at a table's address know of some values."""
-    top = tl.max(tl.max(tl.abs(values).to(tl.int32, bitcast=True), 1), 0)
-    tl.atomic_max(tl.load(word).to(tl.pointer_type(tl.int32)) + row, top)
+    """Let the absmax at a table's address know of some values."""
+    absmax = tl.max(tl.max(tl.abs(values).to(tl.int32, bitcast=True), 1), 0)
+    tl.atomic_max(tl.load(word).to(tl.pointer_type(tl.int32)) + row, absmax)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def product(
     """c[row] = A[row] B[row], A [M, K], B [K, N], c [rows, M, N].
 
     a is A' [rows, K, M], or A with A_ROWS; b is B [rows, K, N], or B' with B_ROWS. BETWEEN: a is
-    [rows, M / post, K, post], and c likewise with N. Group: a, b, c, tops of a, of b, of c, M, N,
+    [rows, M / post, K, post], and c likewise with N. Group: a, b, c, absmax of a, of b, of c, M, N,
     K, post. Tile: group, row, first m, first n. SPLIT: float32 accuracy, else inputs of 11 bits.
     """
     tile = tiles + tl.program_id(0) * 4
@@ -172,7 +172,7 @@ def matvec(
     BK: tl.constexpr,
     ALIGN_K: tl.constexpr,
 ):
-    """:func:`product` for M = 1 and N = K, in float32: a [rows, K], c [rows, K]; tops of a and b
+    """:func:`product` for M = 1 and N = K, in float32: a [rows, K], c [rows, K]; absmax of a and b
     are not read."""
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
@@ -217,10 +217,10 @@ def gram(
 ):
     """factor <- beta factor + weight X X', one triangle computed and mirrored.
 
-    x is X [rows, d, K], or X' [rows, K, d] with COLUMNS. Group: x, factor, top of x, d, K, marks of
-    bad rows, scales, top of scales. Tile: group, row, first row, first column <= first row, first
-    k, last k + 1. IN_PIECES: X X' over the tile's k goes to ``partial_ptr`` [tiles, S, S] instead.
-    MEAN: divided by K. SCALED: column k of X is multiplied by scales [rows, K] first.
+    x is X [rows, d, K], or X' [rows, K, d] with COLUMNS. Group: x, factor, absmax of x, d, K, marks
+    of bad rows, scales, absmax of scales. Tile: group, row, first row, first column <= first row,
+    first k, last k + 1. IN_PIECES: X X' over the tile's k goes to ``partial_ptr`` [tiles, S, S]
+    instead. MEAN: divided by K. SCALED: column k of X is multiplied by scales [rows, K] first.
     """
     tile = tiles + tl.program_id(0) * 6
     group = groups + tl.load(tile) * WORDS
@@ -232,11 +232,11 @@ def gram(
     d = tl.multiple_of(tl.load(group + 3).to(tl.int32), ALIGN_D)
     K = tl.multiple_of(tl.load(group + 4).to(tl.int32), ALIGN_K)
     x = _float_pointer(group) + row * d * K
-    top = _load_of_row(group + 2, row)
+    absmax = _load_of_row(group + 2, row)
     if SCALED:
-        top *= _load_of_row(group + 7, row)
+        absmax *= _load_of_row(group + 7, row)
         scales = tl.load(group + 6).to(tl.pointer_type(tl.float32)) + row * K
-    e = _exponent(top)
+    e = _exponent(absmax)
     scale = _power(e)
     r = i + tl.arange(0, S)
     c = j + tl.arange(0, S)
@@ -318,8 +318,8 @@ def outer(groups, tiles, beta, weight, S: tl.constexpr, ALIGN_D: tl.constexpr):
 
 
 @triton.jit
-def tops(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
-    """The top of every row. Group: x, top, entries a row. Tile: group, row, first entry."""
+def row_absmax(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
+    """The absmax of every row. Group: x, absmax, entries a row. Tile: group, row, first entry."""
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
@@ -330,15 +330,15 @@ def tops(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def judge(first, row_of, tops, bad_rows, bad_params, counts, count, bound):
-    """Mark the parameters whose gradients have a top >= bound (bits of a float32), and their rows,
-    and count them; see :class:`..nonfinite.Marks`. One program a parameter."""
+def judge(first, row_of, row_absmax, bad_rows, bad_params, counts, count, bound):
+    """Mark the parameters whose gradients have an absmax >= bound (bits of a float32), and their
+    rows, and count them; see :class:`..nonfinite.Marks`. One program a parameter."""
     param = tl.program_id(0)
     start, stop = tl.load(first + param), tl.load(first + param + 1)
-    top = tl.load(tops + tl.load(row_of + start))
+    absmax = tl.load(row_absmax + tl.load(row_of + start))
     for k in range(start + 1, stop):
-        top = tl.maximum(top, tl.load(tops + tl.load(row_of + k)))
-    bad = (top >= bound).to(tl.int32)
+        absmax = tl.maximum(absmax, tl.load(row_absmax + tl.load(row_of + k)))
+    bad = (absmax >= bound).to(tl.int32)
     for k in range(start, stop):
         tl.store(bad_rows + tl.load(row_of + k), bad)
     tl.store(bad_params + param, bad)
@@ -383,10 +383,10 @@ def adam(
 ):
     """Both moments, and Adam's direction in place of x; see :func:`..arithmetic.adam_`.
 
-    rest1, rest2: 1 - beta1, 1 - beta2, which in float32 would be off by 1e-5. Group: x, m, v, top
-    of the direction, 1 - beta1^t and 1 - beta2^t (one a row), entries a row, marks of bad rows,
-    which keep their moments and get the direction 0, limits of noise (:func:`limits`; 0: none),
-    factors of the direction. Tile: group, row, first entry.
+    rest1, rest2: 1 - beta1, 1 - beta2, which in float32 would be off by 1e-5. Group: x, m, v,
+    absmax of the direction, 1 - beta1^t and 1 - beta2^t (one a row), entries a row, marks of bad
+    rows, which keep their moments and get the direction 0, limits of noise (:func:`limits`; 0:
+    none), factors of the direction. Tile: group, row, first entry.
     """
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
@@ -451,8 +451,8 @@ def criterion(
 
 
 @triton.jit
-def gather(addresses, pieces, tiles, buffer, tops, SIZE: tl.constexpr, MEASURE: tl.constexpr):
-    """Gradients into the buffer, and the tops of its rows; see :mod:`.transfer`."""
+def gather(addresses, pieces, tiles, buffer, row_absmax, SIZE: tl.constexpr, MEASURE: tl.constexpr):
+    """Gradients into the buffer, and the absmax of its rows; see :mod:`.transfer`."""
     piece = pieces + tl.load(tiles + 2 * tl.program_id(0)) * 7
     k = tl.load(tiles + 2 * tl.program_id(0) + 1).to(tl.int32) + tl.arange(0, SIZE)
     run = tl.load(piece + 3).to(tl.int32)
@@ -462,8 +462,8 @@ def gather(addresses, pieces, tiles, buffer, tops, SIZE: tl.constexpr, MEASURE: 
     source += tl.load(piece + 1) + row * tl.load(piece + 4) + (k - row * run)
     x = tl.load(source, mask=mask, other=0.0)
     if MEASURE:
-        top = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0)
-        tl.atomic_max(tops + tl.load(piece + 6), top)
+        absmax = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0)
+        tl.atomic_max(row_absmax + tl.load(piece + 6), absmax)
     tl.store(buffer + tl.load(piece + 2) + k, x, mask=mask)
 
 

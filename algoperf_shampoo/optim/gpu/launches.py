@@ -70,7 +70,7 @@ class KernelLaunches:
         }
         count = self._own = sum(len(s) for s in stacks)
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
-        # The largest absolute entry of every row ("top" in the kernels): of `g` and every work
+        # The largest absolute entry of every row: of `g` and every work
         # buffer; of state that is rotated; and a place for those that nobody will ask for.
         buffers = 1 + max(len(s.work) for s in stacks)
         rows = count + sum(len(s) for s in others)
@@ -297,7 +297,7 @@ class KernelLaunches:
                 [x.tensor.data_ptr(), self._absmax_of(s, x).data_ptr(), math.prod(s.shape)]
                 for s, x in zip(stacks, xs, strict=True)
             ]
-            return self._elementwise(self._kernels.tops, stacks, groups, 2)
+            return self._elementwise(self._kernels.row_absmax, stacks, groups, 2)
 
         self._clear_absmax(stacks, xs)
         for launch in self._known("row absmax", stacks, xs, build):
@@ -318,7 +318,7 @@ class KernelLaunches:
                 for (s, mode), absmax in zip(modes, found, strict=True)
             ]
             rows = [s for s, _ in modes]
-            return self._elementwise(self._kernels.tops, rows, groups, 2)
+            return self._elementwise(self._kernels.row_absmax, rows, groups, 2)
 
         torch._foreach_zero_(found)
         for launch in self._known("operators", stacks, (), build):

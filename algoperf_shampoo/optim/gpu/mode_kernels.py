@@ -39,8 +39,8 @@ def _product_of_modes(word, row, k, ORDER: tl.constexpr):
 
 @triton.jit
 def inverse_sqrts(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
-    """lambda^-1/2, and the top of every row. Group: lambda, result, top, d, limit (the bits of a
-    float32). Tile: group, row, first entry."""
+    """lambda^-1/2, and the absmax of every row. Group: lambda, result, absmax, d, limit (the bits
+    of a float32). Tile: group, row, first entry."""
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
     row = tl.load(tile + 1).to(tl.int64)
@@ -55,7 +55,7 @@ def inverse_sqrts(groups, tiles, SIZE: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def scales(groups, tiles, ORDER: tl.constexpr, SIZE: tl.constexpr, ALIGN: tl.constexpr):
-    """The products of the entries of some modes' vectors. Group: result [rows, size], its top,
+    """The products of the entries of some modes' vectors. Group: result [rows, size], its absmax,
     size, then per mode as :func:`_product_of_modes`. Tile: group, row, first entry."""
     tile = tiles + tl.program_id(0) * 4
     group = groups + tl.load(tile) * WORDS
@@ -162,7 +162,7 @@ def momentum(
     """The moment m learns x, and x <- factor m s / (1 + eps s), s the product of the entries of the
     modes' vectors; without LEARNS x itself stands for m.
 
-    Group: x, m, top of the result, entries a row, marks of bad rows, which keep their moment and
+    Group: x, m, absmax of the result, entries a row, marks of bad rows, which keep their moment and
     get 0, factors (one a row), then per mode as :func:`_product_of_modes`. Tile: group, row, first
     entry.
     """

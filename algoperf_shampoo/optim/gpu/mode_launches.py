@@ -26,7 +26,7 @@ class Scales:
     """Vectors of all modes of all stacks, and what follows from them, always at one address.
 
     Attributes:
-        vectors: [B, d_i] of each stack and mode; tops: their row maxima, int32 [B].
+        vectors: [B, d_i] of each stack and mode; row_absmax: their row maxima, int32 [B].
         others: per stack and mode the products of the entries of all other modes' vectors, as
             many as the mode's matricization has columns, and their row maxima: views of the above
             for matrices, ones for vectors.
@@ -42,17 +42,17 @@ class Scales:
         }
         counts = [len(s) for s in stacks for _ in s.shape]
         counts += [len(s) for s in stacks if len(s.shape) != 2 for _ in s.shape]
-        self.all_tops = torch.zeros(sum(counts), dtype=torch.int32, device=device)
-        tops = iter(self.all_tops.split(counts))
-        self.tops = {id(s): [next(tops) for _ in s.shape] for s in stacks}
+        self.all_row_absmax = torch.zeros(sum(counts), dtype=torch.int32, device=device)
+        row_absmax = iter(self.all_row_absmax.split(counts))
+        self.row_absmax = {id(s): [next(row_absmax) for _ in s.shape] for s in stacks}
         self.others: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for s in stacks:
-            mine, maxima = self.vectors[id(s)], self.tops[id(s)]
+            mine, maxima = self.vectors[id(s)], self.row_absmax[id(s)]
             if len(s.shape) == 2:
                 self.others[id(s)] = [(mine[1], maxima[1]), (mine[0], maxima[0])]
             else:
                 self.others[id(s)] = [
-                    (torch.ones(len(s), math.prod(s.shape) // d, device=device), next(tops))
+                    (torch.ones(len(s), math.prod(s.shape) // d, device=device), next(row_absmax))
                     for d in s.shape
                 ]
 
@@ -82,7 +82,7 @@ class ModeLaunches(KernelLaunches):
                 [
                     vectors.vectors[number][mode].data_ptr(),
                     scales.vectors[id(s)][mode].data_ptr(),
-                    scales.tops[id(s)][mode].data_ptr(),
+                    scales.row_absmax[id(s)][mode].data_ptr(),
                     s.shape[mode],
                     _bits(limit(s.shape[mode])),
                 ]
@@ -94,7 +94,7 @@ class ModeLaunches(KernelLaunches):
             return calls + self._products_of_others(scales, stacks)
 
         def run() -> None:
-            scales.all_tops.zero_()
+            scales.all_row_absmax.zero_()
             key = tuple([v.data_ptr() for mine in vectors.vectors for v in mine])
             for launch in self._known(("inverse sqrt", key), stacks, (), build):
                 launch()
@@ -121,15 +121,15 @@ class ModeLaunches(KernelLaunches):
             groups = [
                 [
                     scales.vectors[id(s)][mode].data_ptr(),
-                    scales.tops[id(s)][mode].data_ptr(),
+                    scales.row_absmax[id(s)][mode].data_ptr(),
                     s.shape[mode],
                 ]
                 for _, s, mode in modes
             ]
-            calls = self._elementwise(self._kernels.tops, [s for _, s, _ in modes], groups, 2)
+            calls = self._elementwise(self._kernels.row_absmax, [s for _, s, _ in modes], groups, 2)
             return calls + self._products_of_others(scales, stacks)
 
-        scales.all_tops.zero_()
+        scales.all_row_absmax.zero_()
         for launch in self._known("given scales", stacks, (), build):
             launch()
         return GIVEN
@@ -145,12 +145,12 @@ class ModeLaunches(KernelLaunches):
         for order in sorted({len(s.shape) for s in stacks} - {2}):
             groups, rows = [], []
             for _, s, mode in _modes([s for s in stacks if len(s.shape) == order]):
-                to, top = scales.others[id(s)][mode]
+                to, absmax = scales.others[id(s)][mode]
                 rest = [i for i in range(order) if i != mode]
                 groups.append(
                     [
                         to.data_ptr(),
-                        top.data_ptr(),
+                        absmax.data_ptr(),
                         to.shape[1],
                         *self._words_of_modes(s, scales, rest),
                     ]
