@@ -213,7 +213,7 @@ def _line(
         list(known), [stat.fmean(values) for values in known.values()], marker=marker,
         markersize=4, markerfacecolor="white", linestyle=STYLES[number % len(STYLES)],
         markevery=None if each else (number % _MARKED, _MARKED),
-        linewidth=1.2, label=name, clip_on=not each, **style,
+        linewidth=1.2, label=name, clip_on=not (each and known), **style,
     )  # fmt: skip
     for place, values in known.items() if each else ():
         axes.plot(

@@ -105,6 +105,22 @@ def test_figures_on_the_papers_axes(tmp_path):
     assert "learning rate" in drawn["claims_rates"].files["svg"].decode()
 
 
+def test_axes_are_readable():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    left, right, curves = Figure().subplots(1, 3)
+    figures._rate_axis(left, [0.008, 0.002, 0.004, 0.004])
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["0.002", "0.004", "0.008"]
+    figures._rate_axis(right, [10.0**-power for power in range(5)])
+    assert len(right.get_xticks()) != 5  # too many for labels of their own
+    # The first tenth of the steps is 30 times as high as what the figure is about.
+    figures._line(curves, 0, "one", {10.0: [30.0], 50.0: [1.0], 100.0: [0.5]}, each=False)
+    figures._later_axis(curves)
+    low, high = curves.get_ylim()
+    assert 0.4 < low < 0.5 and 1.0 < high < 1.1
+
+
 def test_curves_and_kinds_of_factors_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     arms = {"one": {"variant": "eshampoo_adaptive", "F": 7, "tau": 0.1}}
