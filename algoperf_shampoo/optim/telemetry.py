@@ -166,7 +166,7 @@ class Telemetry:
 
     def gather(self, group: dist.ProcessGroup | None) -> None:
         """Called by every rank at evaluations: where ranks share the factors, what they have found
-        comes to rank 0 here. Replicas have all of it, and nothing moves."""
+        comes to rank 0 here, after a host read. Replicas have all of it, and nothing moves."""
         if group is None or not self.shared:
             return
         self._read()
@@ -175,7 +175,8 @@ class Telemetry:
         dist.all_gather_object(everyone, mine, group=group)
         self._rows = []
         if dist.get_rank(group) == 0:
-            self._rows = [row for rows, _ in everyone for row in rows]
+            # Factors of a group that is not shared come from every rank.
+            self._rows = list(dict(pair for rows, _ in everyone for pair in rows).items())
             self._elsewhere = {k: v for _, state in everyone for k, v in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
