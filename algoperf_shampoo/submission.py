@@ -300,6 +300,8 @@ class Submission:
         metrics["learning_rate"] = float(optimizer.param_groups[0]["lr"])
         if _checkpoint_follows():  # written by rank 0 alone
             optimizer.gather_state(to=0)
+        else:
+            optimizer.gather_counters()
         if optimizer.rule.has_factors:
             sets = list(optimizer.factor_sets(everywhere=True))
             for name in ("checks", "refreshes", "failures"):

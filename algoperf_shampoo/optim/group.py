@@ -103,12 +103,13 @@ def lay_out(
         lambda s: rule.work_buffers_of(len(s.shape)),
         lambda s: rule_of(s.shape).vectors,
     )
-    kinds = {(s.device, s.dtype) for s in layout.everywhere} if layout.stacks else set()
+    kinds = {(s.device, s.dtype) for s in layout.everywhere}
     recorder = by_kernels = None
     if len(kinds) == 1:
         ((device, dtype),) = kinds
         if device.type == "cuda":
-            recorder = Recorder(device, cuda_graph, journal)
+            # A rank without blocks has nothing to record, but changes parameters as the others do.
+            recorder = Recorder(device, cuda_graph and bool(layout.stacks), journal)
             if gpu.multiplies(dtype, device):
                 by_kernels = TritonOperations(layout.stacks, journal.once, layout.others)
                 layout.row_absmax = by_kernels.row_absmax_of_gradients

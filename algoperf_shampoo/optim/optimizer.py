@@ -39,7 +39,8 @@ class Step:
         number, options, group: which group.
         h: hyperparameters.
         present: which parameters have a gradient; fit: those among them that learn.
-        rows: id(stack) -> rows that learn; due: id(stack) -> rows whose factors are checked.
+        rows: id(stack) -> rows that learn; due: id(stack) -> rows whose factors are checked, of
+            other ranks' stacks too: all ranks know of every check.
         ops, run: what computes, and what runs or replays its sections.
         gathered: whether ``g`` holds the gradients.
         worst: the most bad gradients in a row, where that was looked at.
@@ -114,6 +115,8 @@ class PreconditionedOptimizer(Reports):
     ) -> None:
         if sharding not in CHOICES:
             raise ValueError(f"sharding must be one of {', '.join(CHOICES)}, got {sharding!r}")
+        if process_group is not None and dist.get_rank(process_group) < 0:
+            raise ValueError("process_group: this process is not one of it")
         defaults = {"rule": type(self).__name__, **defaults}
         settings.check(defaults)
         self.rule = rule
@@ -266,9 +269,11 @@ class PreconditionedOptimizer(Reports):
         counted = {id(s): s.rows(present) for s in layout.everywhere} if bad else rows
         self._once(number, "count", _count, group, counted, present, bad)
         frequency = options.get("precondition_frequency", 1)
-        due = {id(s): s.due(counted[id(s)], frequency) for s in group.with_factors}
+        with_factors = [s for s in layout.everywhere if s.factors]
+        due = {id(s): s.due(counted[id(s)], frequency) for s in with_factors}
+        checked = any(due.values())
         if (last := options.get("freeze_after")) is not None:
-            for s in group.with_factors:
+            for s in with_factors:
                 due[id(s)] = [r for r in due[id(s)] if s.steps[r] <= last]
         run: Run = directly_run
         ops = group.by_torch
@@ -276,9 +281,7 @@ class PreconditionedOptimizer(Reports):
             h, run = group.recorder.begin(layout, h)
             ops = group.by_kernels or ops
         step = Step(number, options, group, h, present, fit, rows, due, ops, run, gathered)
-        step.checked = self.process_group is not None and any(
-            s.due(counted[id(s)], frequency) for s in layout.everywhere if s.factors
-        )
+        step.checked = checked and self.process_group is not None
         if gathered:
             ops.gradients_gathered(layout.stacks, layout.measured)
         return step
@@ -322,7 +325,8 @@ class PreconditionedOptimizer(Reports):
             for row in rows[id(stack)]:
                 stack.ready[row] = True
         if group.shard.shared:
-            agree_on_ready(group.layout, group.shard)
+            with self._journal.shared():
+                ops.once(agree_on_ready, group.layout, group.shard)
         group.state.publish()
 
     def _statistics(self, step: Step) -> None:
@@ -380,8 +384,9 @@ class PreconditionedOptimizer(Reports):
         if step.checked and self.process_group is not None:
             step.gather_again()
             # Once: the others do so once.
-            layout, group = step.group.layout, self.process_group
-            self._once(step.number, "compare", self._comparison.gradients, layout, group)
+            arguments = step.group.layout, step.present, self.process_group
+            with self._journal.shared():
+                self._once(step.number, "compare", self._comparison.gradients, *arguments)
         if any(step.due.values()):
             overwritten, step.worst = self._once(step.number, "refresh", self._check, step)
             step.gathered = step.gathered and not overwritten

@@ -52,7 +52,7 @@ class Reports(Saving):
         """All factor sets that this rank keeps, for telemetry and tests.
 
         everywhere: and those of other ranks, whose counters are as of the last
-        :meth:`gather_state`, and whose tensors have no memory.
+        :meth:`gather_counters`, and whose tensors have no memory.
         """
         for group in self._groups:
             yield from group.factor_sets

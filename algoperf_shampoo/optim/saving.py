@@ -15,8 +15,9 @@ from . import settings
 from .blocks.state_dict import GroupState, copy_of
 from .group import Group
 from .journal import Journal
+from .options import Sharding
 from .replicas import Replicas
-from .sharding import Comparison, gather_state
+from .sharding import Comparison, gather_counters, gather_state
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class Saving(torch.optim.Optimizer):
     """A torch.optim.Optimizer whose state stands in groups."""
 
     process_group: dist.ProcessGroup | None
+    sharding: Sharding = "off"  # of pickles that know of none
     _comparison: Comparison
     _fixed: tuple[str, ...]
     _groups: list[Group]
@@ -69,8 +71,14 @@ class Saving(torch.optim.Optimizer):
         """Where ranks share the work: what the others keep comes to rank ``to`` of the process
         group (or to all), in host memory, so that :meth:`state_dict` there is complete until the
         next step. All ranks must call it, with the same ``to``; nothing happens where none share.
+
+        Raises:
+            RuntimeError: the last step failed half-way. ValueError: there is no rank ``to``.
         """
         self._journal.check_complete()
+        ranks = 1 if self.process_group is None else dist.get_world_size(self.process_group)
+        if to is not None and not 0 <= to < ranks:
+            raise ValueError(f"to must be a rank of the process group, at most {ranks - 1}: {to!r}")
         for group in self._groups:
             shard = group.shard
             if shard.shared:
@@ -78,6 +86,14 @@ class Saving(torch.optim.Optimizer):
                 gather_state(group.layout, group.factor_sets, state.others, shard, to)
                 if to is None or to == shard.rank:
                     state.gathered()
+
+    def gather_counters(self) -> None:
+        """Where ranks share the work: every one learns what the others' factor sets have counted,
+        which is all of :meth:`gather_state` that measurements need. All ranks must call it."""
+        for group in self._groups:
+            if group.shard.shared:
+                sets, others = group.factor_sets, group.state.others
+                gather_counters(group.layout, sets, others, group.shard)
 
     def _release(self) -> None:
         """A step begins: what was gathered is not true any more."""
@@ -139,7 +155,7 @@ class Saving(torch.optim.Optimizer):
         return {
             **super().__getstate__(),
             "state": dict(zip(params, entries, strict=True)),
-            **{name: self.__dict__[name] for name in PICKLED},
+            **{name: getattr(self, name) for name in PICKLED},
             "process_group": Replicas(self.process_group),
         }
 

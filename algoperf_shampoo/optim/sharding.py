@@ -12,6 +12,7 @@ gather all gradients, as a single one does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -40,6 +41,7 @@ COLLECTIVE_MS = 0.1
 WEIGHT_OF_ENTRIES = 0.25
 ROOM_MIB = 1024  # beyond it a refresh gains nothing
 PIECE_BYTES = 2**26  # of state sent at a time
+COLUMNS = 1009  # of sums that replicas are compared by; a prime, which no row of a matrix is
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def place(
         shapes: of all blocks of a parameter group, and whether they have factors.
         frequency: F.
     """
-    if group is None or sharding == "off" or (ranks := dist.get_world_size(group)) == 1:
+    if group is None or not shapes or sharding == "off":
+        return ALONE
+    if (ranks := dist.get_world_size(group)) == 1:
         return ALONE
     if sharding == "auto" and not pays(shapes, frequency, ranks):
         return ALONE
@@ -145,15 +149,16 @@ def _all_gather(to: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> No
 
 
 def agree_on_ready(layout: Layout, shard: Shard) -> None:
-    """Every rank knows which parameters all blocks of which are ready; waits for the device."""
+    """Every rank knows which parameters all blocks of which are ready, but for those without
+    factors, which never are; waits for the device."""
     ready = [1] * len(layout.params)
-    for stack in layout.stacks:
+    for stack in (s for s in layout.stacks if s.factors):
         for member, fine in zip(stack.members, stack.ready, strict=True):
             ready[member.param] &= fine
     flags = torch.tensor(ready, dtype=torch.int32, device=layout.params[0].device)
     dist.all_reduce(flags, dist.ReduceOp.MIN, group=shard.group)
     ready = flags.tolist()
-    for stack in layout.others:
+    for stack in (s for s in layout.others if s.factors):
         stack.ready = [bool(ready[m.param]) for m in stack.members]
 
 
@@ -174,15 +179,22 @@ def gather_state(
         to: rank that receives; None: all do.
     """
     for owner in range(shard.ranks):
-        mine = owner == shard.rank
         for stack in layout.everywhere:
             if stack.owner == owner:
                 for tensors, key in tensors_of(stack):
-                    if mine:
+                    if owner == shard.rank:
                         _send(tensors[key], to, shard)
                     elif to is None or to == shard.rank:
                         tensors[key] = _receive(stack, tensors[key], owner, to, shard)
-        _tell_counters(layout, sets if mine else others, owner, shard)
+    gather_counters(layout, sets, others, shard)
+
+
+def gather_counters(
+    layout: Layout, sets: Sequence[FactorSet], others: Sequence[FactorSet], shard: Shard
+) -> None:
+    """All ranks learn the counters of all blocks, and which are ready; waits for the device."""
+    for owner in range(shard.ranks):
+        _tell_counters(layout, sets if owner == shard.rank else others, owner, shard)
 
 
 def _pieces(x: Tensor) -> Iterable[Tensor]:
@@ -248,15 +260,20 @@ def _numel(shape: Sequence[int]) -> int:
 class Comparison:
     """Whether replicas saw the same gradients, and hold the same parameters, to the bit.
 
-    Gradients are compared where bases are checked, without waiting for the device.
+    Gradients are compared where bases are checked, without waiting for the device. What is between
+    blocks in the buffer, and of parameters without a gradient, is not: a refresh works there.
     """
 
     def __init__(self) -> None:
         self._differed: Tensor | None = None
 
-    def gradients(self, layout: Layout, group: dist.ProcessGroup) -> None:
-        """Compare those that are gathered: they are read once, 8 bytes a rank are sent."""
-        sums = [_bits(everything) for everything, _ in layout.shared]
+    def gradients(
+        self, layout: Layout, present: Sequence[bool], group: dist.ProcessGroup
+    ) -> None:
+        """Compare those that are gathered, of the parameters that are present: they are read once,
+        8 bytes a stack and rank are sent."""
+        stacks = sorted(layout.everywhere, key=lambda s: s.owner)  # as on every rank
+        sums = [_bits(_of_present(stack, present)) for stack in stacks]
         differ = _differ(sums, group).long()
         self._differed = differ if self._differed is None else self._differed + differ
 
@@ -268,13 +285,33 @@ class Comparison:
     @staticmethod
     def parameters(params: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
         """Whether parameters differ; waits for the device."""
-        return bool(_differ([_bits(p) for p in params], group))
+        return bool(params) and bool(_differ([_bits(p) for p in params], group))
+
+
+def _of_present(stack: Stack, present: Sequence[bool]) -> Tensor:
+    rows = stack.rows(present)
+    return stack.g if len(rows) == len(stack) else stack.g[rows]
 
 
 def _bits(x: Tensor) -> Tensor:
-    """The sum of the entries' bits as integers: exact, in whatever order it is taken."""
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.detach().contiguous().view(kinds[x.element_size()]).sum(dtype=torch.int64)
+    """A sum of the entries' bits as integers: exact, in whatever order it is taken.
+
+    Entries have the weights of their columns in rows of COLUMNS, so that two which are off by a bit
+    up and a bit down, or have changed places, do not cancel.
+    """
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = x.detach().contiguous().view(kinds[x.element_size()]).flatten()
+    whole = len(flat) // COLUMNS * COLUMNS
+    sums = flat[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64)
+    sums[: len(flat) - whole] += flat[whole:]
+    return sums.mul_(_weights(x.device)).sum()
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    """Int64 [COLUMNS], the same in every process; products and sums wrap around."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (COLUMNS,), generator=generator, device="cpu").to(device)
 
 
 def _differ(sums: Sequence[Tensor], group: dist.ProcessGroup) -> Tensor:

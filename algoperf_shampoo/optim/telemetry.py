@@ -170,14 +170,16 @@ class Telemetry:
         if group is None or not self.shared:
             return
         self._read()
-        mine = self._rows, self._own_state()
+        mine = self._rows, self._own_state(), self._sampled
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
         self._rows = []
+        # As after a resume from rank 0's state, which may have no factors.
+        self._sampled = max((at for _, _, at in everyone if at is not None), default=None)
         if dist.get_rank(group) == 0:
             # Factors of a group that is not shared come from every rank.
-            self._rows = list(dict(pair for rows, _ in everyone for pair in rows).items())
-            self._elsewhere = {k: v for _, state in everyone for k, v in state.items()}
+            self._rows = list(dict(pair for rows, _, _ in everyone for pair in rows).items())
+            self._elsewhere = {k: v for _, state, _ in everyone for k, v in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on with the same rows; those not yet asked for are not in it."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
+from algoperf_shampoo import submission
+from algoperf_shampoo.optim.blocks.memory import GRADIENT
 from algoperf_shampoo.optim.eigen import exact
+from algoperf_shampoo.optim.nonfinite import NonFiniteGradientError
+from algoperf_shampoo.optim.telemetry import Telemetry
 
 from .support import STARTS, make
 
@@ -142,15 +149,17 @@ def checkpointed(group, folder, flatten):
 
 
 def unequal(group, where):
-    """Gradients (or a parameter) of the last rank are off by one bit at one step."""
+    """Gradients (or a parameter) of the last rank are off at one step: by a bit in one entry, or up
+    in one entry and down in another."""
     params = parameters()
     optimizer = build(group, "eshampoo_fixed", params)
     found = []
     for t in range(1, 7):
         set_gradients(params, t)
         if t == 3 and dist.get_rank(group) == dist.get_world_size(group) - 1:
-            x = params[6].grad if where == "gradient" else params[6].data
+            x = params[6].data if where == "parameter" else params[6].grad
             x.view(torch.int32)[0, 0] += 1
+            x.view(torch.int32)[0, 1] -= int(where == "two entries")
         optimizer.step()
         if t % 3 == 0:
             found.append(optimizer.replicas_differ())
@@ -182,12 +191,12 @@ def _raise(a):
     raise MemoryError
 
 
-def stalled(group):
+def stalled(group, variant, frequency):
     """Rank 1 does not come; what the others say."""
     if dist.get_rank(group) == 1:
         return ""
     params = parameters()
-    optimizer = build(group, "eshampoo_fixed", params)
+    optimizer = build(group, variant, params, precondition_frequency=frequency)
     set_gradients(params, 1)
     said = []
     for _ in range(2):
@@ -196,3 +205,141 @@ def stalled(group):
         except RuntimeError as error:
             said.append(str(error))
     return said
+
+
+def odd_shapes(group, variant):
+    """Groups of no parameters, of one block, and of parameters with a block of one entry (which has
+    no factors) beside others: how far each went, and all that is counted."""
+    params = parameters(torch.float64, [(12, 12), (33,), (17, 17)])
+    start = [p.detach().clone() for p in params]
+    groups = [{"params": some} for some in ([], params[:1], [], params[1:])]
+    optimizer = build(group, variant, groups)
+    for t in range(1, 8):
+        set_gradients(params, t)
+        optimizer.step()
+    optimizer.gather_state()
+    moved = [float((p - s).norm().detach()) for p, s in zip(params, start, strict=True)]
+    counts = [
+        {k: int(x) for k, x in entry.items() if k == "step" or not isinstance(x, torch.Tensor)}
+        for entry in optimizer.state_dict()["state"].values()
+    ]
+    return moved, counts
+
+
+def always_bad(group):
+    """At a check, each of two gradients was bad: what is said. One block, so a rank has none."""
+    (param,) = params = parameters(shapes=[(12, 12)])
+    optimizer = build(
+        group, "eshampoo_fixed", params, precondition_frequency=2, nonfinite_limit=2
+    )
+    for _ in range(2):
+        param.grad = torch.full_like(param, torch.nan)
+        try:
+            optimizer.step()
+        except NonFiniteGradientError as error:
+            return str(error)
+    return ""
+
+
+def measured(group, checkpoint):
+    """The measurements of an evaluation that a checkpoint follows, or not."""
+    params = parameters()
+    optimizer = build(group, "eshampoo_fixed", params)
+    for t in range(1, 8):
+        set_gradients(params, t)
+        optimizer.step()
+    found = {}
+    workload = SimpleNamespace(
+        metrics_logger=SimpleNamespace(append_scalar_metrics=lambda m, step: found.update(m))
+    )
+    state = {"optimizer": optimizer, "monitor": submission.Monitor()}
+    before = submission._checkpoint_follows
+    submission._checkpoint_follows = lambda: checkpoint
+    try:
+        submission.Submission(None, ()).prepare_for_eval(
+            workload, None, None, None, None, None, state, [], 7, None
+        )
+    finally:
+        submission._checkpoint_follows = before
+    return found
+
+
+def worked_in(group, sharding):
+    """Whether gradients are said to differ where what lies beside them does, as after a refresh."""
+    params = parameters()
+    optimizer = build(group, "eshampoo_fixed", params, sharding)
+    for t in range(1, 7):
+        set_gradients(params, t, "missing")
+        for x in optimizer._groups[0].layout.flat(GRADIENT):
+            x.fill_(dist.get_rank(group))
+        optimizer.step()
+    return optimizer.replicas_differ()
+
+
+def overflowing(group, saved):
+    """Step counts after a state is loaded that is finite in float64 alone, in one parameter."""
+    optimizer = build(group, "eshampoo_fixed", parameters())
+    state = copy.deepcopy(saved)
+    state["state"][0]["0.exp_avg"] = state["state"][0]["0.exp_avg"].double() + 1e300
+    optimizer.load_state_dict(state)
+    optimizer.gather_state()
+    return [int(entry["step"]) for entry in optimizer.state_dict()["state"].values()]
+
+
+def outside(group):
+    """What is said to a process that is not in the group, and to one that asks for no rank."""
+    some = dist.new_group([0])
+    said = []
+    for action in (
+        lambda: build(some, "eshampoo_fixed", parameters()),
+        lambda: build(group, "eshampoo_fixed", parameters()).gather_state(to=4),
+    ):
+        try:
+            action()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def fsdp(group):
+    """What is said to parameters of which each rank has a piece."""
+    said = []
+    for shard in (
+        lambda model: fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu")),
+        lambda model: FullyShardedDataParallel(model, group, device_id=torch.device("cpu")),
+        lambda model: FullyShardedDataParallel(
+            model, group, device_id=torch.device("cpu"), use_orig_params=True
+        ),
+    ):
+        model = shard(torch.nn.Linear(8, 8))
+        try:
+            build(group, "eshampoo_fixed", list(model.parameters()))
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def watched(group):
+    """Rows of telemetry at two evaluations, and with what rank 0 saved at the first one loaded by
+    all; how many checks of its own it had. The dearest block, rank 0's, never has a gradient."""
+    rows = []
+    for resumes in (False, True):
+        params = parameters(shapes=[(16, 16), (12, 12), (7, 7)])
+        optimizer = build(group, "eshampoo_fixed", params)
+        optimizer.telemetry = Telemetry(optimizer, every=5)
+        for t in range(1, 16):
+            set_gradients(params, t)
+            params[0].grad = None
+            optimizer.step()
+            if t == 9:
+                optimizer.telemetry.gather(group)
+                before = optimizer.telemetry.rows()
+                if resumes:
+                    saved = [optimizer.telemetry.state_dict()]
+                    dist.broadcast_object_list(saved, dist.get_global_rank(group, 0), group)
+                    optimizer.telemetry.load_state_dict(saved[0])
+        optimizer.telemetry.gather(group)
+        rows.append(before + optimizer.telemetry.rows())
+    return rows, sum(sum(s.checks) for s in optimizer.factor_sets())

@@ -281,28 +281,31 @@ def test_garbage_of_cusolver_keeps_the_old_basis(monkeypatch):
     assert all(p.isfinite().all() and p.abs().max() < 10 for p in params)
 
 
-def shared_by_kernels(group):
+def shared_by_kernels(group, shapes):
     """On every rank: steps by our kernels, two of them with a bad gradient; parameters, counts."""
     for name, tile in SMALL_TILES.items():
         setattr(tiles, name, tile)
-    params = parameters(DEVICE)
+    params = parameters(DEVICE, shapes)
     more = {} if group is None else {"process_group": group, "sharding": "on"}
     optimizer = on_device(make("eshampoo_fixed", params, **limits("eshampoo_fixed"), **more))
     for t in range(1, 9):
-        give(params, t, (0,) if t == 3 else (2,) if t == 6 else ())
+        give(params, t, (0,) if t == 3 else (len(shapes) // 2,) if t == 6 else ())
         optimizer.step()
     return [p.detach().clone() for p in params], optimizer.skipped_gradients()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="without GPUs for two ranks: TRITON_INTERPRET=1")
 def test_ranks_that_share_the_work_see_bad_gradients_of_others():
-    alone, counted = shared_by_kernels(None)
+    """And one that keeps no block goes by the kernels that the others go by."""
     ranks = Ranks(2)
     try:
-        (one, skipped), (two, again) = ranks(2, shared_by_kernels)
+        for shapes in (SHAPES, SHAPES[:1]):
+            alone, counted = shared_by_kernels(None, shapes)
+            (one, skipped), (two, again) = ranks(2, shared_by_kernels, shapes)
+            bad = {0: Skipped(1, 0), 2: Skipped(1, 0)} if len(shapes) > 1 else {0: Skipped(2, 0)}
+            assert skipped == again == counted == bad
+            for x, y, z in zip(one, two, alone, strict=True):
+                assert torch.equal(x, y)
+                torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-6)
     finally:
         ranks.close()
-    assert skipped == again == counted == {0: Skipped(1, 0), 2: Skipped(1, 0)}
-    for x, y, z in zip(one, two, alone, strict=True):
-        assert torch.equal(x, y)
-        torch.testing.assert_close(x, z, rtol=1e-5, atol=1e-6)

@@ -116,10 +116,75 @@ def test_a_distributed_checkpoint_continues_to_the_bit(ranks, tmp_path, flatten)
         assert same(saved, unbroken)
 
 
-@pytest.mark.parametrize("where", ["gradient", "parameter"])
+@pytest.mark.parametrize("where", ["gradient", "two entries", "parameter"])
 def test_replicas_that_part_are_noticed(ranks, where):
+    wanted = [(0, True), (0, True)] if where == "parameter" else [(1, False), (0, False)]
     for found in ranks(3, sharded.unequal, where):
-        assert found == [(1, False), (0, False)] if where == "gradient" else [(0, True), (0, True)]
+        assert found == wanted
+
+
+@pytest.mark.parametrize("sharding_", ["on", "off"])
+def test_what_a_refresh_leaves_beside_gradients_is_not_compared(ranks, sharding_):
+    assert ranks(2, sharded.worked_in, sharding_) == [(0, False)] * 2
+
+
+@pytest.mark.parametrize("variant", ["eshampoo_adaptive", "kl_shampoo"])
+def test_groups_of_no_parameters_and_blocks_without_factors(ranks, variant):
+    moved, counts = sharded.odd_shapes(None, variant)
+    assert all(x > 0 for x in moved) and all(entry["step"] >= 6 for entry in counts)
+    for n in (2, 4):
+        for mine, counted in ranks(n, sharded.odd_shapes, variant):
+            assert mine == pytest.approx(moved, rel=0.5)
+            assert counted == counts
+
+
+def test_all_ranks_stop_for_bad_gradients_at_the_same_step(ranks):
+    for said in ranks(2, sharded.always_bad):
+        assert "in so many steps in a row: parameter 0 2 (of 2 in all)" in said
+
+
+def test_measurements_count_all_factors_whether_a_checkpoint_follows_or_not(ranks):
+    alone = sharded.measured(None, True)
+    assert alone["eigenbasis_refreshes"] > 0
+    for checkpoint in (True, False):
+        for found in ranks(2, sharded.measured, checkpoint):
+            assert {k: found[k] for k in alone} == alone
+
+
+def test_a_state_that_overflows_starts_anew_on_all_ranks(ranks):
+    saved = ranks(1, sharded.train, "eshampoo_fixed", 4, "", torch.float32)[0]["state"]
+    for steps in ranks(3, sharded.overflowing, saved):
+        assert steps == [0, *[4] * (len(steps) - 1)]
+
+
+def test_a_process_outside_its_group_and_a_rank_that_is_not_there_are_refused(ranks):
+    for rank, (outside, nobody) in enumerate(ranks(4, sharded.outside)):
+        assert outside == ("process_group: this process is not one of it" if rank else "")
+        assert nobody == "to must be a rank of the process group, at most 3: 4"
+
+
+def test_pieces_of_parameters_are_refused_with_what_to_do(ranks):
+    for said in ranks(2, sharded.fsdp):
+        assert len(said) == 3
+        for text in said:
+            assert text.startswith("parameter 0 is sharded (by FSDP, or a DTensor)")
+            assert text.endswith("give process_group, whose ranks share the optimizer's state")
+
+
+def test_telemetry_goes_on_where_the_rank_that_saves_it_has_checked_nothing(ranks):
+    (alone, _), *_ = ranks(1, sharded.watched)
+    (found, checks), *_ = ranks(3, sharded.watched)
+    assert checks == 0
+    assert found[0] == found[1] == alone[0]
+
+
+def test_a_pickle_of_before_ranks_shared_the_work_loads():
+    optimizer = EShampoo([torch.nn.Parameter(torch.ones(3, 3))])
+    state = optimizer.__getstate__()
+    del state["sharding"]
+    again = EShampoo.__new__(EShampoo)
+    again.__setstate__(state)
+    assert again.sharding == "off" and same(again.state_dict(), optimizer.state_dict())
 
 
 def test_a_rank_whose_step_failed_steps_again_and_the_others_wait(ranks):
@@ -155,10 +220,12 @@ def test_owners_are_balanced(ranks_):
 
 
 def test_a_stalled_rank_ends_the_others_within_the_time_of_the_group():
-    ranks = Ranks(2, timeout=3)
+    """Where updates are exchanged, gradients compared, and readiness is told."""
+    ranks = Ranks(4, timeout=2)
     try:
-        said, _ = ranks(2, sharded.stalled)
-        assert "load_state_dict() with a saved state" in said[1]
+        for n, variant, frequency in ((2, "shampoo", 3), (3, "shampoo", 1), (4, "kl_shampoo", 3)):
+            said, *_ = ranks(n, sharded.stalled, variant, frequency)
+            assert "load_state_dict() with a saved state" in said[1]
     finally:
         ranks.close()
 

@@ -142,7 +142,7 @@ class GroupState:
                 if name != "step" and isinstance(x, Tensor):
                     value = _tensor_like(where, found, name, x)
                     if self._is_elsewhere(param, name):
-                        elsewhere.append((param, value))
+                        elsewhere.append((param, value.to(x.dtype)))
                     else:
                         tensors.append((x, value))
             for j, (stack, row) in enumerate(rows):

@@ -100,6 +100,8 @@ class Recorder:
     def _write(self, layout: Layout, h: Hyper) -> None:
         assert self._lr is not None and self._corrections is not None
         self._fill(0, self._lr, float(h.lr))
+        if not layout.stacks:
+            return
         step = layout.stacks[0].steps[0]
         if all(stack.steps.count(step) == len(stack) for stack in layout.stacks):
             self._fill(1, self._of_rows[0], 1 - h.beta1**step)
@@ -120,7 +122,7 @@ class Recorder:
             self._filled[number] = value
 
     def _allocate(self, layout: Layout) -> None:
-        first = layout.stacks[0]
+        first = layout.everywhere[0]
         make = functools.partial(torch.zeros, dtype=first.dtype, device=first.device)
         self._lr, self._corrections = make(()), make(2, sum(len(s) for s in layout.stacks))
         self._of_rows = self._corrections.unbind()

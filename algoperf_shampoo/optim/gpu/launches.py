@@ -48,7 +48,7 @@ class KernelLaunches:
     to know of them beside their entries is here, by the number of the buffer: no two have the same.
 
     Args:
-        stacks: all stacks there will be.
+        stacks: all stacks there will be; none where all blocks are other ranks'.
         once: see :mod:`..journal`.
         others: those of other ranks' blocks. Tiles are chosen by all of them, so that a block's
             numbers do not depend on who computes them.
@@ -60,7 +60,8 @@ class KernelLaunches:
     def __init__(
         self, stacks: Sequence[Stack], once: Once = directly, others: Sequence[Stack] = ()
     ) -> None:
-        self.once, self._first, self._device = once, stacks[0], stacks[0].device
+        self._first = (*stacks, *others)[0]
+        self.once, self._device = once, self._first.device
         self._kernels: Any = triton_kernels()
         assert self._kernels is not None
         self._small = sum(s.numel for s in (*stacks, *others)) < tiles.SMALL_MODEL
@@ -72,7 +73,7 @@ class KernelLaunches:
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
         # The largest absolute entry of every row: of `g` and every work
         # buffer; of state that is rotated; and a place for those that nobody will ask for.
-        buffers = 1 + max(len(s.work) for s in stacks)
+        buffers = 1 + max((len(s.work) for s in stacks), default=0)
         rows = count + sum(len(s) for s in others)
         self._absmax = torch.zeros(buffers + 2, rows, dtype=torch.int32, device=self._device)
         # Limits of noise, see :mod:`..noise`, and those that nothing is below.

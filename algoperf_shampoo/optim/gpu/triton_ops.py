@@ -67,7 +67,7 @@ class TritonOperations(Operations):
         return places
 
     def gradients_gathered(self, stacks: Sequence[Stack], measured: bool = False) -> None:
-        if not measured:
+        if not measured and stacks:
             self._kernels.measure(stacks, [self.buffers(s)[GRADIENT] for s in stacks])
 
     def judge(self, guard: Guard, present: Sequence[bool]) -> None:
