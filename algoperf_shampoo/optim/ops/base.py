@@ -60,7 +60,7 @@ class Operations(ModeOperations):
         self.once = once
         self._buffers: dict[int, list[Place]] = {}
         self._given = 0
-        self._rotations: dict[Hashable, Rotation] = {}
+        self._rotations: dict[Hashable, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._grams: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
         self._watches: dict[tuple[int, ...], noise.Watch] = {}
         self._watched: tuple[int, ...] = ()
@@ -191,14 +191,18 @@ class Operations(ModeOperations):
         self, stack: Stack, place: Place, skip: int | None, only: int | None, back: bool
     ) -> Place:
         """The products of all modes but ``skip``, or of one; where their result is."""
+        if not stack.based:
+            return place
+        everywhere = skip is None and only is None
+        if everywhere and stack.work:
+            place.absmax_known = False
+            return self._to_and_fro(stack, place, back)
         modes = modes_of(stack, skip, only)
-        if not stack.based or modes is None:
+        if modes is None:
             return place
         place.absmax_known = False
-        if skip is None and only is None and stack.work:
-            return self._to_and_fro(stack, place, back)
         y = place.tensor
-        if skip is None and only is None:
+        if everywhere:
             y = (linalg.rotate_back if back else linalg.rotate)(y, stack.operators)
         else:
             for mode in modes:
@@ -211,9 +215,11 @@ class Operations(ModeOperations):
         """One product a mode between two buffers; the result is in the other one or the first."""
         other = self._memory(stack, place)
         key = id(stack), place.number, other.number, back
-        if key not in self._rotations:
-            self._rotations[key] = Rotation(stack, place.tensor, other.tensor, back)
-        self._rotations[key]()
+        products = self._rotations.get(key)
+        if products is None:
+            products = self._rotations[key] = _products(stack, place.tensor, other.tensor, back)
+        for a, q, out in products:
+            torch.bmm(a, q, out=out)
         other.holder, other.absmax_known = None, False
         return place if len(stack.shape) % 2 == 0 else other
 
@@ -442,20 +448,18 @@ class Operations(ModeOperations):
         return self._grams[key]
 
 
-class Rotation:
-    """The products that rotate a stack (or turn it back), each contracting the leading mode and
-    appending it at the back (see :func:`.linalg.rotate`); to and fro between two buffers."""
-
-    def __init__(self, stack: Stack, source: Tensor, target: Tensor, back: bool) -> None:
-        self._products = []
-        for d, q in zip(stack.shape, stack.operators, strict=True):
-            a, out = source.view(len(stack), d, -1).mT, target.view(len(stack), -1, d)
-            self._products.append((a, q.mT if back else q, out))
-            source, target = target, source
-
-    def __call__(self) -> None:
-        for a, q, out in self._products:
-            torch.bmm(a, q, out=out)
+def _products(
+    stack: Stack, source: Tensor, target: Tensor, back: bool
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(A, Q, out) of the products that rotate a stack (or turn it back), each contracting the
+    leading mode and appending it at the back (see :func:`.linalg.rotate`); to and fro between two
+    buffers."""
+    products = []
+    for d, q in zip(stack.shape, stack.operators, strict=True):
+        a, out = source.view(len(stack), d, -1).mT, target.view(len(stack), -1, d)
+        products.append((a, q.mT if back else q, out))
+        source, target = target, source
+    return products
 
 
 def _age(place: Place) -> tuple[int, int]:
