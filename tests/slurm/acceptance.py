@@ -195,7 +195,7 @@ def done(runs: list[RunSpec]) -> bool:
 
 
 def memory(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if "memory" in line.lower()]
+    return [line for line in log.read_text().splitlines() if "memory limit" in line]
 
 
 def curve(run_dir: Path) -> tuple[str, list[tuple[str, str]], int]:
@@ -239,6 +239,12 @@ def main() -> int:
             }
     result["runs"] = compared
     result["slurm"] = ask("sbatch", "--version").strip()
+    result["commit"] = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
     good = (
         result["a second make study submits nothing"]
         and len(result["preempted"]) == 1
