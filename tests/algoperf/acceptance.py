@@ -14,7 +14,9 @@ are recorded from AlgoPerf's pipeline, and then, on the same batches, those of `
   rounding alone does to a run. Eigenvectors of a singular factor are arbitrary in its null space,
   so from the first refresh on it does much, and equal gradients are what a comparison needs.
 
-The first three must end with the parameters of the unbroken run, to the bit.
+The first three must end with the parameters of the unbroken run, to the bit. With ``--sharding=on``
+the two processes share the optimizer's work; one process, whose stacks are larger, then rounds
+otherwise, so leave it out of ``--runs``.
 
 With ``--exported`` every run is of the exported submission. With ``--ruleset=self`` it is the
 self-tuning export, its point built in, under ``--tuning_ruleset=self`` and without a search space.
@@ -94,6 +96,8 @@ class Case:
             point["precondition_frequency"] = args.frequency
         if args.tau is not None and "tau" in point:
             point["tau"] = args.tau
+        if args.sharding and "max_preconditioner_dim" in point:
+            point["sharding"] = args.sharding
         self.space = self.work / "space.json"
         self.space.write_text(json.dumps([point]))
         self.point = point
@@ -409,6 +413,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--frequency", type=int, default=5)
     parser.add_argument("--tau", type=float)
+    parser.add_argument("--sharding", choices=("auto", "on", "off"), help="of the point")
     parser.add_argument("--runs", default="two_resumed,exported_resumed,one_resumed")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--prefix", default="", help="of the names of the files in --out")
