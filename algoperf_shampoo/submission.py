@@ -219,6 +219,9 @@ class Submission:
             ValueError: see :meth:`point`.
         """
         point = self.point(hyperparameters)
+        if hasattr(point, "sharding") and _flag("skip_evals", False) and _checkpoint_follows():
+            # AlgoPerf saves one at the end, on rank 0 alone: nobody calls prepare_for_eval first.
+            point = point._replace(sharding="off")
         optimizer = self.make_optimizer(list(model_params.parameters()), point, _process_group())
         total = point.step_hint_factor * workload.step_hint
         for name in ("tau_switch", "freeze_after"):
@@ -407,10 +410,15 @@ def _watch(
 
 def _checkpoint_follows() -> bool:
     """Whether the harness saves a checkpoint after an evaluation: AlgoPerf's may be told not to."""
+    return _flag("save_checkpoints", True)
+
+
+def _flag(name: str, default: bool) -> bool:
+    """Of AlgoPerf's harness."""
     flags = getattr(sys.modules.get("absl.flags"), "FLAGS", None)
     if flags is None or not flags.is_parsed():
-        return True
-    return bool(getattr(flags, "save_checkpoints", True))
+        return default
+    return bool(getattr(flags, name, default))
 
 
 def _process_group() -> dist.ProcessGroup | None:

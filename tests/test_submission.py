@@ -1,8 +1,12 @@
 """AlgoPerf's functions as we write them: schedule, loss under several processes, errors."""
 
 import collections
+import json
 import os
 import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +15,10 @@ import torch.multiprocessing as mp
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from algoperf_shampoo import submission
+from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.optim import EShampoo
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_schedule_is_the_submissions_until_it_ends():
@@ -64,6 +71,24 @@ def test_a_point_built_in_is_the_only_one():
     own._last = (None, None)
     with pytest.raises(ValueError, match="epsilon is 0"):
         own.init_optimizer_state(None, torch.nn.Linear(1, 1), None, None, None)
+
+
+@pytest.mark.parametrize("skip, save, wanted", [
+    (False, True, "on"), (False, False, "on"), (True, False, "on"), (True, True, "off"),
+])  # fmt: skip
+def test_nothing_is_shared_where_a_checkpoint_comes_without_an_evaluation(
+    monkeypatch, skip, save, wanted
+):
+    flags = SimpleNamespace(is_parsed=lambda: True, skip_evals=skip, save_checkpoints=save)
+    monkeypatch.setitem(sys.modules, "absl.flags", SimpleNamespace(FLAGS=flags))
+    variant = submission_loader.import_module(ROOT, "eshampoo_fixed")
+    own = variant.init_optimizer_state.__self__
+    given = json.loads((ROOT / "search_spaces/mini/eshampoo_fixed.json").read_text())[0]
+    monkeypatch.setattr(own, "built_in", {**given, "sharding": "on"})
+    monkeypatch.setattr(own, "_last", (None, None))
+    workload = SimpleNamespace(step_hint=10)
+    state = own.init_optimizer_state(workload, torch.nn.Linear(2, 2), None, None, None)
+    assert state["optimizer"].sharding == wanted
 
 
 def test_an_unknown_workload_is_a_value_error():

@@ -84,19 +84,30 @@ def place(
 def pays(
     shapes: Sequence[tuple[tuple[int, ...], bool]], frequency: int, ranks: int
 ) -> bool:
-    """Whether ranks save more per step than gathering the directions takes, by shapes alone."""
+    """Whether ranks save more per step than gathering the directions takes, by shapes alone.
+
+    The rank that keeps the dearest block does as much as that one takes, however many there are,
+    and what is gathered is as long as if all kept as much as the fullest.
+    """
     sizes: dict[int, int] = {}
-    flop = entries = 0
+    flop = entries = largest = cubes = dearest = 0
     for shape, has_factors in shapes:
         numel = _numel(shape)
         entries += numel
+        largest = max(largest, numel)
+        mine = sum(n**3 for n in shape) if has_factors else 0
+        cubes += mine
+        dearest = max(dearest, mine)
         for n in shape if has_factors else ():
             sizes[n] = sizes.get(n, 0) + 1
             flop += 3 * 2 * numel * n  # one Gram, to and fro
+    if not cubes:
+        return False
     refresh = sum(milliseconds(n, count) for n, count in sizes.items())
-    others = (ranks - 1) / ranks
-    saved = (refresh / frequency + flop / FLOP_PER_MS) * others
-    return saved > COLLECTIVE_MS + 4 * entries * others / BYTES_PER_MS
+    busiest = max(1 / ranks, dearest / cubes)
+    saved = (refresh / frequency + flop / FLOP_PER_MS) * (1 - busiest)
+    part = max(entries / ranks, largest)
+    return saved > COLLECTIVE_MS + 4 * part * (ranks - 1) / BYTES_PER_MS
 
 
 def owners(

@@ -206,6 +206,15 @@ def test_it_pays_by_shapes_alone():
     assert not sharding.pays([((384, 1024), False)] * 60, 1, 8)
 
 
+@pytest.mark.parametrize("n", [64, 1024, 8192])
+def test_one_block_or_one_far_larger_than_all_others_does_not_pay(n):
+    """Its owner has no less to do than it would have alone."""
+    rest = [((n // 16, n // 16), True)] * 40
+    for ranks_ in (2, 8, 64):
+        assert not sharding.pays([((n, n), True)], 1, ranks_)
+        assert not sharding.pays([((n, n), True), *rest], 100, 64)
+
+
 @pytest.mark.parametrize("ranks_", [1, 2, 3, 8, 64])
 def test_owners_are_balanced(ranks_):
     blocks = [b for shape in [(4096, 1024), (300, 70), (5000,), (64, 3)] for b in cut(shape, 512)]
