@@ -19,7 +19,7 @@ import pytest
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import submission_loader
-from algoperf_shampoo.study import export, logs, pull_request
+from algoperf_shampoo.study import export, logs, memory, pull_request
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = ROOT / "results" / "measured" / "mini" / "seeds"
@@ -65,7 +65,9 @@ def test_the_text_has_the_block_and_evidence_from_records(tmp_path: Path) -> Non
     assert "| fastmri | EShampoo (tau = 0.1, F = 50) | 5/5 | 2468 ± 145 | 10.81 ± 0.72 |" in text
     assert "| FastMRI | eshampoo_adaptive (" in text
     assert "eshampoo_fixed" not in evidence
-    assert "criteo1tb: 46.6 of 40 GiB" in text
+    point = json.loads((folder / export.RECORD).read_text())["point"]
+    for line in memory.preview(point):
+        assert f"- {line}" in text
 
 
 def test_full_runs_count_with_exactly_the_exported_point(tmp_path: Path) -> None:

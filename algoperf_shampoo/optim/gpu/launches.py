@@ -71,8 +71,7 @@ class KernelLaunches:
         }
         count = self._own = sum(len(s) for s in stacks)
         starts = [sum(len(s) for s in stacks[:i]) for i in range(len(stacks))]
-        # The largest absolute entry of every row: of `g` and every work
-        # buffer; of state that is rotated; and a place for those that nobody will ask for.
+        # Row maxima of `g`, every work buffer, state that is rotated, and what nobody asks for.
         buffers = 1 + max((len(s.work) for s in stacks), default=0)
         rows = count + sum(len(s) for s in others)
         self._absmax = torch.zeros(buffers + 2, rows, dtype=torch.int32, device=self._device)
