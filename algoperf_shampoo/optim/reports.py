@@ -42,11 +42,13 @@ class Reports(Saving):
 
     def replicas_differ(self) -> tuple[int, bool]:
         """At how many checks since the last call the replicas of ``process_group`` had other
-        gradients, by a bit, and whether their parameters differ now. All of them must call it."""
+        gradients, by a bit, and whether their parameters or step counts differ now (as when not all
+        have loaded a state). All of them must call it."""
         if self.process_group is None:
             return 0, False
-        params = [p for group in self._groups for p in group.layout.params]
-        return self._comparison.read(), Comparison.parameters(params, self.process_group)
+        held = [p for group in self._groups for p in group.layout.params]
+        held += [group.layout.step_counts for group in self._groups]
+        return self._comparison.read(), Comparison.held(held, self.process_group)
 
     def factor_sets(self, everywhere: bool = False) -> Iterable[FactorSet]:
         """All factor sets that this rank keeps, for telemetry and tests.

@@ -294,9 +294,9 @@ class Comparison:
         return 0 if count is None else int(count)
 
     @staticmethod
-    def parameters(params: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
-        """Whether parameters differ; waits for the device."""
-        return bool(params) and bool(_differ([_bits(p) for p in params], group))
+    def held(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> bool:
+        """Whether what all of them hold differs; waits for the device."""
+        return bool(_differ([_bits(x) for x in tensors], group))
 
 
 def _of_present(stack: Stack, present: Sequence[bool]) -> Tensor:

@@ -343,3 +343,14 @@ def watched(group):
         optimizer.telemetry.gather(group)
         rows.append(before + optimizer.telemetry.rows())
     return rows, sum(sum(s.checks) for s in optimizer.factor_sets())
+
+
+def loaded_by_one(group, saved):
+    """Whether replicas differ after a step, where the last rank alone has loaded a state."""
+    params = parameters()
+    optimizer = build(group, "eshampoo_fixed", params)
+    if dist.get_rank(group) == dist.get_world_size(group) - 1:
+        optimizer.load_state_dict(saved)
+    set_gradients(params, 1)
+    optimizer.step()
+    return optimizer.replicas_differ()

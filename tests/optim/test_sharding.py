@@ -123,6 +123,11 @@ def test_replicas_that_part_are_noticed(ranks, where):
         assert found == wanted
 
 
+def test_a_state_that_some_ranks_have_not_loaded_is_noticed(ranks):
+    saved = ranks(1, sharded.train, "eshampoo_fixed", 3, "", torch.float32)[0]["state"]
+    assert ranks(3, sharded.loaded_by_one, saved) == [(0, True)] * 3
+
+
 @pytest.mark.parametrize("sharding_", ["on", "off"])
 def test_what_a_refresh_leaves_beside_gradients_is_not_compared(ranks, sharding_):
     assert ranks(2, sharded.worked_in, sharding_) == [(0, False)] * 2
