@@ -24,7 +24,7 @@ from .options import Sharding
 from .refresh import refresh
 from .reports import Reports
 from .rule import Rule
-from .sharding import CHOICES, Comparison, agree_on_ready, exchange, roomier
+from .sharding import CHOICES, Comparison, exchange, roomier
 from .step import begin, by_tau, starting
 from .telemetry import Telemetry
 
@@ -44,7 +44,7 @@ class Step:
         ops, run: what computes, and what runs or replays its sections.
         gathered: whether ``g`` holds the gradients.
         worst: the most bad gradients in a row, where that was looked at.
-        checked: whether any rank checks a basis, and replicas compare gradients.
+        checked: whether replicas compare gradients.
     """
 
     number: int
@@ -195,6 +195,7 @@ class PreconditionedOptimizer(Reports):
             worst = [
                 self._step_group(number, here) for number, here in enumerate(present) if any(here)
             ]
+        self._comparison.steps += 1
         if self.telemetry is not None:
             self.telemetry.step += 1
         if any(worst):
@@ -271,7 +272,6 @@ class PreconditionedOptimizer(Reports):
         frequency = options.get("precondition_frequency", 1)
         with_factors = [s for s in layout.everywhere if s.factors]
         due = {id(s): s.due(counted[id(s)], frequency) for s in with_factors}
-        checked = any(due.values())
         if (last := options.get("freeze_after")) is not None:
             for s in with_factors:
                 due[id(s)] = [r for r in due[id(s)] if s.steps[r] <= last]
@@ -281,7 +281,8 @@ class PreconditionedOptimizer(Reports):
             h, run = group.recorder.begin(layout, h)
             ops = group.by_kernels or ops
         step = Step(number, options, group, h, present, fit, rows, due, ops, run, gathered)
-        step.checked = checked and self.process_group is not None
+        compares = self.process_group is not None and self._comparison.due(frequency)
+        step.checked = compares and bool(with_factors)
         if gathered:
             ops.gradients_gathered(layout.stacks, layout.measured)
         return step
@@ -298,10 +299,12 @@ class PreconditionedOptimizer(Reports):
         new = [starts and good for starts, good in zip(late, fit, strict=True)]
         group.by_torch.once(group.guard.count, new, [i for i in bad if late[i]])
         stacks = [s for rule, mine in group.rules if rule.starts for s in mine]
-        rows = {id(s): s.rows(new) for s in stacks}
+        # Of other ranks' too: every rank knows which start.
+        every = [*stacks, *(s for s in group.layout.others if s.factors)]
+        rows = {id(s): s.rows(new) for s in every}
         ops = group.by_torch
         ops.judge(group.guard, new)
-        for s in stacks:  # those with bad gradients start another time; the host asks, this once
+        for s in every:  # those with bad gradients start another time; the host asks, this once
             bad = s.bad.tolist() if s.bad is not None else [0] * len(s)
             rows[id(s)] = [r for r in rows[id(s)] if not bad[r]]
         ops.begin()
@@ -321,12 +324,9 @@ class PreconditionedOptimizer(Reports):
             first=True,
             telemetry=self.telemetry,
         )
-        for stack in stacks:
+        for stack in every:
             for row in rows[id(stack)]:
                 stack.ready[row] = True
-        if group.shard.shared:
-            with self._journal.shared():
-                ops.once(agree_on_ready, group.layout, group.shard)
         group.state.publish()
 
     def _statistics(self, step: Step) -> None:

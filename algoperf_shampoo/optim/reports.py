@@ -41,7 +41,7 @@ class Reports(Saving):
             )
 
     def replicas_differ(self) -> tuple[int, bool]:
-        """At how many checks since the last call the replicas of ``process_group`` had other
+        """At how many comparisons since the last call the replicas of ``process_group`` had other
         gradients, by a bit, and whether their parameters or step counts differ now (as when not all
         have loaded a state). All of them must call it."""
         if self.process_group is None:

@@ -134,6 +134,7 @@ class Saving(torch.optim.Optimizer):
         for load in loads:
             load()
         self._journal.replace()
+        self._comparison.steps = 0  # as on all ranks, though the last step failed on one alone
         for options, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             options.update({k: copy_of(v) for k, v in saved.items() if k != "params"})
         first = 0

@@ -159,20 +159,6 @@ def _all_gather(to: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> No
     gather(to, part, group=group)
 
 
-def agree_on_ready(layout: Layout, shard: Shard) -> None:
-    """Every rank knows which parameters all blocks of which are ready, but for those without
-    factors, which never are; waits for the device."""
-    ready = [1] * len(layout.params)
-    for stack in (s for s in layout.stacks if s.factors):
-        for member, fine in zip(stack.members, stack.ready, strict=True):
-            ready[member.param] &= fine
-    flags = torch.tensor(ready, dtype=torch.int32, device=layout.params[0].device)
-    dist.all_reduce(flags, dist.ReduceOp.MIN, group=shard.group)
-    ready = flags.tolist()
-    for stack in (s for s in layout.others if s.factors):
-        stack.ready = [bool(ready[m.param]) for m in stack.members]
-
-
 def gather_state(
     layout: Layout,
     sets: Sequence[FactorSet],
@@ -271,12 +257,20 @@ def _numel(shape: Sequence[int]) -> int:
 class Comparison:
     """Whether replicas saw the same gradients, and hold the same parameters, to the bit.
 
-    Gradients are compared where bases are checked, without waiting for the device. What is between
-    blocks in the buffer, and of parameters without a gradient, is not: a refresh works there.
+    Gradients are compared every F steps, without waiting for the device. What is between blocks in
+    the buffer, and of parameters without a gradient, is not: a refresh works there.
+
+    Attributes:
+        steps: taken in this process. Which these are must not depend on what may differ.
     """
 
     def __init__(self) -> None:
+        self.steps = 0
         self._differed: Tensor | None = None
+
+    def due(self, frequency: int) -> bool:
+        """Whether gradients are compared in the next step."""
+        return (self.steps + 1) % frequency == 0
 
     def gradients(
         self, layout: Layout, present: Sequence[bool], group: dist.ProcessGroup

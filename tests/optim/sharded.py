@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from algoperf_shampoo import submission
+from algoperf_shampoo.optim import optimizer as steps
 from algoperf_shampoo.optim.blocks.memory import GRADIENT
 from algoperf_shampoo.optim.eigen import exact
 from algoperf_shampoo.optim.nonfinite import NonFiniteGradientError
@@ -187,16 +188,16 @@ def failing(group):
     return ends
 
 
-def _raise(a):
+def _raise(*arguments, **more):
     raise MemoryError
 
 
-def stalled(group, variant, frequency):
+def stalled(group, frequency):
     """Rank 1 does not come; what the others say."""
     if dist.get_rank(group) == 1:
         return ""
     params = parameters()
-    optimizer = build(group, variant, params, precondition_frequency=frequency)
+    optimizer = build(group, "shampoo", params, precondition_frequency=frequency)
     set_gradients(params, 1)
     said = []
     for _ in range(2):
@@ -345,6 +346,29 @@ def watched(group):
     return rows, sum(sum(s.checks) for s in optimizer.factor_sets())
 
 
+def loaded_after_a_failure(group, saved):
+    """Whether replicas differ after a step that failed on one rank past the exchange, and a state
+    that all load then."""
+    params = parameters(torch.float64, SQUARE)
+    optimizer = build(group, "kl_shampoo", params)
+    for t in range(1, 9):
+        set_gradients(params, t)
+        if t == 4 and dist.get_rank(group) == 1:
+            before = steps.refresh
+            steps.refresh = _raise
+            try:
+                with contextlib.suppress(MemoryError):
+                    optimizer.step()
+            finally:
+                steps.refresh = before
+            assert optimizer._journal
+        else:
+            optimizer.step()
+        if t == 4:
+            optimizer.load_state_dict(saved)
+    return optimizer.replicas_differ()
+
+
 def loaded_by_one(group, saved):
     """Whether replicas differ after a step, where the last rank alone has loaded a state."""
     params = parameters()
@@ -353,4 +377,16 @@ def loaded_by_one(group, saved):
         optimizer.load_state_dict(saved)
     set_gradients(params, 1)
     optimizer.step()
+    return optimizer.replicas_differ()
+
+
+def lacking(group, variant, at):
+    """Whether replicas differ, where one lacks the gradient of a parameter at one step."""
+    params = parameters(torch.float64, SQUARE)
+    optimizer = build(group, variant, params)
+    for t in range(1, 8):
+        set_gradients(params, t)
+        if t == at and dist.get_rank(group) == 1:
+            params[1].grad = None
+        optimizer.step()
     return optimizer.replicas_differ()
