@@ -42,7 +42,8 @@ def row(record: dict[str, Any]) -> list[str]:
     ends = record["ends_as_the_unbroken_run_bitwise"]
     said = ", ".join(name if good else f"NOT {name}" for name, good in ends.items())
     losses = f"{first:.4g}, {last:.4g}"
-    names = record["variant"], record["workload"]
+    shared = ", sharding on" if record["point"].get("sharding") == "on" else ""
+    names = record["variant"] + shared, record["workload"]
     return [*names, losses, counts, said, record["commit"][:7]]
 
 
