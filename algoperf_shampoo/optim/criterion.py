@@ -17,7 +17,8 @@ from .ops.linalg import largest_entry, matmul_precision
 
 
 def relative_off_diagonal(a: Tensor, q: Tensor) -> Tensor:
-    """Left side of Eq. 11, ||Q'AQ - diag(Q'AQ)||_F / ||A||_F, for stacks: [N, n, n] x2 -> [N].
+    """Left side of Eq. 11, ||Q'AQ - diag(Q'AQ)||_F / ||A||_F, for stacks: [N, n, n] x2 -> [N];
+    :func:`.refresh.refresh` compares it with tau. ||Q'AQ||_F = ||A||_F for orthogonal Q.
 
     Uses ||Q'AQ - Lambda|| = ||AQ - Q Lambda|| with Lambda = diag(Q'AQ): one product instead of two,
     and no difference of two large norms (sqrt(|B|^2 - |diag B|^2) reads 0 for a true 1e-3 in

@@ -1,4 +1,7 @@
-"""Any rule's direction with the length of Adam's (Eq. 7), for ablations."""
+"""Any rule's direction with the length of Adam's (Eq. 7), for ablations.
+
+Algorithm 3 itself is :class:`.shampoo.GraftedShampoo`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """EShampoo with the paper's ablations, and with Algorithm 4: one tensor, float64, loops.
 
-In the style of :mod:`.reference`, whose docstring lists the paper's misprints. Source:
+In the style of :mod:`.reference`, which has Algorithm 2 itself and the list of misprints. Source:
 Eschenhagen et al., "Purifying Shampoo" (NeurIPS 2025).
 
 * :func:`warm_started_qr` is Algorithm 4, with its loop condition mended: iterate while Eq. 11

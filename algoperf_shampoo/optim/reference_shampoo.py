@@ -1,6 +1,7 @@
 """Shampoo without an eigenvalue correction, as the paper prints it: one tensor, float64, loops.
 
-In the style of :mod:`.reference`, whose docstring lists the paper's misprints. One class holds
+In the style of :mod:`.reference`, which has Shampoo with grafting (Algorithm 3) and lists the
+paper's misprints. One class holds
 three variants of "Purifying Shampoo" (Eschenhagen et al., NeurIPS 2025), which differ in
 exponent, scale and in when eigenvectors are computed:
 

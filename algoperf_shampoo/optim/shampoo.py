@@ -54,6 +54,7 @@ class _InverseRoots(Rule):
 class GraftedShampoo(_InverseRoots):
     """U = S ||A|| / (||S|| + 1e-16), S = L^-1/4 M^ R^-1/4, A = Adam's direction; norms per block.
 
+    Algorithm 3: L and R learn as in :meth:`.Rule.accumulate`, their roots are ``operator`` above.
     Pure Adam before the first roots.
     """
 
