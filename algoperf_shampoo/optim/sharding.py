@@ -13,6 +13,7 @@ gather all gradients, as a single one does.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -92,7 +93,7 @@ def pays(
     sizes: dict[int, int] = {}
     flop = entries = largest = cubes = dearest = 0
     for shape, has_factors in shapes:
-        numel = _numel(shape)
+        numel = math.prod(shape)
         entries += numel
         largest = max(largest, numel)
         mine = sum(n**3 for n in shape) if has_factors else 0
@@ -245,13 +246,6 @@ def _tell_counters(
 def _global(shard: Shard, rank: int) -> int:
     assert shard.group is not None
     return dist.get_global_rank(shard.group, rank)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    numel = 1
-    for n in shape:
-        numel *= n
-    return numel
 
 
 class Comparison:

@@ -15,20 +15,13 @@ from pathlib import Path
 import torch._dynamo  # noqa: F401  before the forks: torch.optim imports it
 
 from tests.faults.disks import Failing, standing_in
+from tests.faults.forks import fork
 from tests.harness import fakes
 
 
 def in_a_child(work: Callable[[], None]) -> int:
     """Call it in a forked process; its exit code, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
 
 
 def train(folder: Path, stand_in: Failing) -> None:

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from algoperf_shampoo.harness import checkpoint
 from algoperf_shampoo.optim import sharding
 from algoperf_shampoo.optim.journal import Journal
+from tests.faults.forks import fork
 from tests.optim.support import make
 
 VARIANTS = ("eshampoo_adaptive", "kl_shampoo")
@@ -52,19 +53,6 @@ class Points:
             return function(*arguments, **more)
 
         setattr(owner, name, counted)
-
-
-def fork(work: Callable[[], None]) -> int:
-    """Call it in a forked process, whose number is returned."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def together(

@@ -176,20 +176,27 @@ def failing(group):
         for t in range(1, 8):
             set_gradients(params, t)
             if fails and t == 3 and dist.get_rank(group) == 1:
-                before = exact.exact
-                exact.exact = _raise
-                try:
-                    with contextlib.suppress(MemoryError):
-                        optimizer.step()
-                finally:
-                    exact.exact = before
+                with _raising(exact, "exact"):
+                    optimizer.step()
             optimizer.step()
         ends.append([p.detach().clone() for p in params])
     return ends
 
 
-def _raise(*arguments, **more):
-    raise MemoryError
+@contextlib.contextmanager
+def _raising(module, name):
+    """A function of a module has no memory, and what is done meanwhile ends with that."""
+
+    def fail(*arguments, **more):
+        raise MemoryError
+
+    before = getattr(module, name)
+    setattr(module, name, fail)
+    try:
+        with contextlib.suppress(MemoryError):
+            yield
+    finally:
+        setattr(module, name, before)
 
 
 def stalled(group, frequency):
@@ -354,13 +361,8 @@ def loaded_after_a_failure(group, saved):
     for t in range(1, 9):
         set_gradients(params, t)
         if t == 4 and dist.get_rank(group) == 1:
-            before = steps.refresh
-            steps.refresh = _raise
-            try:
-                with contextlib.suppress(MemoryError):
-                    optimizer.step()
-            finally:
-                steps.refresh = before
+            with _raising(steps, "refresh"):
+                optimizer.step()
             assert optimizer._journal
         else:
             optimizer.step()
