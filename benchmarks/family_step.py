@@ -1,6 +1,7 @@
 """Time and memory of one step of every variant, and of SOAP's and KL-Shampoo's authors' code.
 
-    PYTHONPATH=.:benchmarks python benchmarks/family_step.py --soap DIR --kl DIR --json out.json
+    PYTHONPATH=.:benchmarks python benchmarks/family_step.py --soap DIR --kl DIR \
+        --emerging DIR --heavyball --json out.json
 
 All contenders get the same tensors: a workload's parameters, merged and cut as ours are (into
 blocks of at most --max-dim), every block a tensor of its own; the same gradients
@@ -8,8 +9,10 @@ blocks of at most --max-dim), every block a tensor of its own; the same gradient
 Adam (ours with one_dim="adam", the authors' by torch's fused AdamW beside). Checkouts:
 nikhilvyas/SOAP, which computes in float32, and yorkerlin/KL-Methods, which computes in bfloat16
 unless it is told not to, and is run in float32 as well; what it marks for torch.compile is
-compiled, unless TORCHDYNAMO_DISABLE=1. Every F-th step refreshes; those are timed apart. Every
-step is timed from an idle device to an idle device.
+compiled, unless TORCHDYNAMO_DISABLE=1. Two libraries besides: HeavyBall (the installed package,
+compiled only with --heavyball-compiled) and NVIDIA-NeMo/Emerging-Optimizers' KlSoapV3, which
+refreshes at every step. Every F-th step refreshes; those are timed apart. Every step is timed from
+an idle device to an idle device.
 
 Per variant also: entries of the state by kind, MiB that it holds after its steps (without
 parameters and gradients), and the most that a later step takes besides for a while. --entries
@@ -92,7 +95,7 @@ def ours(cls: Any, **more: Any) -> Callable[[Params, int], Any]:
     return build
 
 
-def contenders(soap: str | None, kl: str | None) -> dict[str, Contender]:
+def contenders(soap: str | None, kl: str | None, others: Others) -> dict[str, Contender]:
     high = {"matmul_precision": "high"}
     found = {
         "EShampoo": Contender(ours(EShampoo)),
@@ -129,7 +132,40 @@ def contenders(soap: str | None, kl: str | None) -> dict[str, Contender]:
                 found[f"authors' {name}, {str(dtype).removeprefix('torch.')}"] = Contender(
                     _authors_kl(kl_opt.KLOpt, dtype, using), True, "kl"
                 )
+    if others.emerging:
+        sys.path.insert(0, others.emerging)
+        cls = importlib.import_module("emerging_optimizers.shampoo.soap_v3").KlSoapV3
+        found["Emerging-Optimizers KlSoapV3"] = Contender(_beside(cls), True, "kl")
+    if others.heavyball:
+        module, utils = (importlib.import_module(m) for m in ("heavyball", "heavyball.utils"))
+        if not others.compiled:
+            utils.compile_mode = None
+        fixed = {"merge_dims": False, "use_precond_schedule": False}
+        for name in ("SOAP", "KLShampoo", "KLSOAP"):
+            build = _beside(getattr(module, name), "precondition_frequency", **fixed)
+            found[f"HeavyBall {name}"] = Contender(
+                build, True, "kl" if "KL" in name else "eshampoo"
+            )
     return found
+
+
+class Others(NamedTuple):
+    """Libraries to take besides the authors' code."""
+
+    emerging: str | None = None
+    heavyball: bool = False
+    compiled: bool = False
+
+
+def _beside(cls: Any, frequency: str = "", **settings: Any) -> Callable[[Params, int], Any]:
+    """frequency: how it calls F, if it has one."""
+    given = {**POINT, "shampoo_beta": POINT["betas"][1], **settings}
+
+    def build(params: Params, F: int) -> Any:
+        more = {frequency: F} if frequency else {}
+        return Beside(params, lambda p: cls(p, **given, **more))
+
+    return build
 
 
 def _authors_kl(cls: Any, dtype: torch.dtype, klsoap: bool) -> Callable[[Params, int], Any]:
@@ -328,11 +364,16 @@ def main() -> None:
     parser.add_argument("--entries", action="store_true", help="count entries, make no step")
     parser.add_argument("--soap", help="checkout of nikhilvyas/SOAP")
     parser.add_argument("--kl", help="checkout of yorkerlin/KL-Methods")
+    parser.add_argument("--emerging", help="checkout of NVIDIA-NeMo/Emerging-Optimizers")
+    parser.add_argument("--heavyball", action="store_true", help="which is installed")
+    parser.add_argument("--heavyball-compiled", action="store_true", help="as it is by default")
     parser.add_argument("--only", help="names of contenders, separated by ;")
     parser.add_argument("--json", help="where to write the record")
     args = parser.parse_args()
     BLOCKS["max_preconditioner_dim"] = args.max_dim
-    found = contenders(args.soap, args.kl)
+    compiled = args.heavyball_compiled
+    others = Others(args.emerging, args.heavyball or compiled, compiled)
+    found = contenders(args.soap, args.kl, others)
     if args.only:
         found = {name: found[name] for name in args.only.split(";")}
     whole: dict[str, Any] = {
@@ -340,9 +381,10 @@ def main() -> None:
         "frequency": args.frequency,
         "max_dim": args.max_dim,
         "authors_compiled": os.environ.get("TORCHDYNAMO_DISABLE") != "1",
+        "heavyball_compiled": compiled,
     }
     if args.entries:
-        del whole["authors_compiled"]
+        del whole["authors_compiled"], whole["heavyball_compiled"]
         workloads = [entries(name, found, args) for name in args.workloads.split(",")]
         return write(args.json, {**whole, "workloads": workloads})
     done: list[dict[str, Any]] = []
