@@ -225,7 +225,7 @@ test-slurm: words ## a study on a real Slurm of two nodes on this machine (root;
 	@exec sh scripts/in_venv.sh dev -m pytest -m slurm tests/slurm
 
 # PARTS= of tests/algoperf/all_acceptance.py, OUT= for the records.
-test-algoperf: words ## AlgoPerf's own runner on a CPU: kills, power cuts, every variant and export; two hours
+test-algoperf: words ## AlgoPerf's own runner on a CPU: kills, power cuts, every variant and export; three hours
 	@OMP_NUM_THREADS=1 exec sh scripts/in_venv.sh dev -m tests.algoperf.all_acceptance \
 	  $(call flag,PARTS,parts) $(call flag,DATA_DIR,data_dir) $(call flag,OUT,out)
 

@@ -252,6 +252,7 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
     equal = {name: traces[name][last]["hash"] == traces["two"][last]["hash"] for name in resumed}
     losses = [entry["loss"] for _, entry in sorted(traces["two"].items())]
     quarter = len(losses) // 4
+    of_two = [name for name in runs if name == "two" or RUNS[name][0] == 2]
     result: dict[str, Any] = {
         **_setting(args, case, variant, workload),
         "exit_codes": codes,
@@ -264,8 +265,12 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
                 case.trace(name, 1)[step]["hash"] == entry["hash"]
                 for step, entry in traces[name].items()
             )
-            for name in runs
-            if name == "two" or RUNS[name][0] == 2
+            for name in of_two
+        },
+        # By rank: the factors whose state it keeps, and those of all ranks.
+        "factors_kept": {
+            name: [case.trace(name, rank)[last]["factors_kept"] for rank in (0, 1)]
+            for name in of_two
         },
         "steps_seen": {name: len(trace) for name, trace in traces.items()},
         "ends_as_the_unbroken_run_bitwise": equal,
@@ -345,6 +350,9 @@ def wrong(case: Case, result: dict[str, Any]) -> list[str]:
     for name, equal in result.get("ends_as_the_unbroken_run_bitwise", {}).items():
         if not equal:
             found.append(f"{name}: not the unbroken run's parameters")
+    for name, kept in result.get("factors_kept", {}).items():
+        if not _kept_as(case.point.get("sharding", "auto"), kept):
+            found.append(f"{name}: factors kept by the ranks, and all: {kept}")
     counts = {row["global_step"]: row for row in result["eigenbasis"]}
     if "precondition_frequency" in case.point:
         for step in (case.saved_after, case.args.steps):
@@ -353,6 +361,20 @@ def wrong(case: Case, result: dict[str, Any]) -> list[str]:
         if any(row["eigenbasis_failures"] for row in counts.values()):
             found.append("decompositions failed")
     return found
+
+
+def _kept_as(sharding: str, kept: list[list[int] | None]) -> bool:
+    """Whether ranks keep each factor once ("on"), or every rank all ("off"); "auto": either.
+
+    kept: by rank, its own and those of all ranks; None of an optimizer without factors.
+    """
+    pairs = [pair for pair in kept if pair is not None]
+    if not pairs:
+        return sharding == "auto"
+    own, everywhere = [pair[0] for pair in pairs], pairs[0][1]
+    once = sum(own) == everywhere and min(own) > 0
+    every = own == [everywhere] * len(kept)
+    return {"on": once, "off": every, "auto": once or every}[sharding]
 
 
 def _setting(

@@ -11,7 +11,8 @@ from typing import Any
 
 RECORDS = Path(__file__).resolve().parents[2] / "results" / "measured" / "algoperf_cpu"
 HEAD = ("variant", "workload", "mean loss, first and last quarter")
-HEAD += ("checks, refreshes, failures", "ends as the unbroken run, to the bit", "commit")
+HEAD += ("checks, refreshes, failures", "factors by rank, of all")
+HEAD += ("ends as the unbroken run, to the bit", "commit")
 COUNTS = ("eigenbasis_checks", "eigenbasis_refreshes", "eigenbasis_failures")
 
 
@@ -42,9 +43,18 @@ def row(record: dict[str, Any]) -> list[str]:
     ends = record["ends_as_the_unbroken_run_bitwise"]
     said = ", ".join(name if good else f"NOT {name}" for name, good in ends.items())
     losses = f"{first:.4g}, {last:.4g}"
-    shared = ", sharding on" if record["point"].get("sharding") == "on" else ""
-    names = record["variant"] + shared, record["workload"]
-    return [*names, losses, counts, said, record["commit"][:7]]
+    sharding = record["point"].get("sharding")
+    names = record["variant"] + (f", sharding {sharding}" if sharding else ""), record["workload"]
+    return [*names, losses, counts, kept_by(record), said, record["commit"][:7]]
+
+
+def kept_by(record: dict[str, Any]) -> str:
+    """How many factors each rank keeps; older records do not say."""
+    kept = record.get("factors_kept", {}).get("two")
+    if kept is None:
+        return "not recorded"
+    pairs = [pair for pair in kept if pair]
+    return " + ".join(str(own) for own, _ in pairs) + f" of {pairs[0][1]}" if pairs else "none"
 
 
 if __name__ == "__main__":

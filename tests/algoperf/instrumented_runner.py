@@ -40,6 +40,17 @@ def digest(model: Any) -> str:
     return whole.hexdigest()[:16]
 
 
+def factors_kept(optimizer: Any) -> tuple[int, int] | None:
+    """Factors whose state this rank keeps, and those of all ranks; None where there are none."""
+    if not hasattr(optimizer, "factor_sets"):
+        return None
+    own, everywhere = (
+        sum(len(each.factors) for each in optimizer.factor_sets(everywhere=whose))
+        for whose in (False, True)
+    )
+    return own, everywhere
+
+
 def merge(parts: list[Any]) -> Any:
     """One global batch of the ranks' parts; graphs are laid side by side, padding and all."""
     import torch
@@ -123,6 +134,7 @@ def instrument(module: Any) -> None:
         if WORLD > 1:
             dist.all_reduce(sums)
         line = {"step": step, "loss": (sums[0] / sums[1]).item(), "hash": digest(model)}
+        line["factors_kept"] = factors_kept(state["optimizer"])
         with open(f"{environment('TRACE')}.{RANK}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return state, model, model_state

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import doctest
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import submission_loader
+from algoperf_shampoo.optim.soap import SOAP
 from tests.algoperf import (
     acceptance,
     acceptance_table,
     all_acceptance,
+    instrumented_runner,
     kill_acceptance,
     provenance,
 )
@@ -66,6 +70,46 @@ def test_every_variant_is_tried_under_algoperfs_runner() -> None:
     newer = [name for names in all_acceptance.OURS.values() for name in names.split(",")]
     assert len(newer) == len(set(newer)) and not old & set(newer)
     assert old | set(newer) == set(submission_loader.variants(ROOT))
+    shared = [name for names in all_acceptance.SHARED.values() for name in names.split(",")]
+    assert len(shared) == len(set(shared))
+    assert set(shared) == {v for v in submission_loader.variants(ROOT) if has_factors(v)}
+    assert len(all_acceptance.PARTS["sharded"]) == 1 + len(all_acceptance.SHARED)
+
+
+def has_factors(variant: str) -> bool:
+    (point,) = json.loads((ROOT / "search_spaces" / f"{variant}.json").read_text())
+    return "max_preconditioner_dim" in point
+
+
+@pytest.mark.parametrize(
+    ("sharding", "kept", "good"),
+    [
+        ("on", [[4, 6], [2, 6]], True),
+        ("on", [[6, 6], [6, 6]], False),  # not shared
+        ("on", [[6, 6], [0, 6]], False),
+        ("on", [[4, 6], [1, 6]], False),
+        ("on", [None, None], False),
+        ("off", [[6, 6], [6, 6]], True),
+        ("off", [[4, 6], [2, 6]], False),
+        ("auto", [[4, 6], [2, 6]], True),
+        ("auto", [[6, 6], [6, 6]], True),
+        ("auto", [[6, 6], [5, 6]], False),
+        ("auto", [None, None], True),
+    ],
+)
+def test_a_record_whose_ranks_keep_other_factors_than_its_point_says_is_wrong(
+    sharding: str, kept: list[Any], good: bool
+) -> None:
+    found = acceptance.wrong(case({"sharding": sharding}), {**GOOD, "factors_kept": {"two": kept}})
+    assert found == ([] if good else [f"two: factors kept by the ranks, and all: {kept}"])
+
+
+def test_the_recorder_counts_the_factors_that_a_rank_keeps() -> None:
+    model = torch.nn.Linear(3, 5)
+    optimizer = SOAP(model.parameters())
+    optimizer.step()
+    assert instrumented_runner.factors_kept(optimizer) == (2, 2)  # a vector of 15, one of 5
+    assert instrumented_runner.factors_kept(torch.optim.AdamW(model.parameters())) is None
 
 
 def test_parts_are_commands_of_tools_that_there_are(tmp_path: Path) -> None:
