@@ -240,6 +240,7 @@ def launch(case: Case, name: str, batches: Path) -> dict[str, int]:
 def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, Any]:
     """All runs of one case, and what came of them."""
     case = Case(args, variant, workload)
+    setting = _setting(args, case, variant, workload)
     batches = case.work / "batches"
     batches.mkdir()
     codes = {"two": case.run("two", 2, RECORD=str(batches))}
@@ -254,7 +255,7 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
     quarter = len(losses) // 4
     of_two = [name for name in runs if name == "two" or RUNS[name][0] == 2]
     result: dict[str, Any] = {
-        **_setting(args, case, variant, workload),
+        **setting,
         "exit_codes": codes,
         "loss_first_last_quarter": [
             sum(losses[:quarter]) / quarter,
@@ -307,13 +308,14 @@ def accept(args: argparse.Namespace, variant: str, workload: str) -> dict[str, A
 def accept_briefly(args: argparse.Namespace, variant: str, workload: str) -> dict[str, Any]:
     """One process, killed half way and resumed; what came of it."""
     case = Case(args, variant, workload)
+    setting = _setting(args, case, variant, workload)
     kill_at = str(case.killed_before)
     codes = {"killed": case.run("one", 1, KILL_AT=kill_at), "resumed": case.run("one", 1)}
     trace = case.trace("one")
     folder = case.folder("one")
     losses = [entry["loss"] for _, entry in sorted(trace.items())]
     result: dict[str, Any] = {
-        **_setting(args, case, variant, workload),
+        **setting,
         "exit_codes": codes,
         "steps_seen": {"one": len(trace)},
         "losses": losses,
@@ -336,6 +338,8 @@ def wrong(case: Case, result: dict[str, Any]) -> list[str]:
     found = [
         f"{name}: exit code {code}" for name, code in codes.items() if code != KILLED.get(name, 0)
     ]
+    if any(result[name] != now for name, now in provenance.sources().items()):
+        found.append("the sources changed while it ran")
     for name, steps in result["steps_seen"].items():
         if steps != case.args.steps:
             found.append(f"{name}: {steps} steps of {case.args.steps}")
@@ -380,7 +384,7 @@ def _kept_as(sharding: str, kept: list[list[int] | None]) -> bool:
 def _setting(
     args: argparse.Namespace, case: Case, variant: str, workload: str
 ) -> dict[str, Any]:
-    """What a record begins with: what was run."""
+    """What a record begins with: what is about to be run."""
     return {
         "variant": variant,
         "workload": workload,

@@ -182,6 +182,7 @@ def main() -> int:
     parser.add_argument("--unmended", action="store_true", help="wants harm to be seen")
     args = parser.parse_args()
     args.data, args.work, args.out = (p.resolve() for p in (args.data, args.work, args.out))
+    run = provenance.of_this_run()
     os.environ |= kill_acceptance.REPLAY
     if args.unmended:
         folder.sync = sync_checkpoints_alone
@@ -200,7 +201,7 @@ def main() -> int:
     chosen = [images[i * (len(images) - 1) // (args.cuts - 1)] for i in range(args.cuts)]
     record: dict[str, Any] = {
         "what": "power cuts of a NAdamW run on ogbg_minidata under AlgoPerf's runner, simulated",
-        **provenance.of_this_run(),
+        **run,
         "ruleset": args.ruleset,
         "unmended": args.unmended,
         "steps": STEPS,

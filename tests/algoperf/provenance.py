@@ -20,11 +20,10 @@ PLACES = {"--data": "DATA", "--work": "WORK", "--out": "OUT"}
 
 
 def of_this_run() -> dict[str, Any]:
-    """Commit, files that differ from it, command, versions, machine and time, for a JSON record."""
+    """Sources, command, versions, machine and time, for a JSON record: asked before what is run."""
     found = env.look(ROOT)
     return {
-        "commit": git("rev-parse", "HEAD").strip(),
-        "uncommitted": git("status", "--porcelain", "--", *CODE).splitlines(),
+        **sources(),
         "command": command(sys.argv),
         "environment": {k: os.environ[k] for k in SIZES if k in os.environ},
         "torch": found.torch,
@@ -32,6 +31,14 @@ def of_this_run() -> dict[str, Any]:
         "python": found.python,
         "machine": f"{os.cpu_count()} CPUs, {platform.system()} {platform.machine()}",
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def sources() -> dict[str, Any]:
+    """Commit, and the files of code that differ from it."""
+    return {
+        "commit": git("rev-parse", "HEAD").strip(),
+        "uncommitted": git("status", "--porcelain", "--", *CODE).splitlines(),
     }
 
 

@@ -27,6 +27,8 @@ from tests.algoperf import (
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD: dict[str, Any] = {
+    "commit": "c",
+    "uncommitted": [],
     "exit_codes": {"two": 0, "two_killed": 1, "two_resumed": 0, "one_killed": -9},
     "steps_seen": {"two": 32},
     "resumed_from_step": {"two_resumed": 12.0},
@@ -39,6 +41,8 @@ GOOD: dict[str, Any] = {
     ],
 }
 HARM: list[tuple[str, Any, str]] = [
+    ("commit", "b", "the sources changed while it ran"),
+    ("uncommitted", [" M optim/soap.py"], "the sources changed while it ran"),
     ("exit_codes", {"two": 0, "two_killed": 0}, "two_killed: exit code 0"),
     ("exit_codes", {"two": 1}, "two: exit code 1"),
     ("steps_seen", {"two": 31}, "two: 31 steps of 32"),
@@ -49,6 +53,12 @@ HARM: list[tuple[str, Any, str]] = [
     ("eigenbasis", GOOD["eigenbasis"][1:], "no refresh by step 12"),
     ("eigenbasis", [{**row, "eigenbasis_failures": 1.0} for row in GOOD["eigenbasis"]], "failed"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def same_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources are as GOOD says, whatever else is going on in the tree."""
+    monkeypatch.setattr(provenance, "sources", lambda: {"commit": "c", "uncommitted": []})
 
 
 def case(point: dict[str, Any]) -> Any:

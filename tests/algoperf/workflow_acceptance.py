@@ -62,12 +62,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    found = versions()
+    found = {**provenance.of_this_run(), **versions()}
     outcomes = Outcomes()
     pytest.main(["-q", "-p", "no:cacheprovider", str(FILE), "-k", TEST], plugins=[outcomes])
     record = {
         "what": "pull requests of exports through validate_pr.yml and sync_submission.yml",
-        **provenance.of_this_run(),
         **found,
         "cases": outcomes.of,
     }
