@@ -7,6 +7,7 @@ words.submit := WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR F TAU SET SEARCH_SPACE
 words.study := STUDY WORKLOAD SIZE HARNESS SEEDS GPUS DATA_DIR STEPS OUT PROCESSES WANDB DRY_RUN \
   ALGOPERF_PYTHON RULESET VERSION PRICE LAUNCHER JOBS PARTITION ACCOUNT QOS TIME MEM CPUS LIMIT SBATCH CONTAINER IMAGE
 words.claims := QUICK CLAIMS OUT JOBS WALL DRY_RUN
+words.claims-runs := CLAIMS OUT RUNS
 words.status := STUDY WORKLOAD SIZE HARNESS SEEDS STEPS OUT RULESET VERSION AGAINST EVERY ONCE
 words.export := OUT AUTHORS AFFILIATIONS F TAU SET SEARCH_SPACE RULESET
 words.submission-pr := EXPORT RUNS OUT AUTHORS AFFILIATIONS
@@ -72,7 +73,7 @@ IN_RUN := @exec sh scripts/in_venv.sh run
 IN_DEV := @exec sh scripts/in_venv.sh dev
 
 .PHONY: words algoperf-env data-algoperf-mini docker-build help test test-slow test-faults test-slurm test-algoperf \
-  test-gpu test-kernels lint types table1 table3 tables rank figures report figure4 health repeat study claims status same-curves \
+  test-gpu test-kernels lint types table1 table3 tables rank figures report figure4 health repeat study claims claims-runs status same-curves \
   submission-pr FORCE
 .DEFAULT_GOAL := help
 
@@ -184,6 +185,9 @@ study: words ## plan, launch and resume the runs behind a table: STUDY=table3 SI
 claims: words ## what the paper claims, on the minis, decided by a declared rule; QUICK=1: does it run?
 	$(IN_RUN) scripts/claims.py $(call flag,CLAIMS,claims) $(call flag,QUICK,quick) \
 	  $(call flag,OUT,out) $(call flag,JOBS,jobs) $(call flag,WALL,wall) $(call flag,DRY_RUN,dry_run)
+
+claims-runs: words ## the runs behind the committed pages of claims, unpacked into OUT=results/runs/committed
+	$(IN_RUN) scripts/claims_runs.py $(call flag,CLAIMS,claims) $(call flag,OUT,out) $(call flag,RUNS,runs)
 
 status: words ## how the runs of a study go, live on a terminal: STUDY=table3, or all in OUT=
 	$(IN_RUN) scripts/status.py $(call flag,STUDY,study) $(call flag,WORKLOAD,workload) \

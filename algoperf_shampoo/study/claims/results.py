@@ -14,6 +14,7 @@ from typing import Any
 
 from algoperf_shampoo.study import files, logs, plan, progress
 from algoperf_shampoo.study.claims import file, rule, table2, tuning
+from algoperf_shampoo.study.claims.archive import Unpacked
 from algoperf_shampoo.study.claims.file import Claim, Declared, Part
 from algoperf_shampoo.study.claims.rule import Evidence, Verdict
 from algoperf_shampoo.study.claims.statistics import STATISTICS, of_run
@@ -49,7 +50,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that a study of claims says. ``verdicts`` is empty for a quick one."""
+    """Everything that a study of claims says. ``verdicts`` is empty for a quick one.
+
+    ``packed``: the archive that the runs come from; None where they lie in folders of their own.
+    """
 
     declared: Declared
     quick: bool
@@ -60,10 +64,15 @@ class Outcome:
     runs: tuple[Run, ...]
     problems: tuple[str, ...]
     choices: Mapping[Place, Choice]
+    packed: Unpacked | None = None
 
 
 def outcome(
-    declared: Declared, study: Study, quick: bool, choices: Mapping[Place, Choice] | None = None
+    declared: Declared,
+    study: Study,
+    quick: bool,
+    choices: Mapping[Place, Choice] | None = None,
+    packed: Unpacked | None = None,
 ) -> Outcome:
     """Read every run of a study that is done, and weigh the claims."""
     wanted = statistics_by_arm(declared.claims)
@@ -100,6 +109,7 @@ def outcome(
         tuple(runs),
         tuple(problems),
         choices or {},
+        packed,
     )
 
 
@@ -199,13 +209,14 @@ def markdown(found: Outcome, root: Path, folder: Path) -> str:
         *(f"- {claim.name}: {claim.hypothesis}" for claim in found.declared.claims),
     ]
     if found.runs:
-        lines += ["", "Means over seeds:", "", *_means_table(found, folder)]
+        lines += ["", *_whereabouts(found, folder), "Means over seeds:", ""]
+        lines += _means_table(found, folder)
     verdicts = {one.claim.name: _verdict(found, i) for i, one in enumerate(found.evidence)}
     verdicts |= {c.name: f"waits for {', '.join(c.waits_for)}" for c in _waiting(found)}
     if found.choices:
         seeds = ", ".join(map(str, found.declared.tuning_seeds))
         lines += ["", f"Learning rates, chosen on seeds {seeds}:", ""]
-        lines += tuning.table(found.choices, _number)
+        lines += tuning.table(found.choices, _number, lambda runs: _link(found, runs, folder))
     if found.runs:
         lines += ["", *_machines_table(found.runs)]
     if table2.speaks_of(verdicts):
@@ -253,6 +264,9 @@ def to_json(found: Outcome, root: Path) -> str:
                     f"{rate:g}": loss if math.isfinite(loss) else None
                     for rate, loss in choice.losses.items()
                 },
+                "folders": {
+                    f"{rate:g}": _name(found, runs, root) for rate, runs in choice.folders.items()
+                },
             }
             for (arm, mini), choice in found.choices.items()
         ],
@@ -263,7 +277,7 @@ def to_json(found: Outcome, root: Path) -> str:
                 "mini": run.mini,
                 "seed": run.seed,
                 "steps": run.steps,
-                "folder": logs_name(run.folder, root),
+                "folder": _name(found, run.folder, root),
                 "wall": run.wall,
                 "diverged": run.diverged,
                 **{k: v if math.isfinite(v) else None for k, v in run.values.items()},
@@ -314,10 +328,32 @@ def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def logs_name(path: Path, root: Path) -> str:
-    """A folder below ``root`` by its path from there, another one by its last four names."""
-    inside = path.is_relative_to(root)
-    return path.relative_to(root).as_posix() if inside else "/".join(path.parts[-4:])
+def _name(found: Outcome, path: Path, root: Path) -> str:
+    """A folder of runs by its path from ``root``, or, in an archive, by the archive's and its own
+    there with a # between them; of one that lies elsewhere, what LABEL begins."""
+    if found.packed is not None and (inside := found.packed.name(path)) is not None:
+        return f"{found.packed.archive.relative_to(root).as_posix()}#{inside}"
+    if path.is_relative_to(root):
+        return path.relative_to(root).as_posix()
+    return "/".join(path.parts[-4:] if logs.is_trial(path) else path.parts[-1:])
+
+
+def _link(found: Outcome, path: Path, folder: Path) -> str:
+    """The same from the ``folder`` of a page, as the target of a link."""
+    if found.packed is not None and (inside := found.packed.name(path)) is not None:
+        return f"{Path(os.path.relpath(found.packed.archive, folder)).as_posix()}#{inside}"
+    return os.path.relpath(path, folder)
+
+
+def _whereabouts(found: Outcome, folder: Path) -> list[str]:
+    if found.packed is None:
+        return []
+    archive = os.path.relpath(found.packed.archive, folder)
+    return [
+        f"The runs are in [{found.packed.archive.name}]({archive}); in a link to them, the folder "
+        "in it comes after the #. `make claims-runs` unpacks it.",
+        "",
+    ]
 
 
 def _run(arm: str, mini: str, job: Job, trial: logs.Trial, names: Sequence[str]) -> Run:
@@ -383,7 +419,7 @@ def _mean(found: Outcome, arm: str, mini: str, name: str, folder: Path) -> str:
     if not own:
         return "-"
     values = [r.values[name] for r in own]
-    there = os.path.relpath(own[0].folder.parents[2], folder)  # label / seed / workload / trial
+    there = _link(found, own[0].folder.parents[2], folder)  # label / seed / workload / trial
     count = f"n = {len(values)}" if found.quick else f"[n = {len(values)}](<{there}>)"
     bad = sum(not math.isfinite(v) for v in values)
     return f"{f'{bad} not finite' if bad else f'{statistics.fmean(values):.4f}'} ({count})"

@@ -28,10 +28,12 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class Choice:
-    """An arm's learning rate on a mini, and the mean loss of every rate of its grid."""
+    """An arm's learning rate on a mini, and the mean loss of every rate of its grid; ``folders``:
+    of the runs that it is of, LABEL."""
 
     rate: float
     losses: Mapping[float, float]
+    folders: Mapping[float, Path] = field(default_factory=dict)
 
     @property
     def at_edge(self) -> bool:
@@ -66,6 +68,7 @@ class Phases:
     choices: dict[Place, Choice] = field(default_factory=dict)
     _places: dict[Path, tuple[Place, float, int]] = field(default_factory=dict)
     _losses: dict[Place, dict[float, dict[int, float]]] = field(default_factory=dict)
+    _folders: dict[Place, dict[float, Path]] = field(default_factory=dict)
 
     def after(self, job: Job) -> list[Job]:
         """What can be run once a job is done."""
@@ -113,11 +116,14 @@ class Phases:
         steps = files.read_json(trial.path / "run.json")["identity"]["workload_properties"]
         mine = self._losses.setdefault(place, {})
         mine.setdefault(rate, {})[seed] = of_run(trial, LOSS, int(steps["max_steps"]))
+        label = trial.path.parents[2]  # label / seed / workload / trial
+        self._folders.setdefault(place, {})[rate] = label
         rates, seeds = self.declared.rates[place[0]], self.declared.tuning_seeds
         if any(len(mine.get(r, {})) < len(seeds) for r in rates):
             return False
         losses = {r: [mine[r][s] for s in seeds] for r in rates}
-        self.choices[place] = choose(rates, losses)
+        folders = {r: self._folders[place][r] for r in rates}
+        self.choices[place] = replace(choose(rates, losses), folders=folders)
         return True
 
 
@@ -167,16 +173,19 @@ def _list(seeds: Sequence[int]) -> str:
     return ",".join(map(str, seeds)) + ","
 
 
-def table(choices: Mapping[Place, Choice], shown: Callable[[float], str]) -> list[str]:
-    """The chosen rates, and the mean losses of the grids, as lines of a page."""
-    if not choices:
-        return []
+def table(
+    choices: Mapping[Place, Choice], shown: Callable[[float], str], link: Callable[[Path], str]
+) -> list[str]:
+    """The chosen rates, and the mean losses of the grids, each rate a ``link`` to its runs."""
     lines = [
         "| arm | mini | rate | mean loss of the grid | |",
         "| --- | --- | --- | --- | --- |",
     ]
     for (arm, mini), choice in choices.items():
-        grid = ", ".join(f"{rate:g}: {shown(loss)}" for rate, loss in choice.losses.items())
+        grid = ", ".join(
+            f"[{rate:g}](<{link(choice.folders[rate])}>): {shown(loss)}"
+            for rate, loss in choice.losses.items()
+        )
         edge = "at the edge" if choice.at_edge else ""
         lines.append(f"| {arm} | {mini} | {choice.rate:g} | {grid} | {edge} |")
     return lines

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import re
 import shutil
+import statistics
 from collections import Counter
 
+import pytest
+
+from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.study import study
-from algoperf_shampoo.study.claims import committed, results
+from algoperf_shampoo.study.claims import archive, committed, results
+from algoperf_shampoo.study.plan import WORKLOADS
 from tests.study.claims.test_file import ROOT
 
 LIMIT = 20_000_000  # bytes of all committed records
@@ -45,8 +52,66 @@ def test_every_declared_study_of_claims_has_a_committed_page():
     assert {entry["study"] for entry in listed} == declared == {"claims", "family"}
 
 
-def test_a_page_that_does_not_follow_is_found_and_written_anew(tmp_path):
-    # One claim of the study, with copies of the runs of its two arms.
+def test_every_mean_leads_to_the_logs_that_it_is_of():
+    """By the link beside it alone: the archive, the folder in it, the losses of the steps there."""
+    cell = re.compile(r"([\d.]+|\d+ not finite) \(\[n = (\d+)\]\(<([^>#]+)#([^>]+)>\)\)")
+    rate = re.compile(r"\[[\d.e-]+\]\(<([^>#]+)#([^>]+)>\): ([\d.]+|inf)")
+    for page in committed.pages(ROOT, ROOT / committed.LIST):
+        if page.runs is None:
+            continue
+        content = dict(archive.members(page.runs))
+        text = page.stem.with_suffix(".md").read_text(encoding="utf-8")
+        rows = re.findall(r"^\| \w+ \| loss \|(.*)\|$", text, re.M)
+        assert rows and all(len(cell.findall(row)) == 3 for row in rows)
+        for row in rows:
+            for mini, (said, count, path, label) in zip(WORKLOADS, cell.findall(row), strict=True):
+                assert page.stem.parent / path == page.runs
+                means = losses(content, label, mini)
+                assert len(means) == int(count) and said == shown(means, ".4f"), (label, mini)
+        tuned = re.findall(r"^\| \w+ \| (\w+) \| [\d.e-]+ \|(.*)\|.*\|$", text, re.M)
+        assert bool(tuned) == (page.study == "family")
+        for mini, grid in tuned:
+            assert len(rate.findall(grid)) == 5
+            for path, label, said in rate.findall(grid):
+                assert page.stem.parent / path == page.runs
+                assert said == shown(losses(content, label, mini), ".2g"), (label, mini)
+
+
+def losses(content: dict[str, bytes], label: str, mini: str) -> list[float]:
+    """The mean of the last 50 losses of every run of a label on a mini, from the logs' bytes."""
+    pattern = rf"{re.escape(label)}/study_\d+/{mini}_mini_pytorch/trial_1/step_losses.csv"
+    found = []
+    for name in (name for name in content if re.fullmatch(pattern, name)):
+        rows = list(csv.DictReader(content[name].decode().splitlines()))
+        last = [float(row["loss"]) for row in rows if int(row["global_step"]) > 450]
+        found.append(statistics.fmean(last) if len(last) == 50 else math.inf)
+    return found
+
+
+def shown(values: list[float], form: str) -> str:
+    bad = sum(not math.isfinite(value) for value in values)
+    if bad:
+        return f"{bad} not finite" if form == ".4f" else "inf"
+    return f"{statistics.fmean(values):{form}}"
+
+
+def test_every_run_of_a_record_is_in_its_archive():
+    for page in committed.pages(ROOT, ROOT / committed.LIST):
+        record = json.loads(page.stem.with_suffix(".json").read_text(encoding="utf-8"))
+        assert bool(record["runs"]) == (page.runs is not None)
+        for run in record["runs"]:
+            path, _, folder = run["folder"].partition("#")
+            assert ROOT / path == page.runs
+        if page.runs is not None:
+            there = {name.rpartition("/")[0] for name, _ in archive.members(page.runs)}
+            assert {run["folder"].partition("#")[2] for run in record["runs"]} <= there
+    archives = set((ROOT / "results" / "measured").rglob("*.tar.xz"))
+    assert archives == {p.runs for p in committed.pages(ROOT, ROOT / committed.LIST) if p.runs}
+
+
+@pytest.fixture
+def one_claim(tmp_path):
+    """A list with a page of one claim of the study, and its archive of the runs of its two arms."""
     content = json.loads((study.STUDIES / "claims.json").read_text(encoding="utf-8"))
     arms = {"eshampoo_F20": "eshampoo_fixed", "nadamw": "nadamw"}
     content |= {
@@ -55,35 +120,74 @@ def test_a_page_that_does_not_follow_is_found_and_written_anew(tmp_path):
         "curves": {},
     }
     (tmp_path / "mine.json").write_text(json.dumps(content))
-    runs = json.loads((ROOT / committed.LIST).read_text(encoding="utf-8"))[0]["runs"]
-    for label in (f"{variant}_allsteps_evals125" for variant in arms.values()):
-        shutil.copytree(ROOT / runs / label, tmp_path / "runs" / label)
+    labels = tuple(f"{variant}_allsteps_evals125/" for variant in arms.values())
+    runs = committed.pages(ROOT, ROOT / committed.LIST)[0].runs
+    for name, data in archive.members(runs):
+        if name.startswith(labels):
+            (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "runs" / name).write_bytes(data)
     for name in ("submissions", "search_spaces"):
         (tmp_path / name).symlink_to(ROOT / name)
-    entry = {"study": str(tmp_path / "mine.json"), "runs": "runs", "stem": "page"}
+    entry = {"study": str(tmp_path / "mine.json"), "runs": "runs.tar.xz", "stem": "page"}
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    return entry
+
+
+def test_a_page_that_does_not_follow_is_found_and_written_anew(tmp_path, one_claim):
     listed = tmp_path / "list.json"
-    listed.write_text(json.dumps([entry]))
+    (page,) = committed.pages(tmp_path, listed)
+    assert committed.pack(tmp_path, page, tmp_path / "runs") == (48, [])
     both = ["page.md", "page.json"]
     assert committed.stale(tmp_path, listed, write=False) == both
     assert committed.stale(tmp_path, listed, write=True) == both
     assert committed.stale(tmp_path, listed, write=False) == []
-    record, page = tmp_path / "page.json", tmp_path / "page.md"
+    record, text = tmp_path / "page.json", tmp_path / "page.md"
     assert json.loads(record.read_text())["claims"][0]["verdict"] == "supported"
-    assert "](<runs/nadamw_allsteps_evals125>)" in page.read_text()
+    assert "](<runs.tar.xz#nadamw_allsteps_evals125>)" in text.read_text()
     record.write_text(record.read_text().replace("supported", "contradicted"))
     assert committed.stale(tmp_path, listed, write=False) == ["page.json"]
     assert committed.stale(tmp_path, listed, write=True) == ["page.json"]
     shutil.rmtree(tmp_path / "runs" / "nadamw_allsteps_evals125" / "study_203")
+    count, missing = committed.pack(tmp_path, page, tmp_path / "runs")
+    assert count == 45 and len(missing) == 3 and all("203" in name for name in missing)
     assert committed.stale(tmp_path, listed, write=True) == both
-    assert "incomplete: 21 of 24 pairs" in page.read_text()
+    assert "incomplete: 21 of 24 pairs" in text.read_text()
     shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(UserError, match="none of the 48 runs of .*mine.json is done there"):
+        committed.pack(tmp_path, page, tmp_path / "runs")
+    listed.write_text(json.dumps([{**one_claim, "runs": None}]))
     assert committed.stale(tmp_path, listed, write=True) == both
-    assert "**Not run.**" in page.read_text()
+    assert "**Not run.**" in text.read_text()
     assert json.loads(record.read_text())["claims"][0]["verdict"] == results.NOT_RUN
+    with pytest.raises(UserError, match="runs is null: name the archive"):
+        committed.pack(tmp_path, committed.pages(tmp_path, listed)[0], tmp_path / "runs")
+
+
+def test_a_damaged_archive_is_named_and_changes_no_page(tmp_path, one_claim):
+    listed = tmp_path / "list.json"
+    (page,) = committed.pages(tmp_path, listed)
+    committed.pack(tmp_path, page, tmp_path / "runs")
+    committed.stale(tmp_path, listed, write=True)
+    before = (tmp_path / "page.md").read_bytes()
+    page.runs.write_bytes(page.runs.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{page.runs}: damaged"):
+        committed.stale(tmp_path, listed, write=True)
+    with pytest.raises(UserError, match=rf"{page.runs}: damaged"):
+        committed.unpack(page.runs, tmp_path / "out" / "mine")
+    assert not (tmp_path / "out" / "mine").exists()
+    assert (tmp_path / "page.md").read_bytes() == before
+    committed.pack(tmp_path, page, tmp_path / "runs")
+    assert committed.unpack(page.runs, tmp_path / "out" / "mine")  # what is left of it is no matter
+    assert not committed.unpack(page.runs, tmp_path / "out" / "mine")
+    there = sorted(p.relative_to(tmp_path / "runs") for p in (tmp_path / "runs").rglob("*"))
+    out = tmp_path / "out" / "mine"
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == there
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 def test_committed_records_are_small():
     records = [path for path in (ROOT / "results" / "measured").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in records) < LIMIT
     assert not [path for path in records if path.name.startswith("checkpoint_")]
-    assert all(path.stat().st_size < LIMIT / 20 for path in records)
+    texts = [path for path in records if not path.name.endswith(archive.SUFFIX)]
+    assert all(path.stat().st_size < LIMIT / 20 for path in texts)
