@@ -28,7 +28,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,11 +56,13 @@ Params = list[torch.nn.Parameter]
 
 class Contender(NamedTuple):
     """How it is built for (parameters, F); ``starts``: its first step only starts, t stays 0;
-    ``products``: which floor is its own."""
+    ``products``: which floor is its own; ``schedule``: it refreshes about every F steps, when its
+    sum of 1/F says so, and a step that calls torch's QR is one."""
 
     build: Callable[[Params, int], Any]
     starts: bool = False
     products: str = "eshampoo"
+    schedule: bool = False
 
 
 class Beside:
@@ -137,12 +139,12 @@ def contenders(soap: str | None, kl: str | None, others: Others) -> dict[str, Co
         cls = importlib.import_module("emerging_optimizers.shampoo.soap_v3").KlSoapV3
         found["Emerging-Optimizers KlSoapV3"] = Contender(_beside(cls), True, "kl")
     if others.heavyball:
-        module, utils = (importlib.import_module(m) for m in ("heavyball", "heavyball.utils"))
+        heavyball, utils = (importlib.import_module(m) for m in ("heavyball", "heavyball.utils"))
         if not others.compiled:
             utils.compile_mode = None
         fixed = {"merge_dims": False, "use_precond_schedule": False}
         for name in ("SOAP", "KLShampoo", "KLSOAP"):
-            build = _beside(getattr(module, name), "precondition_frequency", **fixed)
+            build = _beside(getattr(heavyball, name), "precondition_frequency", **fixed)
             found[f"HeavyBall {name}"] = Contender(
                 build, True, "kl" if "KL" in name else "eshampoo"
             )
@@ -258,12 +260,13 @@ class Figures:
     held: float = 0.0
     besides: float = 0.0
 
-    def step(self, optimizer: Any, device: torch.device, t: int, F: int) -> None:
+    def step(self, optimizer: Any, device: torch.device, t: int, F: int, schedule: bool) -> None:
         """One step, number t, measured."""
         before = allocated(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        ms = 1e3 * seconds(optimizer.step, device)
+        with counted_qr() as calls:
+            ms = 1e3 * seconds(optimizer.step, device)
         after = allocated(device)
         self.held += after - before
         if t <= F + 3:  # first calls: loading, compiling, recording
@@ -271,10 +274,26 @@ class Figures:
             return
         if device.type == "cuda":
             self.besides = max(self.besides, torch.cuda.max_memory_allocated() / 2**20 - after)
-        if t % F:
+        if not (calls if schedule else t % F == 0):
             self.ordinary.append(ms)
         elif t > 2 * F:  # before that a check runs directly, then is recorded
             self.refreshing.append(ms)
+
+
+@contextlib.contextmanager
+def counted_qr() -> Iterator[list[None]]:
+    """An entry for every call of torch.linalg.qr within."""
+    original, calls = torch.linalg.qr, []
+
+    def qr(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    torch.linalg.qr = qr
+    try:
+        yield calls
+    finally:
+        torch.linalg.qr = original
 
 
 def allocated(device: torch.device) -> float:
@@ -326,7 +345,7 @@ def measured(
         for name, c in table_of.items():
             for p, g in zip(replicas[name], drawn, strict=True):
                 p.grad = g
-            figures[name].step(optimizers[name], device, i - c.starts, F)
+            figures[name].step(optimizers[name], device, i - c.starts, F, c.schedule)
         if i > 3 * F and i % F == 1:
             so_far(entry())
     return entry()
