@@ -145,9 +145,8 @@ def contenders(soap: str | None, kl: str | None, others: Others) -> dict[str, Co
         fixed = {"merge_dims": False, "use_precond_schedule": False}
         for name in ("SOAP", "KLShampoo", "KLSOAP"):
             build = _beside(getattr(heavyball, name), "precondition_frequency", **fixed)
-            found[f"HeavyBall {name}"] = Contender(
-                build, True, "kl" if "KL" in name else "eshampoo"
-            )
+            products = "kl" if "KL" in name else "eshampoo"
+            found[f"HeavyBall {name}"] = Contender(build, True, products, schedule=True)
     return found
 
 

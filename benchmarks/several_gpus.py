@@ -175,6 +175,7 @@ def save(run: Run, folder: Path, more: int) -> dict[str, Any]:
         "params": [p.detach().clone() for p in run.params],
         "gradients": [p.grad.clone() for p in run.params],
         "scheduler": run.state["scheduler"].state_dict(),
+        "monitor": run.state["monitor"].state_dict(),
         "steps": run.steps,
     }
     if state:
@@ -202,6 +203,7 @@ def loaded(run: Run, folder: Path, more: int) -> dict[str, Any]:
                 p.copy_(value)
         run.optimizer.load_state_dict(content["state"])
         run.state["scheduler"].load_state_dict(content["scheduler"])
+        run.state["monitor"].load_state_dict(content["monitor"])
         run.steps = content["steps"]
 
     start()

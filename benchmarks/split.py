@@ -13,7 +13,8 @@ A step that waits for the host (OGBG's thousand launches) takes as long as the h
 varies from period to period by more than the parts that are looked for. So marked and unmarked
 periods come in the order off, on, on, off, such that a drift meets both alike, garbage is collected
 between periods and never in one, and medians over periods count, which a period that was disturbed
-does not move. The step with marks less the one without is a row of its own, ``marks``: what marking
+does not move; a workload whose steps are short gets more periods, until ``--seconds`` have gone.
+The step with marks less the one without is a row of its own, ``marks``: what marking
 costs, or how far two halves of the same measurement are apart.
 """
 
@@ -23,6 +24,7 @@ import argparse
 import gc
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,8 +56,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BATCHES = {"fastmri": 32, "imagenet_vit": 256, "ogbg": 512}
 VARIANTS = ("shampoo_grafting", "eshampoo_fixed", "nadamw")
 RESIDUAL = "residual"
-PERIODS = 10
-"""Periods with marks, and as many without."""
+PERIODS, SECONDS = 10, 15.0
+"""Periods with marks, and as many without; and seconds of a variant's periods: at least."""
 
 
 class Training:
@@ -154,13 +156,17 @@ class Periods:
     )
 
 
-def run_periods(training: Training, frequency: int, count: int) -> Periods:
-    """``count`` periods with marks and as many without, in an order that no drift favours."""
+def run_periods(
+    training: Training, frequency: int, count: int, seconds: float = 0.0
+) -> Periods:
+    """``count`` periods with marks and as many without, in an order that no drift favours; then
+    more of them, until ``seconds`` have gone."""
     clock, timeline, found = training.timeline.clock, training.timeline, Periods()
     while training.steps % frequency:
         training.step()
+    begin, number = time.perf_counter(), 0
     with _no_garbage():
-        for number in range(2 * count):
+        while number < 2 * count or time.perf_counter() - begin < seconds:
             timeline.on = number % 4 in (1, 2)
             gc.collect()
             for kind, steps in (("ordinary", frequency - 1), ("due", 1)):
@@ -169,13 +175,14 @@ def run_periods(training: Training, frequency: int, count: int) -> Periods:
                 start = clock.now()
                 for _ in range(steps):
                     training.step()
-                seconds = (clock.now() - start) / steps
+                taken_by_step = (clock.now() - start) / steps
                 if timeline.on:
                     taken = timeline.take()
                     found.marked[kind].append({n: s / steps for n, s in taken.items()})
-                    found.with_marks[kind].append(seconds)
+                    found.with_marks[kind].append(taken_by_step)
                 else:
-                    found.whole[kind].append(seconds)
+                    found.whole[kind].append(taken_by_step)
+            number += 1
     timeline.on = False
     return found
 
@@ -199,6 +206,7 @@ def measure(
     frequency: int = 10,
     periods: int = PERIODS,
     evaluations: bool = True,
+    seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Parts of a mean step of one variant on one workload, seconds; see the module.
 
@@ -209,18 +217,18 @@ def measure(
         places = hook_rotations(training.optimizer, lambda: training.timeline.part("rotations"))
     for _ in range(2 * frequency + 2):  # kernels are compiled, graphs recorded, bases in use
         training.step()
-    found = run_periods(training, frequency, periods)
+    found = run_periods(training, frequency, periods, seconds)
     f = training.frequency
     ordinary, due = (_median(found.marked[kind]) for kind in ("ordinary", "due"))
     whole = {kind: statistics.median(values or [0.0]) for kind, values in found.whole.items()}
     with_marks = {k: statistics.median(values or [0.0]) for k, values in found.with_marks.items()}
     note = ""
     if not clock.nests:
-        seconds, places, note = _rotations(workload, variant, clock, frequency)
-        if seconds is not None:
+        rotations, places, note = _rotations(workload, variant, clock, frequency)
+        if rotations is not None:
             for parts in (ordinary, due):
-                parts["rotations"] = seconds
-                parts["update"] -= seconds
+                parts["rotations"] = rotations
+                parts["update"] -= rotations
     ordinary["communication"] = due["communication"] = 0.0
     parts = amortised(ordinary, due, f)
     step = _mean_step(whole, f, frequency)
@@ -238,7 +246,7 @@ def measure(
         "whole": whole,
         "marks": _mean_step(with_marks, f, frequency) - step,
         "spread": {kind: _spread(values) for kind, values in found.whole.items()},
-        "periods": periods,
+        "periods": len(found.whole["due"]),
         "sum_over_step": (step - parts[RESIDUAL]) / step if step else None,
         "notes": [note] if note else [],
         "rotation_places": places,
@@ -420,7 +428,8 @@ def main() -> None:
     parser.add_argument("--workloads", default=default)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="the first is the reference")
     parser.add_argument("--frequency", type=int, default=10, help="F that is measured at")
-    parser.add_argument("--periods", type=int, default=PERIODS)
+    parser.add_argument("--periods", type=int, default=PERIODS, help="at least")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a variant, at least")
     parser.add_argument("--no-evaluation", action="store_true")
     parser.add_argument(
         "--steps", default="", help="to target: ogbg/eshampoo_fixed=120,...; else the paper's"
@@ -438,7 +447,7 @@ def main() -> None:
             records.append(
                 measure(
                     load(name), variant, clock, args.frequency, args.periods,
-                    not args.no_evaluation,
+                    not args.no_evaluation, args.seconds,
                 )  # fmt: skip
             )
             print(f"{name} {variant}: {1e3 * records[-1]['step']:.2f} ms", flush=True)
