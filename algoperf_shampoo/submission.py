@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from . import batch_sizes, factor_log, points
+from . import batch_sizes, factor_log, points, repeatable
 from .contract import ForwardPassMode
 from .optim import PreconditionedOptimizer
 from .optim.telemetry import COLUMNS, Telemetry, describe
@@ -121,6 +121,7 @@ class Monitor:
         self.telemetry, self.file = telemetry, file
         self.batches = 0
         self.resumed_here = False  # batches were drawn by an earlier process
+        self.unsettled = False  # so were steps, and this process has made none
         self._sum: Tensor | None = None
         self._count = 0
 
@@ -148,7 +149,7 @@ class Monitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.batches, self._sum, self._count = state["batches"], state["sum"], state["count"]
-        self.resumed_here = True
+        self.resumed_here = self.unsettled = True
         if self.telemetry is not None and "telemetry" in state:
             self.telemetry.load_state_dict(state["telemetry"])
         if self.file is not None:
@@ -219,6 +220,7 @@ class Submission:
             ValueError: see :meth:`point`.
         """
         point = self.point(hyperparameters)
+        repeatable.set_up()
         if hasattr(point, "sharding") and _flag("skip_evals", False) and _checkpoint_follows():
             # AlgoPerf saves one at the end, on rank 0 alone: nobody calls prepare_for_eval first.
             point = point._replace(sharding="off")
@@ -252,32 +254,42 @@ class Submission:
         point = self.point(hyperparameters)
         model = _ensure_ddp(current_param_container)
         model.train()
-        optimizer = optimizer_state["optimizer"]
+        optimizer, monitor = optimizer_state["optimizer"], optimizer_state["monitor"]
         optimizer.zero_grad(set_to_none=True)
         options = {}
         if "dropout_rate" in inspect.signature(workload.model_fn).parameters:
             # Left out, the workload's own default applies silently (0.1 for OGBG).
             options["dropout_rate"] = point.dropout_rate
-        logits, model_state = workload.model_fn(
-            params=model,
-            augmented_and_preprocessed_input_batch=batch,
-            model_state=model_state,
-            mode=_train_mode(),
-            rng=rng,
-            update_batch_norm=True,
-            **options,
-        )
-        result = workload.loss_fn(
-            label_batch=batch["targets"],
-            logits_batch=logits,
-            mask_batch=batch.get("weights"),
-            label_smoothing=point.label_smoothing,
-        )
-        loss = _global_mean(result["summed"], result["n_valid_examples"])
-        loss.backward()
+
+        def backward() -> tuple[Tensor, Any]:
+            """The loss, with gradients in place, and the new model_state."""
+            logits, new_state = workload.model_fn(
+                params=model,
+                augmented_and_preprocessed_input_batch=batch,
+                model_state=model_state,
+                mode=_train_mode(),
+                rng=rng,
+                update_batch_norm=True,
+                **options,
+            )
+            result = workload.loss_fn(
+                label_batch=batch["targets"],
+                logits_batch=logits,
+                mask_batch=batch.get("weights"),
+                label_smoothing=point.label_smoothing,
+            )
+            loss = _global_mean(result["summed"], result["n_valid_examples"])
+            loss.backward()
+            return loss, new_state
+
+        if monitor.unsettled:
+            monitor.unsettled = False
+            if repeatable.buckets_matter(model):
+                repeatable.throw_away(model, backward)
+        loss, model_state = backward()
         optimizer.step()
         optimizer_state["scheduler"].step()
-        optimizer_state["monitor"].add(loss)
+        monitor.add(loss)
         return optimizer_state, model, model_state
 
     def prepare_for_eval(

@@ -18,7 +18,7 @@ HANDED_OVER = (
 # Settings of the host that the container gets as they are.
 PASSED = (
     "WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_ENTITY", "OMP_NUM_THREADS",
-    "SHAMPOO_TELEMETRY",
+    "SHAMPOO_TELEMETRY", "SHAMPOO_DETERMINISTIC",
 )  # fmt: skip
 
 
