@@ -6,20 +6,23 @@
 
 writes tests/optim/authors/{meta,soap,kl}.json: for every case the settings given, the seed of
 :mod:`benchmarks.separated`, a sum that shows the gradients are the same again, the parameter
-after some of the steps, and how far from it the same code ends in float32, in shares of the
-movement. `tests/optim/test_authors.py` holds our references and the fast optimizer against them.
+after some of the steps, and how far the same code in float32 ends from it, and from itself with
+gradients one rounding away, in shares of the movement. `tests/optim/test_authors.py` holds our
+references and the fast optimizer against them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import float64_peers as peers
 from benchmarks import separated
@@ -95,6 +98,19 @@ SOURCES: dict[str, tuple[str, Callable[..., peers.Build], Callable[[], Iterator[
     "kl": ("yorkerlin/KL-Methods", peers.kl, kl_cases),
 }
 STEPS, EVERY = 60, 12
+PERTURBED = 6  # times that gradients one rounding away are drawn
+
+
+def recorded(
+    build: peers.Build, start: Tensor, gradients: Iterable[Tensor], lifted: bool = True
+) -> list[Tensor]:
+    """The parameter after every :data:`EVERY` steps."""
+    return list(peers.walk(build, start, gradients, lifted))[EVERY - 1 :: EVERY]
+
+
+def distance(a: list[Tensor], b: list[Tensor], start: Tensor) -> float:
+    """Largest ||a - b|| over ||b - start||, of parameters after the same steps."""
+    return max(((x - y).norm() / (y - start).norm()).item() for x, y in zip(a, b, strict=True))
 
 
 def commit(folder: str) -> str:
@@ -118,11 +134,12 @@ def record(source: str, folder: str) -> dict[str, Any]:
     for seed, (name, shape, settings, sequence) in enumerate(cases(), start=1):
         gradients = list(separated.gradients(shape, STEPS, seed, **sequence))
         start = separated.start(shape, seed)
-        path = list(peers.walk(build(folder, **settings), start, gradients))[EVERY - 1 :: EVERY]
-        in_float32 = peers.walk(build(folder, **settings), start, gradients, lifted=False)
-        apart = [
-            ((a - b).norm() / (b - start).norm()).item()
-            for a, b in zip(list(in_float32)[EVERY - 1 :: EVERY], path, strict=True)
+        optimizer = functools.partial(build, folder, **settings)
+        path = recorded(optimizer(), start, gradients)
+        in_float32 = recorded(optimizer(), start, gradients, lifted=False)
+        perturbed = [
+            recorded(optimizer(), start, separated.neighbours(gradients, k), lifted=False)
+            for k in range(PERTURBED)
         ]
         out["cases"].append(
             {
@@ -132,7 +149,8 @@ def record(source: str, folder: str) -> dict[str, Any]:
                 "sequence": {"seed": seed, **sequence},
                 "sum_of_gradients": torch.stack(gradients).sum().item(),
                 "parameters": [w.flatten().tolist() for w in path],
-                "float32": max(apart),
+                "float32": distance(in_float32, path, start),
+                "float32_perturbed": max(distance(p, in_float32, start) for p in perturbed),
             }
         )
     return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -60,3 +60,13 @@ def gradients(
             u = turned(q, t * angle) * spectrum
             g = torch.tensordot(u, g, dims=([1], [mode])).movedim(0, mode)
         yield g.contiguous()
+
+
+def neighbours(gradients: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
+    """The gradients in float32 with every entry moved to the next number, up or down by chance.
+    float64"""
+    draw = random.Random(f"neighbours {seed}")
+    for g in gradients:
+        ways = torch.tensor([draw.choice((-math.inf, math.inf)) for _ in range(g.numel())])
+        near = torch.nextafter(g.to(torch.float32), ways.view(g.shape).to(torch.float32))
+        yield near.to(torch.float64)

@@ -83,20 +83,47 @@ def test_one_dim_parameter_is_full_matrix_adam_once_its_factor_has_full_rank():
 
 @pytest.mark.parametrize("build", [AdamW, EShampoo])
 def test_identity_basis_is_torch_adamw(build):
-    """EShampoo before its first refresh, and the baseline: torch.optim.AdamW to rounding."""
+    """EShampoo before its first refresh, and the baseline: torch.optim.AdamW."""
     shapes = [(12, 7), (5,), (), (4, 3, 2)]
-    ours = [torch.nn.Parameter(next(gradients(s, 1, dtype=torch.float32))) for s in shapes]
+    ours = [torch.nn.Parameter(next(gradients(s, 1))) for s in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     optimizer = build(ours, **SETTINGS)  # F = 100
     expected = torch.optim.AdamW(theirs, **SETTINGS)
     for t in range(99):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-            p.grad = next(gradients(p.shape, 1, seed=100 * t + i, dtype=torch.float32))
+            p.grad = next(gradients(p.shape, 1, seed=100 * t + i))
             q.grad = p.grad.clone()
         optimizer.step()
         expected.step()
     for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("lr", [1.44e-3, torch.tensor(1.44e-3)])
+@pytest.mark.parametrize("build", [AdamW, EShampoo])
+def test_weight_decay_keeps_its_size_in_float32(build, lr):
+    """At the paper's point lr * weight_decay is 2.8e-7, and in float32 1 less that is 1 less
+    3.0e-7: torch.optim.AdamW, which multiplies by it, decays 6% too much."""
+    shape, decay, steps = (64, 64), 1.97e-4, 60
+    start = torch.linspace(0.5, 1, 64 * 64).view(shape)
+    drawn = list(gradients(shape, steps, seed=1, dtype=torch.float32))
+
+    def excess(build, **more):
+        """Of the decay over that of the same steps in float64, as a share of it."""
+        ends = []
+        for dtype in (torch.float32, torch.float64):
+            p = torch.nn.Parameter(start.to(dtype, copy=True))
+            rate = more["lr"].to(dtype) if isinstance(more["lr"], torch.Tensor) else more["lr"]
+            optimizer = build([p], **{**more, "lr": rate}, weight_decay=decay)
+            for g in drawn:
+                p.grad = g.to(dtype, copy=True)
+                optimizer.step()
+            ends.append(p.detach().double())
+        along = torch.dot((ends[1] - ends[0]).flatten(), start.double().flatten())
+        return (along / (steps * 1.44e-3 * decay * start.double().square().sum())).item()
+
+    assert abs(excess(build, lr=lr, betas=(0.9, 0.999))) < 0.01
+    assert excess(torch.optim.AdamW, lr=1.44e-3) > 0.04
 
 
 def test_identity_basis_is_nadamw():

@@ -6,6 +6,7 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from benchmarks import separated
 
 TOLERANCE = 1e-6
 FLOAT32_TOLERANCE = 1e-4
+FLOAT32_TIMES = 5
 
 RECORDS = {
     name: json.loads((Path(__file__).parent / "authors" / f"{name}.json").read_text())
@@ -289,21 +291,53 @@ def test_the_fast_optimizer_agrees_with_the_authors_code(name, order):
         assert fast_error(record, case, name, torch.float64) < TOLERANCE, label(case)
 
 
+def own_float32(case):
+    """How well theirs reproduces itself in float32: against its own float64, and against itself
+    with gradients one rounding away, the larger."""
+    return max(case["float32"], case["float32_perturbed"])
+
+
+def float32_tolerance(case):
+    """At most the movement's 1e-4, and where theirs is nearer to itself, nearer: rounding is not
+    the same in two codes or on two machines, and may be :data:`FLOAT32_TIMES` theirs."""
+    return min(FLOAT32_TOLERANCE, FLOAT32_TIMES * own_float32(case))
+
+
 @pytest.mark.parametrize("name", FAST)
-def test_the_fast_optimizer_agrees_in_float32_where_the_authors_code_does_with_itself(name):
+def test_the_fast_optimizer_agrees_in_float32_as_the_authors_code_does_with_itself(name):
     record, cases = comparable(name)
     for case in cases:
         if case["float32"] < FLOAT32_TOLERANCE:
-            # Theirs ends up to 7e-5 away: one rounding more or less may be twice that.
-            tolerance = max(FLOAT32_TOLERANCE, 3 * case["float32"])
-            assert fast_error(record, case, name, torch.float32) < tolerance, label(case)
+            error = fast_error(record, case, name, torch.float32)
+            assert error < float32_tolerance(case), label(case)
+
+
+def test_the_document_says_how_well_float32_reproduces():
+    """Theirs to the digit; ours, whose rounding is this machine's, within a factor of 3."""
+    text = (Path(__file__).parents[2] / "docs" / "implementations.md").read_text(encoding="utf-8")
+    number = r"(\d(?:\.\d)?e-\d+)"
+    rows = re.findall(rf"^\| `(\w+)` \| (\d+) \| {number} \| {number} \| {number} \|$", text, re.M)
+    assert {row[0] for row in rows} == set(FAST)
+    for name, count, lifted, perturbed, said in rows:
+        record, cases = comparable(name)
+        cases = [case for case in cases if case["float32"] < FLOAT32_TOLERANCE]
+        assert len(cases) == int(count)
+        assert f"{max(case['float32'] for case in cases):.1e}" == lifted
+        assert f"{max(case['float32_perturbed'] for case in cases):.1e}" == perturbed
+        ours = max(fast_error(record, case, name, torch.float32) for case in cases)
+        assert 1 / 3 < ours / float(said) < 3, (name, f"{ours:.1e}")
 
 
 def test_where_the_authors_code_does_not_agree_with_itself_in_float32():
-    """EShampoo at F = 1: the first gradient's rotation is diagonal, the rest of D rounding."""
+    """EShampoo at F = 1: the first gradient's rotation is diagonal, the rest of D rounding. Ours
+    leaves that noise out and stays near their float64."""
     apart = [(s, c) for s, c in CASES if c["float32"] >= FLOAT32_TOLERANCE]
     assert {(s, c["name"], c["settings"]["F"]) for s, c in apart} == {
         ("meta", "eshampoo_fixed", 1),
         ("meta", "eshampoo_adaptive", 1),
         ("meta", "eshampoo_qr", 1),
     }
+    for source, case in apart:
+        assert case["float32_perturbed"] > 1e-3
+        if case["name"] in FAST:
+            assert fast_error(RECORDS[source], case, case["name"], torch.float32) < 1e-4

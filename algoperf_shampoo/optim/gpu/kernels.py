@@ -481,4 +481,4 @@ def scatter(addresses, pieces, tiles, buffer, lr_ptr, weight_decay, bad, SIZE: t
     lr = tl.load(lr_ptr)
     u = tl.load(buffer + tl.load(piece + 2) + k, mask=mask)
     p = tl.load(to, mask=mask)
-    tl.store(to, p * (1 - lr * weight_decay) - lr * u, mask=mask)
+    tl.store(to, p - lr * (u + weight_decay * p), mask=mask)

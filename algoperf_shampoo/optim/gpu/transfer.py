@@ -91,8 +91,8 @@ class Transfer:
     def scatter(
         self, params: Sequence[Tensor], lr: Tensor, weight_decay: float, bad: Tensor | None = None
     ) -> bool:
-        """W <- W (1 - lr * weight_decay) - lr * U, U in the buffer, lr [] on the device; but not
-        for parameters where bad, int32 on the device, is not zero.
+        """W <- W - lr * (U + weight_decay * W), U in the buffer, lr [] on the device; but not for
+        parameters where bad, int32 on the device, is not zero.
 
         False, and nothing done, if the parameters are not any more what :meth:`fits` asks for.
         """
