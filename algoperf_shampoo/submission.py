@@ -127,7 +127,8 @@ class Monitor:
 
     def add(self, loss: Tensor) -> None:
         loss = loss.detach().float()
-        self._sum = loss.clone() if self._sum is None else self._sum.add_(loss)
+        # A state may have been loaded onto another device.
+        self._sum = loss.clone() if self._sum is None else self._sum.to(loss.device).add_(loss)
         self._count += 1
 
     def flush(self) -> dict[str, float]:

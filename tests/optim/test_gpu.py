@@ -4,6 +4,7 @@ test-gpu`."""
 import pytest
 import torch
 
+from algoperf_shampoo import submission
 from algoperf_shampoo.optim import EShampoo
 from algoperf_shampoo.optim.blocks.memory import BorrowedMemory
 from algoperf_shampoo.optim.criterion import relative_off_diagonal
@@ -328,3 +329,10 @@ def test_an_ordinary_step_does_not_wait_for_the_device():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(p.isfinite().all() for p in params)
+
+
+def test_a_monitor_whose_state_was_loaded_onto_the_cpu_goes_on():
+    monitor = submission.Monitor()
+    monitor.load_state_dict({"batches": 1, "sum": torch.tensor(2.0), "count": 1})
+    monitor.add(torch.tensor(4.0, device="cuda"))
+    assert monitor.flush() == {"loss": 3.0}
