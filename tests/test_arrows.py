@@ -24,7 +24,8 @@ BELOW = {
     "study": {"harness", "workloads", "optim"} | SHARED,
     "harness": {"workloads"} | SHARED,
     "workloads": SHARED,
-    "submission": {"optim"} | SHARED,
+    "submission": {"optim", "repeatable"} | SHARED,
+    "repeatable": SHARED,
     "optim": set(),
     **dict.fromkeys(SHARED, SHARED),
 }
@@ -34,6 +35,7 @@ AT_ONCE = {
     "harness": {"numpy", "torch"},
     "workloads": {"numpy", "torch"},
     "submission": {"torch"},
+    "repeatable": {"torch"},
     "optim": {"torch", "triton"},
 }
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
