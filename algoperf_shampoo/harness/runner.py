@@ -282,9 +282,10 @@ class _Training:
             optional["train_state"] = MappingProxyType(self.train_state)
         self.losses.step = self.global_step + 1
         try:
-            self.optimizer_state, self.params, self.model_state = self.submission.update_params(
-                **self._keywords(update_rng), batch=batch, **optional
-            )
+            with self.watch.giving_up(self.run.name, self.global_step + 1, self.echo):
+                self.optimizer_state, self.params, self.model_state = self.submission.update_params(
+                    **self._keywords(update_rng), batch=batch, **optional
+                )
         except TrainingCompleteError:
             self.train_state["training_complete"] = True
         self.losses.step = None
@@ -306,9 +307,10 @@ class _Training:
         if self.submission.prepare_for_eval is None:
             return
         start = _now()
-        self.optimizer_state, self.params, self.model_state = self.submission.prepare_for_eval(
-            **self._keywords(rng)
-        )
+        with self.watch.giving_up(self.run.name, self.global_step, self.echo):
+            self.optimizer_state, self.params, self.model_state = self.submission.prepare_for_eval(
+                **self._keywords(rng)
+            )
         self.train_state["accumulated_submission_time"] += _now() - start
 
     def _evaluate(self, rng: np.ndarray) -> None:
@@ -471,11 +473,10 @@ class _Training:
             f"over; the {before['accumulated_submission_time']:.1f} s already spent count"
         )
 
-    def _goals(self) -> bool:
-        return self.train_state["validation_goal_reached"] and self.train_state["test_goal_reached"]
-
     def _is_to_stop_at_goals(self) -> bool:
-        return self.run.stop_at_target and self._goals()
+        state = self.train_state
+        both = state["validation_goal_reached"] and state["test_goal_reached"]
+        return self.run.stop_at_target and both
 
     def _time_budget(self) -> float:
         """Seconds of submission time. All steps are all steps, on a slow machine too."""

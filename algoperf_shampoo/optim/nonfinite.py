@@ -27,7 +27,7 @@ POLICIES = ("skip", "propagate")
 BOUND = {torch.float32: 2.0**48, torch.float64: 2.0**496}
 
 
-class NonFiniteGradientError(RuntimeError):
+class NonFiniteGradientError(RuntimeError, FloatingPointError):
     """A parameter's gradient was not finite, or too large, too often in a row."""
 
 

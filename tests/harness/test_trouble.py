@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ import torch
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import checkpoint, run_folder, seal
+from algoperf_shampoo.optim.nonfinite import NonFiniteGradientError
 from algoperf_shampoo.study import launch, logs, plan
+from algoperf_shampoo.study.claims.statistics import of_run
 from tests.faults.disks import Failing, NoSync, standing_in
 from tests.harness import fakes
 from tests.harness.test_runner import curve, interrupted, rows
@@ -452,3 +455,36 @@ def test_an_optimizer_does_not_import_torchs_compiler():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("where", ["update_params", "prepare_for_eval"])
+@pytest.mark.parametrize("all_steps", [False, True])
+def test_a_run_whose_optimizer_gives_up_has_diverged(tmp_path, where, all_steps):
+    """Gradients that are not finite too often in a row, while the losses that are read are."""
+
+    def unreachable():
+        return fakes.FakeWorkload(validation_target_value=1.5)
+
+    def update_params(**given):
+        found = fakes._update_params(**given)
+        if where == "update_params" and given["global_step"] == 19:
+            raise NonFiniteGradientError("parameter 0 7 (of 9 in all)")
+        return found
+
+    def prepare_for_eval(**given):
+        if where == "prepare_for_eval" and given["global_step"] == 20:
+            raise NonFiniteGradientError("parameter 0 7 (of 9 in all)")
+        return fakes._prepare_for_eval(**given)
+
+    run, lines = replace(fakes.spec_in(tmp_path), stop_at_target=not all_steps), []
+    hooks = {"update_params": with_signature(update_params), "prepare_for_eval": prepare_for_eval}
+    record = fakes.execute(run, unreachable(), echo=lines.append, **hooks)
+    assert record["status"] == "diverged" and record["result"]["stop_reason"] == "diverged"
+    assert record["result"]["global_step"] == record["result"]["diverged_at_step"] == 20
+    said = f"{run.name}: diverged at step 20: parameter 0 7 (of 9 in all)"
+    assert lines.count(said) == 1
+    trial = logs.read_trial(run.run_dir)
+    assert trial.diverged and trial.outcome == (logs.ALL_STEPS if all_steps else "miss")
+    assert of_run(trial, "loss", 40) == math.inf
+    again = fakes.execute(run, unreachable(), echo=lines.append, **hooks)
+    assert again == record

@@ -18,6 +18,7 @@ from typing import Any
 from algoperf_shampoo import json_input
 from algoperf_shampoo.study import files, logs, plan, progress, study
 from algoperf_shampoo.study.claims import file
+from algoperf_shampoo.study.claims.elsewhere import Elsewhere
 from algoperf_shampoo.study.claims.statistics import of_run
 from algoperf_shampoo.study.study import Job, Options, Study
 
@@ -65,6 +66,7 @@ class Phases:
     content: dict[str, Any]
     study: Study
     tuning: Study | None
+    elsewhere: Elsewhere
     choices: dict[Place, Choice] = field(default_factory=dict)
     _places: dict[Path, tuple[Place, float, int]] = field(default_factory=dict)
     _losses: dict[Place, dict[float, dict[int, float]]] = field(default_factory=dict)
@@ -81,7 +83,8 @@ class Phases:
             row if file.place(number, self.declared.arms) == place else None
             for number, row in enumerate(rows["rows"], start=1)
         ]
-        new = study.lay_out(self.root, str(self.path), self.options, rows).jobs
+        laid_out = study.lay_out(self.root, str(self.path), self.options, rows).jobs
+        new = self.elsewhere.found(laid_out)
         self.study = replace(self.study, jobs=(*self.study.jobs, *new))
         return list(new)
 
@@ -154,11 +157,14 @@ def lay_out(root: Path, name: str, out: str | None, quick: bool) -> Phases:
             for workload in plan.WORKLOADS
         }
     made = study.lay_out(root, name, options, file.measured(content, rates))
-    found = Phases(root, path, options, quick, declared, content, made, None)
+    elsewhere = Elsewhere(made.out)
+    made = replace(made, jobs=elsewhere.found(made.jobs))
+    found = Phases(root, path, options, quick, declared, content, made, None, elsewhere)
     if quick or not declared.rates:
         return found
     rows, places = file.tuning(content)
-    found.tuning = study.lay_out(root, name, own, rows)
+    laid_out = study.lay_out(root, name, own, rows)
+    found.tuning = replace(laid_out, jobs=elsewhere.found(laid_out.jobs))
     for job in found.tuning.jobs:
         for row in job.rows:
             arm, workload, rate = places[row - 1]

@@ -163,6 +163,24 @@ def test_a_page_that_does_not_follow_is_found_and_written_anew(tmp_path, one_cla
         committed.pack(tmp_path, committed.pages(tmp_path, listed)[0], tmp_path / "runs")
 
 
+def test_runs_are_found_when_their_variants_point_and_so_their_label_has_changed(
+    tmp_path, one_claim
+):
+    listed = tmp_path / "list.json"
+    (page,) = committed.pages(tmp_path, listed)
+    committed.pack(tmp_path, page, tmp_path / "runs")
+    committed.stale(tmp_path, listed, write=True)
+    (tmp_path / "search_spaces").unlink()
+    shutil.copytree(ROOT / "search_spaces", tmp_path / "search_spaces")
+    space = tmp_path / "search_spaces" / "mini" / "nadamw.json"
+    (point,) = json.loads(space.read_text())
+    assert point["learning_rate"] == 0.004
+    space.write_text(json.dumps([{**point, "learning_rate": 0.008}]))
+    assert committed.stale(tmp_path, listed, write=False) == []
+    space.write_text(json.dumps([{**point, "weight_decay": 0.5}]))  # they are others now
+    assert committed.stale(tmp_path, listed, write=False) == ["page.md", "page.json"]
+
+
 def test_a_damaged_archive_is_named_and_changes_no_page(tmp_path, one_claim):
     listed = tmp_path / "list.json"
     (page,) = committed.pages(tmp_path, listed)
