@@ -43,7 +43,7 @@ def has_factors(shape: tuple[int, ...]) -> bool:
 
 
 def refresh_ms(blocks: list[Member], everywhere: int, elsewhere: int) -> float:
-    """Expected of one rank: its own blocks, all gradients to work in, half of what others keep."""
+    """Expected of one rank: its blocks; to work in, all gradients and as much as others keep."""
     counts: dict[int, int] = {}
     for m in blocks:
         for n in m.block.shape if has_factors(m.block.shape) else ():
@@ -55,7 +55,7 @@ def refresh_ms(blocks: list[Member], everywhere: int, elsewhere: int) -> float:
     own = sum(m.block.numel for m in blocks)
     free = 4 * (everywhere + own)
     room = Room(free + min(8 * own, 2**29), free)
-    workspace = (8 << 20) + min(elsewhere // 2, sharding.ROOM_MIB << 20)
+    workspace = (8 << 20) + min(elsewhere, sharding.ROOM_MIB << 20)
     found = schedule(tasks, idle, (room,), workspace)
     return sum(plan.milliseconds for plan in found.phases)
 

@@ -11,11 +11,12 @@ benchmark's clock.
 
 A step that waits for the host (OGBG's thousand launches) takes as long as the host does, which
 varies from period to period by more than the parts that are looked for. So marked and unmarked
-periods come in the order off, on, on, off, such that a drift meets both alike, garbage is collected
-between periods and never in one, and medians over periods count, which a period that was disturbed
-does not move; a workload whose steps are short gets more periods, until ``--seconds`` have gone.
-The step with marks less the one without is a row of its own, ``marks``: what marking
-costs, or how far two halves of the same measurement are apart.
+periods come in the order off, on, on, off, and each marked one is weighed against the unmarked one
+beside it, such that a drift meets both alike; garbage is collected between periods and never in
+one; and medians over pairs count, which a period that was disturbed does not move; a workload whose
+steps are short gets more periods, until ``--seconds`` have gone. The step with marks less the one
+without is a row of its own, ``marks``: what marking costs, or how far two halves of the same
+measurement are apart.
 """
 
 from __future__ import annotations
@@ -219,9 +220,12 @@ def measure(
         training.step()
     found = run_periods(training, frequency, periods, seconds)
     f = training.frequency
-    ordinary, due = (_median(found.marked[kind]) for kind in ("ordinary", "due"))
+    ordinary, due = (paired(found.marked[kind], found.whole[kind]) for kind in ("ordinary", "due"))
     whole = {kind: statistics.median(values or [0.0]) for kind, values in found.whole.items()}
-    with_marks = {k: statistics.median(values or [0.0]) for k, values in found.with_marks.items()}
+    with_marks = {
+        kind: paired([{"step": s} for s in values], found.whole[kind]).get("step", 0.0)
+        for kind, values in found.with_marks.items()
+    }
     note = ""
     if not clock.nests:
         rotations, places, note = _rotations(workload, variant, clock, frequency)
@@ -392,9 +396,16 @@ def _batch_size(workload: Any) -> int:
     return BATCHES[workload.name]
 
 
-def _median(found: list[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for parts in found for name in parts)
-    return {name: statistics.median(parts.get(name, 0.0) for parts in found) for name in names}
+def paired(marked: list[dict[str, float]], whole: list[float]) -> dict[str, float]:
+    """Seconds of each part: its share of the unmarked period next to its own, the median over such
+    pairs, times the median unmarked period. What changes slowly, as a host's speed, cancels."""
+    pairs = list(zip(marked, whole, strict=False))  # the last period may have no neighbour
+    names = dict.fromkeys(name for parts in marked for name in parts)
+    usual = statistics.median(whole or [0.0])
+    return {
+        name: usual * statistics.median(parts.get(name, 0.0) / step for parts, step in pairs)
+        for name in names
+    }
 
 
 def _mean_step(whole: Mapping[str, float], f: int, measured_at: int) -> float:

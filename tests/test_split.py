@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,7 +84,9 @@ class Injected:
         self.calls = dict.fromkeys(INJECTED, 0)
         found = split.run_periods(self.training, frequency=2, count=1)
         self.calls_a_step = {name: calls / 4 for name, calls in self.calls.items()}
-        ordinary, due = (split._median(found.marked[kind]) for kind in ("ordinary", "due"))
+        ordinary, due = (
+            split.paired(found.marked[kind], found.whole[kind]) for kind in ("ordinary", "due")
+        )
         whole = (found.whole["ordinary"][0] + found.whole["due"][0]) / 2
         return parts.amortised(ordinary, due, 2), whole
 
@@ -131,13 +134,25 @@ def test_a_period_that_was_disturbed_moves_no_row(measured: Any):
         eshampoo.training.step = step
     # Off, on, on, off, off, on; two steps each.
     assert calls[::2] == calls[1::2] == [False, True, True, False, False, True]
-    ordinary, due = (split._median(found.marked[kind]) for kind in ("ordinary", "due"))
+    ordinary, due = (
+        split.paired(found.marked[kind], found.whole[kind]) for kind in ("ordinary", "due")
+    )
     after = parts.amortised(ordinary, due, 2)
     assert after == pytest.approx(before, abs=1e-12)
     whole = sorted(found.whole["ordinary"])
     stall = 1.0 - 5 * MS
     assert whole[2] - whole[1] == pytest.approx(stall) and whole[1] == pytest.approx(whole[0])
     assert max(parts_of["data"] for parts_of in found.marked["ordinary"]) == pytest.approx(1.0)
+
+
+def test_a_host_that_becomes_slower_moves_no_share():
+    """Its speed halves over the periods, at random times at that: shares stay."""
+    speeds = [1.0, 1.05, 1.3, 1.25, 1.9, 2.0, 1.1, 1.0]
+    whole = [10 * MS * speed for speed in speeds]
+    marked = [{"eigen": 4 * MS * speed, "update": 6 * MS * speed} for speed in speeds]
+    found = split.paired(marked, whole)
+    assert found["eigen"] == pytest.approx(0.4 * statistics.median(whole))
+    assert sum(found.values()) == pytest.approx(statistics.median(whole))
 
 
 def test_a_variant_without_factors_has_no_time_in_their_parts():

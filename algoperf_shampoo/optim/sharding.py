@@ -133,17 +133,18 @@ def owners(
 
 
 def roomier(solver: Solver, layout: Layout) -> Solver:
-    """The solver, with half of the memory that others keep factors and bases in for a refresh.
+    """The solver, with as much memory for a refresh as others keep factors and bases in.
 
     cuSOLVER's batches take as long for ten matrices as for a hundred, if these fit: with fewer
-    matrices a rank gains little unless it can decompose them together.
+    matrices a rank gains little unless it can decompose all sizes at the same time. Its peak is
+    that of a rank that keeps everything.
     """
     elsewhere = sum(
         2 * len(s) * sum(n * n for n in s.shape) * s.dtype.itemsize
         for s in layout.others
         if s.factors
     )
-    return replace(solver, workspace_mib=solver.workspace_mib + min(elsewhere // 2**21, ROOM_MIB))
+    return replace(solver, workspace_mib=solver.workspace_mib + min(elsewhere // 2**20, ROOM_MIB))
 
 
 def exchange(layout: Layout, shard: Shard) -> None:
