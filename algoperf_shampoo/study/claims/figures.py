@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import statistics as stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from algoperf_shampoo.harness.hparams import F_KEY, TAU_KEY
 from algoperf_shampoo.study.claims.file import Curves
 from algoperf_shampoo.study.claims.results import Outcome, Run
 from algoperf_shampoo.study.claims.statistics import KINDS, OF_KINDS, loss_curve, shares_between
+from algoperf_shampoo.study.claims.tuning import Choice
 from algoperf_shampoo.study.figures import (
     DPI,
     LATER,
@@ -67,7 +68,8 @@ _RATES = (
     "Mean training loss of the last tenth of the steps against the learning rate, the axes of the "
     "paper's Figure 2 (there: Imagewoof, final loss after 100 epochs; here: the minis). A mark is "
     "a run, the line the mean over seeds; a run that diverged is left out. Where rates were tuned, "
-    "the runs are those of the tuning seeds, and a mark their mean."
+    "the runs are those of the tuning seeds, and a mark their mean; means far above every arm's "
+    "best are left out."
 )
 _REFRESHES = (
     "Eigendecompositions over checks, of all factors between two evaluations, the axes of the "
@@ -133,14 +135,22 @@ def _tuned(found: Outcome) -> Figure:
     arms = list(dict.fromkeys(arm for arm, _ in found.choices))
     figure, grid = _panels(found.minis, len(arms))
     for mini, axes in zip(found.minis, grid, strict=True):
+        choices = {a: c for (a, m), c in found.choices.items() if m == mini}
+        most = _most(choices.values())
         for number, arm in enumerate(arms):
-            choice = found.choices.get((arm, mini))
-            losses = choice.losses if choice else {}
-            points = {r: [v] if math.isfinite(v) else [] for r, v in losses.items()}
+            losses = choices[arm].losses if arm in choices else {}
+            points = {r: [v] if v <= most else [] for r, v in losses.items()}
             _line(axes, number, arm, points)
         _rate_axis(axes, [rate for choice in found.choices.values() for rate in choice.losses])
     grid[0].set_ylabel("training loss, last tenth")
     return _with_legend(figure, grid[0], len(arms))
+
+
+def _most(choices: Iterable[Choice]) -> float:
+    """The largest loss that has a place: half more above the best of all than the arm has whose
+    best is the worst."""
+    bests = [best for c in choices if math.isfinite(best := min(c.losses.values()))]
+    return max(bests) + 0.5 * (max(bests) - min(bests)) if bests else math.inf
 
 
 def _refreshes(found: Outcome) -> Figure | None:
@@ -209,13 +219,15 @@ def _line(
     known = {place: values for place, values in points.items() if values}
     style: dict[str, Any] = {"color": "0.0" if number % 2 == 0 else "0.45"}
     marker = MARKERS[number % len(MARKERS)]
+    face = ("white", style["color"], "0.8")[number // len(MARKERS) % 3]
     axes.plot(
         list(known), [stat.fmean(values) for values in known.values()], marker=marker,
-        markersize=4, markerfacecolor="white", linestyle=STYLES[number % len(STYLES)],
+        markersize=4, markerfacecolor=face, linestyle=STYLES[number % len(STYLES)],
         markevery=None if each else (number % _MARKED, _MARKED),
         linewidth=1.2, label=name, clip_on=not (each and known), **style,
     )  # fmt: skip
-    for place, values in known.items() if each else ():
+    several = {place: values for place, values in known.items() if each and len(values) > 1}
+    for place, values in several.items():
         axes.plot(
             [place] * len(values), values, marker, markersize=2, linestyle="none", clip_on=False,
             **style,

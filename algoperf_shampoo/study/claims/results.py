@@ -216,7 +216,7 @@ def markdown(found: Outcome, root: Path, folder: Path) -> str:
     if found.choices:
         seeds = ", ".join(map(str, found.declared.tuning_seeds))
         lines += ["", f"Learning rates, chosen on seeds {seeds}:", ""]
-        lines += tuning.table(found.choices, _number, lambda runs: _link(found, runs, folder))
+        lines += tuning.table(found.choices, lambda runs: _link(found, runs, folder))
     if found.runs:
         lines += ["", *_machines_table(found.runs)]
     if table2.speaks_of(verdicts):

@@ -179,9 +179,7 @@ def _list(seeds: Sequence[int]) -> str:
     return ",".join(map(str, seeds)) + ","
 
 
-def table(
-    choices: Mapping[Place, Choice], shown: Callable[[float], str], link: Callable[[Path], str]
-) -> list[str]:
+def table(choices: Mapping[Place, Choice], link: Callable[[Path], str]) -> list[str]:
     """The chosen rates, and the mean losses of the grids, each rate a ``link`` to its runs."""
     lines = [
         "| arm | mini | rate | mean loss of the grid | |",
@@ -189,7 +187,7 @@ def table(
     ]
     for (arm, mini), choice in choices.items():
         grid = ", ".join(
-            f"[{rate:g}](<{link(choice.folders[rate])}>): {shown(loss)}"
+            f"[{rate:g}](<{link(choice.folders[rate])}>): {loss:.4g}"
             for rate, loss in choice.losses.items()
         )
         edge = "at the edge" if choice.at_edge else ""

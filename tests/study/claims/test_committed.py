@@ -27,19 +27,38 @@ def test_committed_pages_follow_from_the_committed_runs():
     )
 
 
-def test_the_document_says_what_the_page_says():
+def test_the_document_says_what_the_pages_say():
     text = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
-    rows = {row[0]: row for row in re.findall(r"^\| `(\w+)` \|.*\| (\S+) \| (\w+) \|$", text, re.M)}
-    record = json.loads((ROOT / "results/measured/claims/claims.json").read_text(encoding="utf-8"))
-    said = {c["name"]: (c["name"], f"{c['corrected']:.2g}", c["verdict"]) for c in record["claims"]}
-    assert rows == said
-    count = Counter(claim["verdict"] for claim in record["claims"])
-    for path in ("docs/claims.md", "README.md"):
-        words = " ".join((ROOT / path).read_text(encoding="utf-8").split())
-        assert (
-            f"{count['supported']} are supported, {count['contradicted']} is contradicted, "
-            f"{count['undecided']} are undecided"
-        ) in words, path
+    row = r"^\| `(\w+)` \|.*\| ([^|]+) \| (\S+) \| (\w+) \|$"
+    rows = {name: rest for name, *rest in re.findall(row, text, re.M)}
+    pages = committed.pages(ROOT, ROOT / committed.LIST)
+    records = [json.loads(p.stem.with_suffix(".json").read_text(encoding="utf-8")) for p in pages]
+    claims = {claim["name"]: claim for record in records for claim in record["claims"]}
+    assert rows.keys() == claims.keys()
+    for name, (effects, corrected, verdict) in rows.items():
+        claim = claims[name]
+        assert (corrected, verdict) == (f"{claim['corrected']:.2g}", claim["verdict"]), name
+        parts = [list(part.values()) for part in claim["effects"]]  # of one of them, in percent
+        forms = ("{:+.3f}".format, lambda effect: f"{100 * effect:+.2f}%")
+        assert effects in [", ".join(map(form, p)) for p in parts for form in forms], name
+    for record in records:
+        count = Counter(claim["verdict"] for claim in record["claims"])
+        said = ", ".join(
+            f"{count[word]} {'is' if count[word] == 1 else 'are'} {word}"
+            for word in ("supported", "contradicted", "undecided")
+        )
+        for path in ("docs/claims.md", "README.md"):
+            words = " ".join((ROOT / path).read_text(encoding="utf-8").split())
+            assert f"of {len(record['claims'])} " in words and said in words, path
+
+
+def test_the_document_says_how_many_rates_are_at_an_edge():
+    record = json.loads((ROOT / "results/measured/claims/family.json").read_text(encoding="utf-8"))
+    grids = [(r["rate"], sorted(map(float, r["losses"]))) for r in record["rates"]]
+    largest = sum(rate == grid[-1] for rate, grid in grids)
+    assert not any(rate == grid[0] for rate, grid in grids)
+    text = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    assert f"Of {len(grids)} rates {largest} are the largest of their grid" in text
 
 
 def test_every_declared_study_of_claims_has_a_committed_page():
@@ -74,7 +93,7 @@ def test_every_mean_leads_to_the_logs_that_it_is_of():
             assert len(rate.findall(grid)) == 5
             for path, label, said in rate.findall(grid):
                 assert page.stem.parent / path == page.runs
-                assert said == shown(losses(content, label, mini), ".2g"), (label, mini)
+                assert said == shown(losses(content, label, mini), ".4g"), (label, mini)
 
 
 def losses(content: dict[str, bytes], label: str, mini: str) -> list[float]:
