@@ -30,8 +30,8 @@ OURS = {
 # with rules of several kinds.
 SHARED = {
     "fastmri_minidata": "shampoo_adaptive,shampoo2_trace,eshampoo_qr,kl_shampoo",
-    "imagenet_vit_minidata": "soap,eshampoo_fixed,shampoo",
-    "ogbg_minidata": "eshampoo_adaptive,kl_soap,shampoo_grafting",
+    "imagenet_vit_minidata": "soap,eshampoo_fixed",
+    "ogbg_minidata": "eshampoo_adaptive,kl_soap,shampoo_grafting,shampoo",
 }
 SHARING = ("--sharding=on", "--prefix=sharded_", "--runs=two_resumed,exported_resumed")
 SMALL = {"VIT_VARIANT": "Ti/16", "FASTMRI_CHANNELS": "8"}
