@@ -102,6 +102,7 @@ def contenders(soap: str | None, kl: str | None, others: Others) -> dict[str, Co
     found = {
         "EShampoo": Contender(ours(EShampoo)),
         "EShampoo, 11 bits": Contender(ours(EShampoo, **high)),
+        "EShampoo, QR": Contender(ours(EShampoo, tau=0.1, eigensolver="qr")),
         "Shampoo, grafting": Contender(ours(Shampoo)),
         "Shampoo": Contender(ours(Shampoo, grafting=None)),
         "Shampoo2, trace": Contender(ours(Shampoo2Trace)),
@@ -239,12 +240,14 @@ def entries(workload: str, table_of: dict[str, Contender], args: Any) -> dict[st
 
 
 def formula(params: Params) -> dict[str, int]:
-    """Entries by formula of the tensors that are no vectors: d1 d2, d1 + d2, d1^2 + d2^2."""
+    """Entries by formula of the tensors that are no vectors: d1 d2 (and those of them of order 3 or
+    more), d1 + d2, d1^2 + d2^2; and of vectors."""
     matrices = [p for p in params if p.ndim > 1]
     return {
         "d1 d2": sum(p.numel() for p in matrices),
         "d1 + d2": sum(sum(p.shape) for p in matrices),
         "d1^2 + d2^2": sum(sum(d * d for d in p.shape) for p in matrices),
+        "of order 3": sum(p.numel() for p in matrices if p.ndim > 2),
         "vectors": sum(p.numel() for p in params if p.ndim == 1),
     }
 
