@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import points
 from algoperf_shampoo.errors import UserError
 
 MAX_BYTES = 1 << 20
@@ -110,6 +111,8 @@ def _float(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text[:40]} is larger than any number here (1.8e308)")
+    if points.vanishes(text, value):
+        raise ValueError(f"{text[:40]} is nearer to 0 than any number here (4.9e-324)")
     return value
 
 

@@ -152,6 +152,12 @@ def knows(workload: str) -> bool:
     return any(workload in version.workloads for version in shipped())
 
 
+def metrics_of(workload: str) -> list[str]:
+    """The metrics that a workload's target has in some version; none of an unknown workload."""
+    settings = [version.workloads.get(workload) for version in shipped()]
+    return list(dict.fromkeys(one.target_metric_name for one in settings if one is not None))
+
+
 def self_tuning_factor(version: str) -> float:
     """How much longer self-tuning runs may take; of an unknown version, the most it ever was."""
     named = [v.self_tuning_budget_factor for v in shipped() if v.name in version.split(" or ")]

@@ -80,6 +80,7 @@ def _annotate(table: Table) -> Table:
         ratio = own.steps.mean / reference.steps.mean if own.steps and reference.steps else None
         rows[pair.own] = replace(
             own,
+            notes=[*own.notes, *_made_otherwise(own, reference)],
             comparison=Comparison(
                 reference=reference.name,
                 steps_ratio=ratio,
@@ -94,6 +95,20 @@ def _annotate(table: Table) -> Table:
             ),
         )
     return replace(table, rows=rows, pooled=_pooled(rows, pairs))
+
+
+def _made_otherwise(row: Row, reference: Row) -> list[str]:
+    """A line where a row and its reference were not made by the same code on the same machine."""
+    names = dict.fromkeys([*row.made_by, *reference.made_by])
+    differ = [
+        what
+        for what in names
+        if what != "submission source"  # each variant has its own
+        and row.made_by.get(what, {}).keys() != reference.made_by.get(what, {}).keys()
+    ]
+    if not differ:
+        return []
+    return [f"compared with {significance.REFERENCE}, whose runs differ in {', '.join(differ)}"]
 
 
 def _beside_the_paper(row: Row, table: Table) -> Row:

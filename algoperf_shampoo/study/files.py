@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from algoperf_shampoo import points
+
 MAX_CSV_BYTES = 64 * 2**20
 MAX_JSON_BYTES = 16 * 2**20
 MAX_COLUMNS = 10_000
@@ -89,7 +91,7 @@ def read_json_value(path: Path) -> Any:
     """
     text = read_text(path, MAX_JSON_BYTES)
     try:
-        content = json.loads(text, object_pairs_hook=_object)
+        content = json.loads(text, object_pairs_hook=_object, parse_float=_float)
     except RecursionError:
         raise Unreadable(f"is nested deeper than {MAX_DEPTH} levels") from None
     except json.JSONDecodeError as error:
@@ -140,12 +142,14 @@ def number(text: str) -> float | None:
     """The number that a CSV field states, nan for an empty field, None if it is no number.
 
     Stricter than ``float``: plain digits only, so neither ``1_0`` nor digits of other scripts nor
-    spaces. "nan" and "inf" are numbers, as AlgoPerf writes them.
+    spaces, nor a number nearer to 0 than any float64. "nan" and "inf" are numbers, as AlgoPerf
+    writes them.
     """
     if not text:
         return math.nan
     if _NUMBER.fullmatch(text) or _NOT_FINITE.fullmatch(text):
-        return float(text)
+        value = float(text)
+        return None if points.vanishes(text, value) else value
     return None
 
 
@@ -184,6 +188,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {printable(key, 80)!r} is there twice")
         made[key] = value
     return made
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value) or points.vanishes(text, value):
+        raise Unreadable(f"holds {printable(text, 40)}, which no float64 does")
+    return value
 
 
 def _check_values(content: Any) -> None:

@@ -125,6 +125,8 @@ def read_trial(path: Path) -> Trial:
     _check_seal(path, names, record, holes)
     hparams = _read_hparams(path, names, flags, holes)
     metric, target = _target(meta, holes)
+    if metric is not None and metric not in (known := versions.metrics_of(workload) or [metric]):
+        holes.fault(f"the metric in the meta data is {metric}; that of {workload}: {known[0]}")
     evaluations = read_evaluations(path, metric, holes) if metric is not None else []
     hit = None
     if metric is not None and target is not None:
@@ -134,8 +136,11 @@ def read_trial(path: Path) -> Trial:
     if record is not None:
         _check_record(record, meta, hparams, hit, evaluations, holes)
         provenance.check_place(_identity(record), study, workload, framework, path.name, holes)
-    elif seal.NAME in names:
-        provenance.check_seed(study, meta.get("rng_seed"), holes)
+    else:
+        ours = seal.NAME in names
+        provenance.check_flags(flags, study, workload, framework, ours, holes)
+        if ours:
+            provenance.check_seed(study, meta.get("rng_seed"), holes)
     status = record.get("status") if record is not None else None
     diverged = status == _DIVERGED or _is_not_finite(evaluations)
     if diverged:
@@ -145,16 +150,21 @@ def read_trial(path: Path) -> Trial:
         holes.note("step hint, target and budget of the meta data are of no known AlgoPerf version")
     ruleset = "self" if flags.get("tuning_ruleset") == "self" else "external"
     budget = _budget(meta, version, ruleset)
-    outcome = _outcome(path, hit, evaluations, embedded, status, diverged, flags, budget, holes)
     to_target = record is None or _identity(record).get(STOP_AT_TARGET) is not False
+    if hit is not None and to_target:
+        _check_limits(hit, budget, version, flags, holes)
+    outcome = _outcome(path, hit, evaluations, embedded, status, diverged, flags, budget, holes)
     if not to_target and outcome in ("hit", "miss"):
         outcome = ALL_STEPS
     if outcome != "hit":
         hit = None
+    label = files.printable(study.parent.name)
+    if not label.isascii():  # some letters look like others
+        holes.note(f"the label is {ascii(label)}")
     return Trial(
         path=path,
         source="embedded" if embedded else "algoperf",
-        label=files.printable(study.parent.name),
+        label=label,
         study=files.printable(study.name),
         workload=files.printable(workload),
         framework=framework,
@@ -177,6 +187,7 @@ def read_trial(path: Path) -> Trial:
         terms=provenance.terms(metric, target, meta, flags, _identity(record or {})),
         stamps=provenance.stamps(path, names, record),
         recorded=embedded or seal.NAME in names,
+        made_by=provenance.made_by(path, names, record),
     )
 
 
@@ -382,6 +393,21 @@ def _outcome(
         f"budget of {budget:g} s, short of the target"
     )
     return "unknown"
+
+
+def _check_limits(
+    hit: Evaluation, budget: float | str, version: str, flags: dict[str, Any], holes: Holes
+) -> None:
+    """Faults where a target was reached after a budget was spent: no harness evaluates then."""
+    if isinstance(budget, float) and not flags:  # so that nothing says by which ruleset
+        budget *= versions.self_tuning_factor(version)
+    if isinstance(budget, float) and hit.submission_time > budget:
+        holes.fault(
+            f"the target is reached after {hit.submission_time:.0f} s, and the budget is {budget:g}"
+        )
+    limit = files.finite(flags.get("max_global_steps"))
+    if limit is not None and hit.step > limit:
+        holes.fault(f"the target is reached at step {hit.step}, and max_global_steps is {limit:g}")
 
 
 def _budget(meta: dict[str, Any], version: str, ruleset: str) -> float | str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from algoperf_shampoo.harness import seal
@@ -16,6 +18,9 @@ from algoperf_shampoo.study.evaluations import EVALS, Holes
 
 NONE = "none"
 """In the place of a term that a run does not state."""
+LAUNCHES = "launches.json"
+_SUBMISSION = re.compile(r"submissions/([^/]+)/submission\.py")
+_SHOWN = 12  # digits of a sha256
 
 
 def check_place(
@@ -58,6 +63,89 @@ def check_seed(study: Path, seed: Any, holes: Holes) -> None:
         holes.fault(
             f"meta_data_0.json: rng_seed is {_short(seed)}; the folder's name: {_short(study.name)}"
         )
+
+
+def check_flags(
+    flags: dict[str, Any], study: Path, workload: str, framework: str, ours: bool, holes: Holes
+) -> None:
+    """Faults where the flags of AlgoPerf's runner are not those of the folders a log lies in.
+
+    Published logs are held to workload and framework, as their labels and studies are named anew
+    when they are published. ``ours``: made by our launcher, which names the other folders too.
+    """
+    said: dict[str, Any] = {"workload": flags.get("workload"), "framework": flags.get("framework")}
+    here = {"workload": workload, "framework": framework}
+    if ours:
+        said |= {"experiment_name": flags.get("experiment_name")}
+        here |= {"experiment_name": study.name}
+        folder = flags.get("experiment_dir")
+        if isinstance(folder, str):
+            said["experiment_dir"] = PurePosixPath(folder).name
+            here["experiment_dir"] = study.parent.name
+    for key, value in said.items():
+        if isinstance(value, str) and value != here[key]:
+            holes.fault(
+                f"flags_*.json: {key} is {_short(value)}; the folder's name: {_short(here[key])}"
+            )
+    path = flags.get("submission_path")
+    of = _SUBMISSION.fullmatch(path) if ours and isinstance(path, str) else None
+    if of and not _begins(study.parent.name, of[1]):
+        label = _short(study.parent.name)
+        holes.fault(f"flags_*.json: submission_path is {_short(path)}; the label: {label}")
+
+
+def made_by(path: Path, names: list[str], record: dict[str, Any] | None) -> dict[str, str]:
+    """Sources, software and machine that a run of ours was made with, as far as it says.
+
+    Of a run in several sessions every value that there was, in their order.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for what, value in _made_by(path, names, record):
+        if value is not None:
+            found.setdefault(what, {})[files.printable(str(value), 80)] = None
+    return {what: ", then ".join(values) for what, values in found.items()}
+
+
+def _made_by(
+    path: Path, names: list[str], record: dict[str, Any] | None
+) -> Iterator[tuple[str, Any]]:
+    if record is None:
+        for launch in _launches(path) if LAUNCHES in names else []:
+            for key in ("torch", "algoperf_commit"):
+                yield key, launch.get(key)
+            gpus = launch.get("gpus")
+            yield "GPUs", _several(gpus) if isinstance(gpus, list) else None
+        return
+    identity = record.get("identity")
+    sources = identity.get("source_sha256") if isinstance(identity, dict) else None
+    for key in ("submission", "optimizer", "workloads"):
+        digest = sources.get(key) if isinstance(sources, dict) else None
+        yield f"{key} source", digest[:_SHOWN] if isinstance(digest, str) else None
+    sessions = record.get("sessions")
+    for session in sessions if isinstance(sessions, list) else []:
+        if not isinstance(session, dict):
+            continue
+        packages, count = session.get("packages"), session.get("gpu_count")
+        yield "torch", packages.get("torch") if isinstance(packages, dict) else None
+        gpu = session.get("gpu_model_name")
+        if count and gpu:
+            yield "GPUs", f"{count} x {gpu}"
+        else:
+            yield "CPU", session.get("cpu_model_name")
+
+
+def _launches(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = files.read_json_value(path / LAUNCHES)
+    except files.Unreadable:
+        return []  # no part of what was measured
+    return [launch for launch in found if isinstance(launch, dict)] if type(found) is list else []
+
+
+def _several(values: list[Any]) -> str:
+    names = [str(value) for value in values]
+    same = len(set(names)) == 1
+    return f"{len(names)} x {names[0]}" if same else ", ".join(names) or NONE
 
 
 def variant(identity: dict[str, Any]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from algoperf_shampoo import versions
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.harness.spec import RunSpec
-from algoperf_shampoo.study import cost, scores
+from algoperf_shampoo.study import cost, pooling, scores
 from algoperf_shampoo.study.differences import own_point
 from algoperf_shampoo.study.logs import Trial, size_of
 from algoperf_shampoo.study.tables import read_paper
@@ -40,9 +41,16 @@ def of_runs(trials: Sequence[Trial]) -> list[Entry]:
     if not full:
         raise UserError("RUN=: no full-size runs there; minis have no place in a pool")
     made = []
+    left_out = Counter(trial.label for trial in full if trial.left_out)
+    full = [trial for trial in full if not trial.left_out]
     for label, times in scores.times_of(full).items():
         own = [trial for trial in full if trial.label == label]
         entry = Entry(label, times)
+        if left_out[label]:
+            entry.assumptions.append(
+                f"{left_out[label]} folder{'s' * (left_out[label] > 1)} left out: copies of other "
+                "runs, or several of one seed"
+            )
         for workload in times:
             group = [trial for trial in own if trial.workload == workload]
             outcomes = ", ".join(f"{t.study} {t.outcome}" for t in group)
@@ -51,6 +59,8 @@ def of_runs(trials: Sequence[Trial]) -> list[Entry]:
                 f"({outcomes}; what did not hit counts as not reached), as measured on their own "
                 "machine"
             )
+            if differ := _differing(group):
+                entry.assumptions.append(f"{workload}: runs that differ in {', '.join(differ)}")
         found = sorted({trial.version for trial in own})
         if found != [POOL]:
             entry.assumptions.append(f"runs of version {', '.join(found)} in the pool of {POOL}")
@@ -139,6 +149,21 @@ def variants(root: Path) -> list[str]:
     rows = read_paper(root / "results" / "paper" / "table1.json")
     paper = {row["variant"] for row in rows}
     return [name for name in submission_loader.variants(root) if name in paper]
+
+
+def _differing(trials: Sequence[Trial]) -> list[str]:
+    """In what the runs of a label on one workload differ: trials of one number in their points,
+    too."""
+    keys = [pooling.row_of(trial) for trial in trials]
+    places = {place for place in range(len(pooling.KEY)) if len({key[place] for key in keys}) > 1}
+    point, number = pooling.KEY.index("point"), pooling.KEY.index("trial")
+    by_trial: dict[int, set[str]] = {}
+    for trial, key in zip(trials, keys, strict=True):
+        by_trial.setdefault(trial.trial, set()).add(key[point])
+    places -= {number}  # of a study's trials the first that hits counts, whatever their points
+    if max(map(len, by_trial.values())) == 1:
+        places -= {point}
+    return [pooling.KEY[place] for place in sorted(places)]
 
 
 def _seconds(value: float) -> str:

@@ -127,6 +127,8 @@ class Row:
     """Why there can be no runs."""
     terms: list[str] = field(default_factory=list)
     """Of the runs: metric and target, most steps, most seconds, digest of the data."""
+    made_by: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of the runs that count: sources, software and machine, with the number of runs of each."""
     comparison: Comparison | None = None
     paper_implies: str = ""
     paper_steps_ratio: float | None = None
@@ -313,6 +315,8 @@ def _row(
         if t.outcome == "unfinished":
             notes.append(f"{t.study}/trial_{t.trial}: unfinished")
         notes += [f"{t.study}/trial_{t.trial}: {hole}" for hole in t.holes]
+    made = pooling.made_by(group)
+    notes += pooling.differing(made)
     trial = f" trial {first.trial}" if first.trial != 1 else ""
     settings = differences.settings(first.hparams or {}, differs)
     return Row(
@@ -333,7 +337,8 @@ def _row(
         terms=list(first.terms),
         ruleset=first.ruleset,
         framework=first.framework,
-        values=[t.steps_to_target for t in group if t.outcome in ("hit", "miss")],
+        values=[t.steps_to_target for t in group if t.outcome in pooling.COUNTED],
+        made_by=made,
     )
 
 

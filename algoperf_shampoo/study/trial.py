@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +53,7 @@ class Trial:
     """Whether there is a record of ours, so that ``seed`` is what sets it apart in its row."""
     to_target: bool = True
     """Whether the run stops at its target; one that does not is in no table of times to target."""
+    left_out: bool = False
+    """Whether it is not counted because another run is there: the same one, or one of its seed."""
+    made_by: dict[str, str] = field(default_factory=dict)
+    """Sources, software and machine, of a run of ours as far as it says."""

@@ -85,6 +85,7 @@ def test_ranges_are_drawn_inside_and_the_same_each_time(tmp_path):
         ('[{"tau": NaN}]', "NaN is no number"),
         ('[{"tau": -Infinity}]', "-Infinity is no number"),
         ('[{"tau": 1e999}]', "1e999 is larger than any number"),
+        ('[{"tau": 1e-400}]', "1e-400 is nearer to 0 than any number"),
         ('[{"tau": 0.1, "tau": 0.2}]', '"tau" is there twice'),
         (" " * (1 << 20) + "[]", "1048578 bytes: a search space file is at most 1048576"),
         ("3", "a list of points or an object of ranges"),

@@ -21,7 +21,8 @@ SEEDS = ROOT / "results/measured/mini/seeds"
 def written(folder: Path) -> Path:
     """A run of 100 steps, checked at 10, 20, ..., of which every second is written down. L gets a
     new basis at every check, R at none, A at every second, and fails once."""
-    path = made_trial(folder, [(1, 1.0, 0.1), (50, 50.0, 0.4), (100, 99.0, 0.6)])
+    rows = [(1, 1.0, 0.1), (50, 50.0, 0.4), (100, 99.0, 0.6)]
+    path = made_trial(folder, rows, {"workload.max_allowed_runtime_sec": 100.0})
     lines = [",".join(COLUMNS)]
     for step in range(20, 101, 20):
         checks = step // 10

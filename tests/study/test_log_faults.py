@@ -69,6 +69,7 @@ def written(*paths: Path) -> str:
         ([(1, 1.0, "1_0")], "line 2: validation/accuracy is '1_0': not a number"),
         ([(1, 1.0, "\u0661\u0660")], "validation/accuracy is '\u0661\u0660': not a number"),
         ([(1, 1.0, " 0.9")], "validation/accuracy is ' 0.9': not a number"),
+        ([(1, 1.0, "1e-400")], "validation/accuracy is '1e-400': not a number"),
         ([(1, 1.0, 7.0)], "validation/accuracy is '7.0': outside 0 to 1"),
         ([(1, 1.0, 0.1, "x")], "preemption_count is 'x': not a count"),
         ([(3, 1.0, 0.9)], "begins at step 3: the evaluation after step 1 is not there"),
@@ -154,6 +155,7 @@ def test_a_metric_nobody_knows(tmp_path, value):
         (b'{"a":' * 40 + b"1" + b"}" * 40, "is nested deeper than 32 levels"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
         (b'{"a": ' + b"9" * 400 + b"}", "holds an integer of 400 digits"),
+        (b'{"a": -0.0, "b": 1e-400}', "holds 1e-400, which no float64 does"),
         (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,31 @@ def test_runs_in_the_pool_with_what_was_assumed():
     assert (
         math.isinf(slow.times["ogbg"]) and "more than the self-tuning budget" in slow.assumptions[0]
     )
+
+
+def test_a_copied_study_changes_no_median_and_runs_that_differ_are_said(tmp_path):
+    def entry() -> rank.Entry:
+        (made,) = rank.of_runs(logs.find_trials([tmp_path]))
+        return made
+
+    source = ROOT / "tests" / "data" / "published_v06" / "shampoo"
+    for study in range(3):
+        there = f"study_{study}/ogbg_pytorch/trial_2"
+        shutil.copytree(source / there, tmp_path / "shampoo" / there)
+    alone = entry()
+    assert not any("differ" in text for text in alone.assumptions)
+    shutil.copytree(tmp_path / "shampoo/study_0", tmp_path / "shampoo/study_7")
+    again = entry()
+    assert again.times == alone.times
+    assert again.assumptions[0].startswith("1 folder left out")
+    shutil.rmtree(tmp_path / "shampoo/study_7")
+    hparams = tmp_path / "shampoo" / there / "hparams.json"
+    hparams.write_text('{"learning_rate": 0.1}')
+    assert "ogbg: runs that differ in point" in entry().assumptions
+    meta = hparams.with_name("meta_data_0.json")
+    text = json.loads(meta.read_text())
+    meta.write_text(json.dumps({**text, "workload.max_allowed_runtime_sec": 9000}))
+    assert "ogbg: runs that differ in version, point, seconds at most" in entry().assumptions
 
 
 def test_minis_and_bad_files_are_refused(tmp_path):

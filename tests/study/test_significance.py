@@ -168,7 +168,8 @@ def mini_runs(folder: Path, label: str, steps: list[int | None], workload="fastm
     for seed, hit in enumerate(steps, start=1):
         last = (hit, float(hit), 0.6) if hit else (400, 400.0, 0.2)
         rows = [(1, 0.1 + seed / 100, 0.1), last]
-        made = made_trial(folder / "made", rows, {"rng_seed": seed})
+        meta = {"rng_seed": seed, "workload.max_allowed_runtime_sec": 400.0}
+        made = made_trial(folder / "made", rows, meta)
         (made / "hparams.json").write_text(json.dumps({**point[0], **changed}))
         target = folder / label / f"study_{seed}" / f"{workload}_mini_pytorch" / "trial_1"
         target.parent.mkdir(parents=True, exist_ok=True)

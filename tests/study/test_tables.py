@@ -227,9 +227,9 @@ def test_rows_of_labels_that_are_no_variants_are_told_apart(tmp_path):
 def test_text_keeps_to_its_width(tmp_path, width):
     point = {"learning_rate": 0.0014381744028656841, "precondition_frequency": 100, "tau": 0.25}
     for seed in range(7):
-        rows = [(1, 1.0, 0.1), (28000, 28.0 + seed, 0.2 + 0.1 * seed)]
+        rows = [(1, 1.0, 0.1), (28000, 20.0 + seed, 0.2 + 0.1 * seed)]
         path = made_trial(tmp_path / f"{seed}", rows)
-        target = tmp_path / f"shampoo_grafting/study_{seed}/fastmri_pytorch/trial_1"
+        target = tmp_path / f"shampoo_grafting/study_{seed}/imagenet_vit_pytorch/trial_1"
         shutil.copytree(path, target)
         (target / "hparams.json").write_text(json.dumps(point))
         shutil.rmtree(tmp_path / f"{seed}")

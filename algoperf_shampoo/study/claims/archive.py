@@ -28,6 +28,8 @@ from algoperf_shampoo.harness import disk, seal
 SUFFIX = ".tar.xz"
 _PRESET = 6  # of xz: 9 gains nothing here
 _RECORD = "run.json"
+MAX_BYTES = 1 << 30
+"""Of an archive's content: more than fifty times that of the largest committed one."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,18 @@ def members(archive: Path) -> Iterator[tuple[str, bytes]]:
     """
     with disk.explained(archive):
         packed = archive.read_bytes()
+    seen: set[str] = set()
     try:
-        content = lzma.decompress(packed, lzma.FORMAT_XZ)
+        content = _decompressed(archive, packed)
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
-                yield member.name, _content(archive, tar, member)
+                data = _content(archive, tar, member)
+                if member.name in seen:  # of two, nothing says which is the run's
+                    raise _damaged(archive, f"{member.name!r} is there twice")
+                seen.add(member.name)
+                yield member.name, data
             rest = content[tar.offset :]
-    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+    except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, OverflowError) as error:
         raise _damaged(archive, str(error)) from error
     if rest.strip(b"\0"):  # tarfile takes a header that is none for the end
         raise _damaged(archive, f"no member begins at byte {len(content) - len(rest)}")
@@ -101,10 +108,23 @@ def _damaged(archive: Path, why: str) -> UserError:
     return UserError(f"{archive}: damaged, or no tar in xz: {why}")
 
 
+def _decompressed(archive: Path, packed: bytes) -> bytes:
+    """The one stream of xz that a file is, of at most :data:`MAX_BYTES`."""
+    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    content = stream.decompress(packed, MAX_BYTES)
+    if not stream.eof:
+        more = len(content) == MAX_BYTES
+        raise _damaged(archive, f"more than {MAX_BYTES} bytes" if more else "it is cut short")
+    if stream.unused_data:
+        raise _damaged(archive, f"{len(stream.unused_data)} bytes after its end")
+    return content
+
+
 def _content(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     path = PurePosixPath(member.name)
-    leads_out = path.is_absolute() or ".." in path.parts or {"\\", "\0"} & set(member.name)
-    stream = tar.extractfile(member) if member.isreg() and not leads_out else None
+    plain = path.as_posix() == member.name and member.name.isprintable()  # one name for one file
+    leads_out = path.is_absolute() or ".." in path.parts or "\\" in member.name
+    stream = tar.extractfile(member) if member.isreg() and plain and not leads_out else None
     if stream is None:
         raise UserError(f"{archive}: {member.name!r} is no plain file of a run's folder")
     return stream.read()

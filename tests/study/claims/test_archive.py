@@ -98,7 +98,9 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "a\\x"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a/../../x", "a\\x", "./x", "a//x", "a/./x", "a/x\n", "a/\udcffx"]
+)
 def test_a_member_that_leads_out_is_refused(tmp_path, name):
     path = written(tmp_path, (tarfile.TarInfo(name), b"1"))
     with pytest.raises(UserError, match="is no plain file of a run's folder"):
@@ -120,3 +122,34 @@ def test_a_header_that_is_none_is_not_taken_for_the_end(tmp_path):
     with pytest.raises(UserError, match="no member begins at byte 1024"):
         list(archive.members(path))
     assert list(archive.members(written(tmp_path, (tarfile.TarInfo("a"), b"1")))) == [("a", b"1")]
+
+
+def test_of_a_member_that_is_there_twice_none_is_taken(tmp_path):
+    path = written(tmp_path, (tarfile.TarInfo("a/x"), b"1"), (tarfile.TarInfo("a/x"), b"2"))
+    with pytest.raises(UserError, match="damaged, or no tar in xz: 'a/x' is there twice"):
+        list(archive.members(path))
+
+
+def test_what_comes_after_the_stream_and_what_is_too_large(tmp_path, monkeypatch):
+    path = packed(tmp_path)
+    whole = path.read_bytes()
+    for more in (b"PK", whole):  # a second archive, say, by cat >>
+        path.write_bytes(whole + more)
+        with pytest.raises(UserError, match=f"{len(more)} bytes after its end"):
+            list(archive.members(path))
+    path.write_bytes(whole)
+    monkeypatch.setattr(archive, "MAX_BYTES", 4096)
+    with pytest.raises(UserError, match="more than 4096 bytes"):
+        list(archive.members(path))
+
+
+def test_a_size_in_a_header_that_no_file_has(tmp_path):
+    huge = tarfile.TarInfo("x")
+    content = bytearray(huge.tobuf(tarfile.GNU_FORMAT))
+    content[124:136] = b"\x80" + b"\x7f" * 11  # base 256
+    content[156:157] = b"L"  # a long name of that size
+    content[148:156] = b"%06o\0 " % (256 + sum(content[:148]) + sum(content[156:]))
+    path = tmp_path / "huge.tar.xz"
+    path.write_bytes(lzma.compress(bytes(content) + bytes(1024)))
+    with pytest.raises(UserError, match="damaged, or no tar in xz"):
+        list(archive.members(path))
