@@ -77,7 +77,8 @@ def of_submissions(root: Path) -> dict[str, Variant]:
     found = {}
     for name in submission_loader.variants(root):
         fields = submission_loader.fields(root, name)
-        [point] = hparams.read_points(root / "search_spaces" / "mini" / f"{name}.json", 1, fields)
+        space = root / "search_spaces" / "mini" / f"{name}.json"
+        [point] = hparams.read_points(space, 1, fields, "ogbg")
         module = submission_loader.import_module(root, name)
         build, settings = made_by(module, points.complete(point, fields))
         settings.pop("eigen_workspace_mib", None)  # of a device; some tests give solvers

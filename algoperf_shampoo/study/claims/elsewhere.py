@@ -7,6 +7,7 @@ which run it is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -30,16 +31,17 @@ class Elsewhere:
         self._out = out
 
     def found(self, jobs: Sequence[Job]) -> tuple[Job, ...]:
-        """The jobs, each whose own folder is not there with the folder in which it is done."""
+        """The jobs; each whose own folder is not there, or holds another run (a label may have been
+        another point's), with the folder in which it is done, if there is one."""
         return tuple(self._found(job) for job in jobs)
 
     def _found(self, job: Job) -> Job:
-        if job.run.run_dir.is_dir():
+        folders = self._folders.get(_key(job.run), [])
+        if job.run.run_dir in folders:
             return job
-        for folder in self._folders.get(_key(job.run), ()):
-            trial = logs.read_trial(folder)
+        for folder in folders:
             done = progress.of(folder, job.run).state == progress.DONE
-            if done and not trust.another(job.run, trial):
+            if done and not trust.another(job.run, logs.read_trial(folder)):
                 return replace(job, run=replace(job.run, run_dir=folder))
         return job
 
@@ -50,7 +52,7 @@ class Elsewhere:
             try:
                 identity = files.read_json(record)["identity"]
                 names = ("variant", "workload", "seed", "trial", spec.EVAL_PERIOD)
-                key = tuple(identity.get(name) for name in names)
+                key = (*(identity.get(name) for name in names), _text(identity.get("hparams")))
                 found.setdefault(key, []).append(record.parent)
             except (files.Unreadable, KeyError, AttributeError, TypeError):
                 continue  # a damaged one is none of them; where it should lie, it is said
@@ -58,4 +60,9 @@ class Elsewhere:
 
 
 def _key(run: RunSpec) -> tuple[Any, ...]:
-    return run.variant, run.workload, run.seed, run.trial, run.eval_period
+    own = run.variant, run.workload, run.seed, run.trial, run.eval_period
+    return (*own, _text(run.hparams))
+
+
+def _text(point: Any) -> str:
+    return json.dumps(point, sort_keys=True)
