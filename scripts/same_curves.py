@@ -11,10 +11,11 @@ from command_line import ROOT, run
 
 from algoperf_shampoo.harness import submission_loader
 from algoperf_shampoo.study import plan, same_curves
+from algoperf_shampoo.study.claims import archive
 
-_RECORDS = "results/measured/mini/seeds"
+_RECORDS = "results/measured/mini/again_runs.tar.xz"
 _BEFORE = flags.DEFINE_string(
-    "before", None, "A commit; that of the committed minis' records if left out."
+    "before", None, "A commit; that of the latest records of minis if left out."
 )
 _AFTER = flags.DEFINE_string("after", None, "A commit; the files as they are here if left out.")
 _VARIANT = flags.DEFINE_list("variant", None, "Variants, with commas; those of both if left out.")
@@ -31,7 +32,7 @@ def main() -> int:
     assert checked.steps is not None
     with tempfile.TemporaryDirectory(prefix="same_curves_") as name:
         folder = Path(name)
-        before = _BEFORE.value or same_curves.recorded_commit(ROOT / _RECORDS)
+        before = _BEFORE.value or _recorded()
         echo(f"before: {same_curves.checkout(ROOT, before, folder / 'before')}")
         after = ROOT
         if _AFTER.value:
@@ -49,6 +50,11 @@ def main() -> int:
         pairs = same_curves.compare(folder / "runs_before", folder / "runs_after")
     print(*same_curves.report(pairs), sep="\n")
     return 0 if all(pair.same for pair in pairs) else 1
+
+
+def _recorded() -> str:
+    with archive.unpacked(ROOT / _RECORDS) as there:
+        return same_curves.recorded_commit(there.folder)
 
 
 if __name__ == "__main__":

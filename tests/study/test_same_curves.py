@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import pytest
 
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.study import same_curves
+from algoperf_shampoo.study.claims import archive
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "results" / "measured" / "mini" / "seeds"
+AGAIN = ROOT / "results" / "measured" / "mini" / "again_runs.tar.xz"
 
 
 def git(folder: Path, *words: str) -> str:
@@ -115,10 +119,34 @@ def test_the_commit_of_records(tmp_path: Path) -> None:
         same_curves.recorded_commit(tmp_path)
 
 
+def test_the_document_says_what_the_runs_made_again_gave() -> None:
+    """Table 1's runs after weight decay's rounding had changed: the same points, data and seeds."""
+    text = (ROOT / "docs" / "minis.md").read_text(encoding="utf-8")
+    steps: dict[tuple[str, str], list[tuple[int | None, int | None]]] = {}
+    with archive.unpacked(AGAIN) as there:
+        for path in sorted(there.folder.rglob("run.json")):
+            inside = path.relative_to(there.folder)
+            before, after = (json.loads((r / inside).read_text()) for r in (RECORDS, there.folder))
+            assert before["identity"]["hparams"] == after["identity"]["hparams"]
+            both = tuple(record["result"]["steps_to_target"] for record in (before, after))
+            steps.setdefault((inside.parts[2].split("_mini")[0], inside.parts[0]), []).append(both)
+    pairs = [pair for found in steps.values() for pair in found]
+    assert len(pairs) == 60
+    assert f"{sum(a == b for a, b in pairs)} of 60 hit at the same evaluation" in text
+    for (mini, label), found in steps.items():
+        cells = []
+        for values in zip(*found, strict=True):
+            hits = [v for v in values if v is not None]
+            error = statistics.stdev(hits) / math.sqrt(len(hits))
+            cells.append(f"{len(hits)}/5, {statistics.fmean(hits):.0f} ± {error:.0f}")
+        assert f"| {mini} | `{label}` | {' | '.join(cells)} |" in text
+
+
 @pytest.mark.slow
 def test_the_committed_minis_are_what_the_code_trains(tmp_path: Path) -> None:
     """Between the commit of the records and the files here no curve of these has moved."""
-    commit = same_curves.recorded_commit(RECORDS)
+    with archive.unpacked(AGAIN) as there:
+        commit = same_curves.recorded_commit(there.folder)
     try:
         same_curves.checkout(ROOT, commit, tmp_path / "before")
     except UserError as error:

@@ -9,7 +9,8 @@ import pytest
 from algoperf_shampoo import workloads
 from algoperf_shampoo.errors import UserError
 from algoperf_shampoo.study import differences, study, targets
-from algoperf_shampoo.study.logs import find_trials
+from algoperf_shampoo.study.claims import archive
+from algoperf_shampoo.study.logs import find_trials, read_trial
 
 REPOSITORY = Path(__file__).parents[2]
 MINIS = ("fastmri_mini", "imagenet_vit_mini", "ogbg_mini")
@@ -119,3 +120,21 @@ def test_only_the_minis_targets_are_rewritten(tmp_path):
     read = json.loads(config.read_text())
     assert read["full"]["validation_target_value"] == 1.5
     assert read["mini"] == {"validation_target_value": 0.75, "test_target_value": 0.5}
+
+
+def test_the_document_says_what_rules_without_adams_scale_give():
+    text = (REPOSITORY / "docs" / "minis.md").read_text(encoding="utf-8")
+    runs = REPOSITORY / "results" / "measured" / "mini" / "own_rates_runs.tar.xz"
+    with archive.unpacked(runs) as there:
+        for variant in OF_THEIR_OWN:
+            cells = []
+            for mini in ("fastmri", "imagenet_vit", "ogbg"):
+                trial = read_trial(
+                    there.folder / variant / "study_1" / f"{mini}_mini_pytorch" / "trial_1"
+                )
+                best = max(evaluation.value for evaluation in trial.evaluations)
+                steps = trial.steps_to_target
+                hit = f"hit at {steps}" if steps else f"missed, {best:.4f}"
+                cells.append(f"{trial.hparams['learning_rate']:g}: {hit}")
+            frequency = trial.hparams["precondition_frequency"]
+            assert f"| `{variant}` | {frequency} | {' | '.join(cells)} |" in text
