@@ -24,6 +24,11 @@ def main() -> int:
     made = tables.table1(trials, ROOT)
     drawn = figures.draw(made, trials, ROOT)
     if not _REPORT.value:
+        if not drawn:
+            raise UserError(
+                f"none of the {len(trials)} runs is counted, so there is nothing to draw: "
+                "make table1 with the same RUNS= says why"
+            )
         folder = paths.given("OUT", _OUT.value or "results/figures", ROOT)
         for path in figures.write(drawn, folder):
             print(paths.shown(path, ROOT))

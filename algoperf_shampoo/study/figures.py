@@ -30,6 +30,7 @@ STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREYS = ("0.0", "0.35", "0.55")
 TOGETHER = 4  # rows on one pair of axes, at most: more hide each other
+_LONGEST = 100  # letters in a line
 LATER = 0.1  # share of the steps after which curves are to be seen whole
 SETTINGS: Any = {
     "font.size": 8.0,
@@ -141,7 +142,7 @@ def _curves(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
     if not groups:
         return None
     metrics = dict.fromkeys(t.metric or "" for _, group in groups for t in group)
-    title = f"{rows[0].workload}: {' / '.join(metrics).replace('_', ' ')}"
+    title = plain(f"{rows[0].workload}: {' / '.join(metrics).replace('_', ' ')}")
     if len(groups) > TOGETHER:
         return _multiples(groups, title)
     figure, axes = _new(2.8 + 0.16 * len(groups))
@@ -154,7 +155,7 @@ def _curves(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
         _runs_of(axes, group, marker, style)
         axes.plot(
             *mean_curve(group), linewidth=1.4, marker=marker, markersize=2.5, markevery=0.15,
-            label=f"{row.name}, n = {row.ended}", **style,
+            label=plain(f"{row.name}, n = {row.ended}"), **style,
         )  # fmt: skip
     _frame(axes, [trial for _, group in groups for trial in group])
     axes.set_xlabel("steps")
@@ -269,7 +270,7 @@ def _times(rows: Sequence[Row], by_name: Mapping[str, Trial]) -> Figure | None:
         axes.set_yticks(range(len(own)), [_two_lines(row) for row in reversed(own)], fontsize=7)
         axes.set_ylim(-0.6, len(own) - 0.4)
         axes.set_xlim(left=0)
-        axes.set_title(workload, loc="left", fontsize=8)
+        axes.set_title(plain(workload), loc="left", fontsize=8)
     grid[-1, 0].set_xlabel(f"submission time to the target, {unit}")
     figure.tight_layout()
     return figure
@@ -312,8 +313,14 @@ def saved(figure: Figure, name: str, caption: str) -> Drawn:
 
 
 def _two_lines(row: Row) -> str:
-    settings = ", ".join(row.settings)
-    return f"{row.title}\n{settings}" if settings else row.title
+    settings = plain(", ".join(row.settings))
+    return f"{plain(row.title)}\n{settings}" if settings else plain(row.title)
+
+
+def plain(text: str) -> str:
+    """Text of a file or folder for a figure: not taken for a formula, and not wider than it."""
+    shown = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return shown.replace("$", r"\$")
 
 
 def _file_name(text: str) -> str:

@@ -21,6 +21,7 @@ from algoperf_shampoo.study.figures import (
     STYLES,
     WIDTH,
     Drawn,
+    plain,
     saved,
 )
 from algoperf_shampoo.study.logs import Trial
@@ -107,7 +108,7 @@ def _figure4(checks: Sequence[Check]) -> Figure:
         above, below = grid[0, column], grid[1, column]
         for number, (group, own) in enumerate(factors.groups(checks, by).items()):
             size = len({c.place for c in own})
-            label = f"{_NAMES.get(group, group) or 'of unknown kind'} ({size})"
+            label = plain(f"{_NAMES.get(group, group) or 'of unknown kind'} ({size})")
             above.plot(*factors.shares(own), label=label, **_style(number, marked=True))
             below.plot(*factors.decompositions(own), **_style(number))
         above.set_title(title, loc="left")

@@ -52,6 +52,28 @@ def test_only_what_the_table_counts_is_drawn(tmp_path):
     assert sorted(t.path for t in group) == sorted(runs)
 
 
+@pytest.mark.parametrize("label", ["$x^$", r"a$\frac$", "b" * 240])
+def test_a_label_is_no_formula_and_fits(tmp_path, label):
+    pytest.importorskip("matplotlib", reason="the extra `figures` is not installed")
+    path = made_trial(tmp_path, [(1, 1.0, 0.1), (9, 9.0, 0.6)])
+    path.parents[2].rename(tmp_path / label)
+    trials = logs.find_trials([tmp_path])
+    drawn = figures.draw(tables.build(trials, [], ("full",), tmp_path), trials, tmp_path)
+    shown = label if len(label) < 100 else "b" * 90
+    assert [shown in figure.files["svg"].decode() for figure in drawn] == [True, True]
+
+
+def test_figures_of_runs_that_are_not_counted_are_none_and_that_is_said(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `figures` is not installed")
+    made_trial(tmp_path / "runs", [(1, 1.0, 0.1)])
+    command = [sys.executable, "scripts/figures.py", f"--runs={tmp_path}/runs"]
+    done = subprocess.run(
+        [*command, f"--out={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert done.stderr.startswith("error: none of the 1 runs is counted")
+
+
 class Page(HTMLParser):
     """Collects links, images, anchors and text, and checks that tags are closed."""
 

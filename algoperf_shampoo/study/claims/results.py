@@ -87,8 +87,10 @@ def outcome(
         if trial.outcome != logs.ALL_STEPS:
             problems.append(f"{job.run.name}: not counted: {'; '.join(trial.holes)}")
             continue
-        for arm, mini in places(job, declared):
-            runs.append(_run(arm, mini, job, trial, wanted[arm]))
+        try:
+            runs += [_run(*place, job, trial, wanted[place[0]]) for place in places(job, declared)]
+        except files.Unreadable as reason:
+            problems.append(f"{job.run.name}: not counted: {reason}")
     seeds = declared.quick_seeds if quick else declared.seeds
     minis = plan.WORKLOADS
     by_place = {(run.arm, run.mini, run.seed): run.values for run in runs}
@@ -300,11 +302,12 @@ def machines(runs: Sequence[Run]) -> list[tuple[tuple[Any, ...], int]]:
     """
     counts: Counter[tuple[Any, ...]] = Counter()
     for run in {run.folder: run for run in runs}.values():
-        packages = run.session.get("packages", {})
+        packages = _table(run.session.get("packages"))
         known = [run.session.get(f"cpu_{name}") for name in ("model_name", "count")]
         known += [packages.get("torch"), run.session.get("python_version")]
         known += [run.session.get(f"git_{name}") for name in ("commit_hash", "dirty")]
-        counts[(*known, *(run.sources.get(name) for name in _MACHINE[-2:]))] += 1
+        known += [run.sources.get(name) for name in _MACHINE[-2:]]
+        counts[tuple(str(v) if isinstance(v, dict | list) else v for v in known)] += 1
     return counts.most_common()
 
 
@@ -372,9 +375,19 @@ def _run(arm: str, mini: str, job: Job, trial: logs.Trial, names: Sequence[str])
         wall=wall if math.isfinite(wall) else None,
         diverged=trial.diverged,
         point=job.run.hparams,
-        session=record["sessions"][-1],
-        sources=record["identity"]["source_sha256"],
+        session=_last_session(record),
+        sources=_table(record["identity"].get("source_sha256")),
     )
+
+
+def _last_session(record: Mapping[str, Any]) -> dict[str, Any]:
+    """{} of a record that does not say."""
+    sessions = record.get("sessions")
+    return _table(sessions[-1] if isinstance(sessions, list) and sessions else None)
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _waiting(found: Outcome) -> list[Claim]:

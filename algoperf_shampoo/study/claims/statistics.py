@@ -30,19 +30,32 @@ class Statistic:
 
 
 def of_run(trial: Trial, name: str, steps: int) -> float:
-    """A statistic of a run of all steps that has ended."""
+    """A statistic of a run of all steps that has ended.
+
+    Raises:
+        Unreadable: the file that has it is not there, or lacks a loss: such a run is no worst one.
+    """
     if trial.diverged:
         return math.inf
     statistic = STATISTICS[name]
-    value = statistic.of(trial.path, steps)
+    try:
+        value = statistic.of(trial.path, steps)
+    except files.Missing:
+        raise files.Unreadable(f"no file that has the {statistic.what}") from None
     usable = math.isfinite(value) and not (statistic.logarithmic and value <= 0)
     return value if usable else math.inf
 
 
 def last_tenth_loss(folder: Path, steps: int) -> float:
-    """Mean training loss over the last tenth of the steps; inf if one of them is not there."""
+    """Mean training loss over the last tenth of the steps.
+
+    Raises:
+        Unreadable: the file of losses, or one of these, is not there.
+    """
     first = steps - max(1, steps // 10)
     header, rows, _ = files.read_csv(folder / LOSSES)
+    if not {"global_step", "loss"} <= set(header):
+        raise files.Unreadable(f"{LOSSES} has no columns global_step and loss")
     columns = [header.index("global_step"), header.index("loss")]
     losses = {}
     for _, row in rows:
@@ -50,7 +63,9 @@ def last_tenth_loss(folder: Path, steps: int) -> float:
         if step is not None and loss is not None and first < step <= steps:
             losses[int(step)] = loss
     if len(losses) != steps - first:
-        return math.inf
+        raise files.Unreadable(
+            f"{LOSSES} has {len(losses)} of the {steps - first} losses of the last tenth"
+        )
     return math.fsum(losses.values()) / len(losses)
 
 

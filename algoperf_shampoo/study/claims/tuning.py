@@ -117,8 +117,12 @@ class Phases:
         if trial.outcome != logs.ALL_STEPS:
             return False
         steps = files.read_json(trial.path / "run.json")["identity"]["workload_properties"]
+        try:
+            loss = of_run(trial, LOSS, int(steps["max_steps"]))
+        except files.Unreadable:
+            return False  # as of a run that is not there: its arm's rate stays unknown
         mine = self._losses.setdefault(place, {})
-        mine.setdefault(rate, {})[seed] = of_run(trial, LOSS, int(steps["max_steps"]))
+        mine.setdefault(rate, {})[seed] = loss
         label = trial.path.parents[2]  # label / seed / workload / trial
         self._folders.setdefault(place, {})[rate] = label
         rates, seeds = self.declared.rates[place[0]], self.declared.tuning_seeds

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from algoperf_shampoo.harness import seal
 from algoperf_shampoo.study import logs, study
 from algoperf_shampoo.study.claims import costs, figures, file, results, rule, statistics
+from algoperf_shampoo.study.files import Unreadable
 from tests.harness import fakes
 from tests.study.claims.test_file import ROOT, write
 
@@ -164,6 +166,35 @@ def test_a_run_whose_files_were_changed_is_not_counted(tmp_path):
     assert "not counted: step_losses.csv" in found.problems[0]
 
 
+def test_losses_and_sessions_that_a_record_lacks(tmp_path):
+    """Records with right digests: a log that lost losses is not counted, and not the worst run."""
+    declared, made = laid_out(tmp_path)
+    run_all(made, leave_out=7)
+    whole = results.outcome(declared, made, quick=False)
+    cut, gone, *odd = [run.folder for run in whole.runs][:5]
+
+    def sealed(folder: Path, **changes) -> None:
+        record = json.loads((folder / "run.json").read_text())
+        record["identity"] |= changes.pop("identity", {})
+        record |= {**changes, "files": seal.make(folder)}
+        (folder / "run.json").write_text(json.dumps(seal.signed(record)))
+
+    path = cut / "step_losses.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    (gone / "step_losses.csv").unlink()
+    sealed(cut)
+    sealed(gone)
+    for folder, sessions in zip(odd, ([], [5], [{"packages": [1], "cpu_count": {}}]), strict=True):
+        sealed(folder, sessions=sessions, identity={"source_sha256": [1]})
+    found = results.outcome(declared, made, quick=False)
+    assert {run.folder for run in whole.runs} - {run.folder for run in found.runs} == {cut, gone}
+    said = "\n".join(found.problems)
+    assert "not counted: step_losses.csv has " in said
+    assert "not counted: no file that has the mean training loss" in said
+    assert "| None |" in results.markdown(found, tmp_path, tmp_path)
+    json.loads(results.to_json(found, tmp_path))
+
+
 def measured(folder: Path, rows: list[tuple]) -> Path:
     lines = ["global_step,eigenbasis_checks,eigenbasis_refreshes,loss"]
     lines += [",".join(map(str, row)) for row in rows]
@@ -209,7 +240,8 @@ def test_losses_of_the_last_tenth(tmp_path):
 
     rows = [(step, 100 - step) for step in range(1, 21)]
     assert statistics.last_tenth_loss(write_losses(rows), 20) == 80.5
-    assert statistics.last_tenth_loss(write_losses(rows[:-1]), 20) == math.inf  # one is missing
+    with pytest.raises(Unreadable, match="1 of the 2 losses of the last tenth"):
+        statistics.last_tenth_loss(write_losses(rows[:-1]), 20)
     whole = write_losses([*rows[:-1], (20, "nan")])
     assert math.isnan(statistics.last_tenth_loss(whole, 20))
 
