@@ -42,6 +42,7 @@ def row(record: dict[str, Any]) -> list[str]:
     )
     ends = record["ends_as_the_unbroken_run_bitwise"]
     said = ", ".join(name if good else f"NOT {name}" for name, good in ends.items())
+    said = said or "none was resumed"
     losses = f"{first:.4g}, {last:.4g}"
     sharding = record["point"].get("sharding")
     names = record["variant"] + (f", sharding {sharding}" if sharding else ""), record["workload"]
@@ -53,7 +54,7 @@ def kept_by(record: dict[str, Any]) -> str:
     kept = record.get("factors_kept", {}).get("two")
     if kept is None:
         return "not recorded"
-    pairs = [pair for pair in kept if pair]
+    pairs = [pair for pair in kept if pair and pair[1]]
     return " + ".join(str(own) for own, _ in pairs) + f" of {pairs[0][1]}" if pairs else "none"
 
 
