@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import gpu, sharding
 from .blocks.factors import FactorSet, build_factor_sets
-from .blocks.layout import Layout, Stack, check_parameters
+from .blocks.layout import Layout, Stack
+from .blocks.parameters import check_parameters
 from .blocks.partition import Block, cut
 from .blocks.state_dict import GroupState
 from .gpu.graphs import Recorder

@@ -196,4 +196,4 @@ def bound_bits() -> int:
 
 
 def _sum_of_squares(x: Tensor) -> float:
-    return float(torch.dot(x, x))
+    return torch.dot(x, x).item()

@@ -211,11 +211,13 @@ class PreconditionedOptimizer(Reports):
     def _check_options(self) -> None:
         """Refuse options that cannot be stepped with, before anything is changed."""
         for options, group in zip(self.param_groups, self._groups, strict=True):
-            if (now := _changeable(options)) != group.options:
+            then, count = group.options, len(settings.CHANGEABLE.intersection(options))
+            if count != len(then) or not then.items() <= options.items():
+                now = _changeable(options)
                 settings.check(now)
                 where = "changed after the group was added"
                 names = [n for n in now if n in self._fixed or n in settings.LAYOUT]
-                settings.check_same(where, now, group.options, names)
+                settings.check_same(where, now, then, names)
                 group.options = now
 
     def _step_group(self, number: int, present: list[bool]) -> bool:
@@ -266,13 +268,15 @@ class PreconditionedOptimizer(Reports):
             if not any(present):
                 return None
             gathered = False
-        rows = {id(s): s.rows(None if all(fit) else fit) for s in layout.everywhere}
+        rows = layout.every_row if all(fit) else {id(s): s.rows(fit) for s in layout.everywhere}
         counted = {id(s): s.rows(present) for s in layout.everywhere} if bad else rows
         self._once(number, "count", _count, group, counted, present, bad)
         frequency = options.get("precondition_frequency", 1)
         with_factors = [s for s in layout.everywhere if s.factors]
-        due = {id(s): s.due(counted[id(s)], frequency) for s in with_factors}
-        if (last := options.get("freeze_after")) is not None:
+        due = {}
+        if (t := layout.common_step()) is None or t % frequency == 0:
+            due = {id(s): s.due(counted[id(s)], frequency) for s in with_factors}
+        if due and (last := options.get("freeze_after")) is not None:
             for s in with_factors:
                 due[id(s)] = [r for r in due[id(s)] if s.steps[r] <= last]
         run: Run = directly_run
@@ -436,7 +440,6 @@ class PreconditionedOptimizer(Reports):
         return None if group.shard.shared else self.process_group
 
 
-
 def _in_turn(*actions: Callable[[], None]) -> None:
     for action in actions:
         action()
@@ -480,8 +483,10 @@ def _act(
 ) -> None:
     """Let a rule act on the rows that take part: on stacks as they are, and where only some of a
     stack's rows do, on copies of those, which are written back."""
-    if whole := [s for s in stacks if len(rows[id(s)]) == len(s)]:
+    if whole := [s for s in stacks if len(rows[id(s)]) == len(s.members)]:
         action(rule, whole, h, ops)
+    if len(whole) == len(stacks):
+        return
     if some := [s for s in stacks if 0 < len(rows[id(s)]) < len(s)]:
 
         def on_copies() -> list[Stack]:

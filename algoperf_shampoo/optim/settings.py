@@ -105,6 +105,7 @@ RULE = {
     "basis_aware": SWITCH,
 }
 OPTIONS = {**STEP, **LAYOUT, **RULE}
+CHANGEABLE = OPTIONS.keys() - {"lr"}  # and to be checked when they have changed
 # What somebody may take for an option of a group: of our constructors, and torch.optim.AdamW's.
 NOT_OF_GROUPS = (
     "eigensolver eigen_workspace_mib cuda_graph process_group "

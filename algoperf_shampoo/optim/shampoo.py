@@ -73,7 +73,8 @@ class GraftedShampoo(_InverseRoots):
         # Where some rows' first root is still to come, those stay with Adam.
         adams = [None if all(A.stacks[i].ready) else tensors[i].clone() for i in some]
         S = ops.rotate(N, s.roots)
-        ops.scale(S, [a / (b + 1e-16) for a, b in zip(lengths, ops.norm(S), strict=True)])
+        lengths_of_S = torch._foreach_add(ops.norm(S), 1e-16)
+        ops.scale(S, torch._foreach_div(lengths, lengths_of_S))
         with ops.write(S) as tensors:
             for stack, tensor, a in zip(S.stacks, tensors, adams, strict=True):
                 if a is not None:

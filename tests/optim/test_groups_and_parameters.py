@@ -136,6 +136,25 @@ def test_options_that_may_change_are_followed_and_others_refused():
 # Parameters and gradients
 
 
+def test_parameters_that_move_between_steps_are_followed():
+    """Their blocks are kept as views, of memory and strides that they may have no more."""
+
+    def trained(moves):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s)) for s in ((20, 9), (6, 5), (4, 3))]
+        optimizer = EShampoo(params, precondition_frequency=2, max_preconditioner_dim=8)
+        for t in range(9):
+            for p in params:
+                if moves and t in (3, 6):
+                    p.data = p.data.clone() if t == 3 else p.data.mT.contiguous().mT
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+        return params
+
+    for p, q in zip(trained(True), trained(False), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_sparse_gradient_is_refused_by_number_and_nothing_changes():
     table = torch.nn.Embedding(9, 4, sparse=True)
     dense = torch.nn.Linear(4, 2)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algoperf_shampoo.optim import criterion, reference
+from algoperf_shampoo.optim.blocks.memory import ALIGNMENT, joined
 from algoperf_shampoo.optim.eigen.exact import exact
 from algoperf_shampoo.optim.eigen.orthogonal_iteration import ORTHOGONALIZATIONS
 from algoperf_shampoo.optim.eigen.problem import Problem
@@ -40,6 +41,74 @@ def test_rotations_and_grams_equal_the_reference(shape):
         m = reference.matricize(x[2], mode)
         expected = 0.9 * torch.eye(d, dtype=torch.float64) + 0.25 * m @ m.T
         torch.testing.assert_close(factor[2], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_products_and_grams_between_kept_buffers_are_the_same_to_the_bit():
+    g = torch.Generator().manual_seed(0)
+    for shape in SHAPES:
+        x = torch.randn(2, *shape, generator=g)
+        bases = [orthogonal(d, 2, g, torch.float32) for d in shape]
+        first, other = x.clone(), torch.empty_like(x)
+        for a, q, out in linalg.products_to_and_fro(first, other, bases, back=False):
+            torch.bmm(a, q, out=out)
+        end = first if len(shape) % 2 == 0 else other
+        assert torch.equal(end, linalg.rotate(x, bases))
+        factors = [torch.rand(2, d, d, generator=g) for d in shape]
+        spare = torch.full_like(x, torch.nan)
+        operands = linalg.gram_operands(x, factors, spare)
+        for mode, (factor, operand, copy) in enumerate(operands):
+            assert (copy is not None) == (0 < mode < len(shape) - 1)
+            if copy is not None:
+                copy[0].copy_(copy[1])
+            expected = factor.clone()
+            linalg.gram_ema_(expected, linalg.matricized(x, mode), 0.9, 0.25)
+            linalg.gram_ema_(factor, operand, 0.9, 0.25)
+            assert torch.equal(factor, expected)
+
+
+def test_tensors_that_follow_one_another_in_every_list_are_joined():
+    sizes = [ALIGNMENT, ALIGNMENT + 5, 7, ALIGNMENT]
+    starts = [0, ALIGNMENT, 3 * ALIGNMENT, 4 * ALIGNMENT]
+    flats = [torch.arange(8.0 * ALIGNMENT) for _ in range(3)]
+
+    def views(flat):
+        return [flat[i : i + n].view(1, -1) for i, n in zip(starts, sizes, strict=True)]
+
+    xs, ys, zs = map(views, flats)
+    zs[2] = torch.zeros(1, 7)  # in other memory: nobody is joined with it
+    order = [3, 1, 2, 0]
+    lists = [[x[i] for i in order] for x in (xs, ys, zs)]
+    together = joined(*lists)
+    assert [len(x) for x in together] == [3, 3, 3]
+    lengths = [2 * ALIGNMENT + 5, 7, ALIGNMENT]  # what lies between two of them is included
+    for x in together:
+        assert sorted(map(len, x)) == sorted(lengths)
+    for x in together:
+        for piece in x:
+            piece.add_(1)
+    for flat in flats[:2]:
+        for start, n in zip(starts, sizes, strict=True):
+            assert torch.equal(flat[start : start + n], torch.arange(start, start + n) + 1.0)
+    assert torch.equal(zs[2], torch.ones(1, 7))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not hasattr(torch.backends.mkldnn.matmul, "fp32_precision"),
+    reason="a CPU's switch",
+)
+def test_products_on_a_cpu_are_in_full_precision_and_the_switch_is_put_back():
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    try:
+        for value in ("bf16", "tf32", "ieee"):
+            switch.fp32_precision = value
+            with linalg.matmul_precision("high"):
+                assert switch.fp32_precision == "ieee"
+            assert switch.fp32_precision == value
+    finally:
+        switch.fp32_precision = before
+    with linalg.matmul_precision("highest"):  # "none": nobody asked, which is full precision
+        assert switch.fp32_precision in ("none", "ieee")
 
 
 def test_criterion_by_hand():

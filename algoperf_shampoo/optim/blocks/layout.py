@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..gpu.transfer import Transfer
 from ..journal import Once, directly
 from . import memory
 from .memory import GRADIENT, BorrowedMemory
+from .parameters import check_parameters
 from .partition import Block, runs
 
 _grad = operator.attrgetter("grad")
@@ -91,15 +93,13 @@ class Stack:
         """Whether all rows have the same step count."""
         return self.steps.count(self.steps[0]) == len(self.steps)
 
-    def rows(self, present: Sequence[bool] | None) -> list[int]:
-        """Rows whose parameter has a gradient; None: all have."""
-        if present is None:
-            return list(range(len(self)))
+    def rows(self, present: Sequence[bool]) -> list[int]:
+        """Rows whose parameter has a gradient."""
         return [r for r, member in enumerate(self.members) if present[member.param]]
 
     def count(self, rows: Sequence[int]) -> None:
         """One step more for these rows."""
-        if len(rows) == len(self):
+        if len(rows) == len(self.steps):
             self.steps = [t + 1 for t in self.steps]
         else:
             for r in rows:
@@ -201,6 +201,21 @@ class BlockViews:
         return views
 
 
+class Pairs(NamedTuple):
+    """Parameters, or blocks of them as views, and the rows of the buffer that are theirs.
+
+    Attributes:
+        rows, pieces: contiguous, and of one dtype each.
+        odd: (row, piece) that are not.
+        without_view: numbers of parameters in several blocks that have no view in the merged shape.
+    """
+
+    rows: list[Tensor]
+    pieces: list[Tensor]
+    odd: list[tuple[Tensor, Tensor]]
+    without_view: list[int]
+
+
 class Layout:
     """How the parameters of one group lie in stacks, and the copies between the two.
 
@@ -212,6 +227,7 @@ class Layout:
 
     Attributes:
         stacks: of this rank's blocks; others: of the other ranks', by rank; everywhere: both.
+        every_row: id(stack) -> all of its rows.
 
     Args:
         first: number of the first parameter, for messages.
@@ -258,6 +274,7 @@ class Layout:
         self.stacks = [s for s in stacks if s.owner == rank]
         self.others = sorted((s for s in stacks if s.owner != rank), key=lambda s: s.owner)
         self.everywhere = [*self.stacks, *self.others]
+        self.every_row = {id(s): list(range(len(s))) for s in self.everywhere}
         # Per parameter, t: as it stands in ``optimizer.state``, of its first block's row.
         self.step_counts = torch.zeros(len(self.params), dtype=torch.int64)
         self._first_rows = {
@@ -272,6 +289,8 @@ class Layout:
         # (the buffer of all ranks, this rank's part of it), one pair per dtype and device.
         self.shared: list[tuple[Tensor, Tensor]] = []
         self._pieces: list[list[Tensor]] = []  # per parameter and block, its rows of the buffer
+        # Of all parameters, while they are at these addresses.
+        self._all_pairs: tuple[tuple[int, ...], Pairs] = ((), Pairs([], [], [], []))
         self._transfer: Transfer | None = None
         # As `Stack.bad`, but per parameter: of those on a GPU.
         self.bad: dict[torch.device, Tensor] = {}
@@ -357,68 +376,77 @@ class Layout:
             and once(transfer.scatter, self.params, lr, weight_decay, *self.bad.values())
         ):
             return
+        pairs = self._pairs(present)
         if weight_decay != 0:
-            self._add_weights(present, weight_decay)
+            self._add_weights(pairs, weight_decay)
         for stack in self.everywhere:
             if stack.bad is not None:
                 stack.g.masked_fill_(stack.kept(), 0.0)
         if isinstance(lr, Tensor):
             for flat in self.flat(GRADIENT):
                 flat.mul_(lr)
-        self._scatter(present, -1.0 if isinstance(lr, Tensor) else -lr, once)
+        self._scatter(pairs, -1.0 if isinstance(lr, Tensor) else -lr, once)
 
-    def _add_weights(self, present: Sequence[bool], alpha: float) -> None:
-        """its rows of the buffer <- those + alpha * parameter, for those present."""
-        to, source = [], []
-        for p, rows, cuts, here in zip(
-            self.params, self._pieces, self._views, present, strict=True
-        ):
-            if not here:
+    def _pairs(self, present: Sequence[bool]) -> Pairs:
+        """Of the parameters present; made once for all of them, and again when they move."""
+        if not all(present):
+            return self._make_pairs([i for i, here in enumerate(present) if here])
+        addresses = tuple(map(Tensor.data_ptr, self.params))
+        if addresses != self._all_pairs[0]:
+            self._all_pairs = addresses, self._make_pairs(range(len(self.params)))
+        return self._all_pairs[1]
+
+    def _make_pairs(self, numbers: Iterable[int]) -> Pairs:
+        pairs = Pairs([], [], [], [])
+        for i in numbers:
+            p, rows, cuts = self.params[i], self._pieces[i], self._views[i]
+            if len(rows) > 1 and not p.is_contiguous():
+                pairs.without_view.append(i)
                 continue
-            pieces = [p] if len(rows) == 1 else cuts.of(p.reshape(cuts.merged))
+            pieces = [p] if len(rows) == 1 else cuts.of(p.view(cuts.merged))
             for row, piece in zip(rows, pieces, strict=True):
-                # One odd pair would send the whole foreach call down its slow path.
+                # One odd pair would send a whole foreach call down its slow path.
                 if piece.is_contiguous() and piece.dtype == row.dtype:
-                    to.append(row)
-                    source.append(piece)
+                    pairs.rows.append(row)
+                    pairs.pieces.append(piece)
                 else:
-                    row.add_(piece, alpha=alpha)
-        if to:
-            torch._foreach_add_(to, source, alpha=alpha)
+                    pairs.odd.append((row, piece))
+        return pairs
 
-    def _scatter(self, present: Sequence[bool], alpha: float, once: Once) -> None:
-        """parameter <- parameter + alpha * (its rows of the buffer), for those present."""
-        to, source = [], []
-        for p, rows, cuts, here in zip(
-            self.params, self._pieces, self._views, present, strict=True
-        ):
-            if not here:
-                continue
-            if len(rows) == 1 and p.dtype == rows[0].dtype:
-                to.append(p)
-                source.append(rows[0])
-            elif len(rows) == 1:  # converted, so that they take memory one by one
-                once(p.add_, rows[0], alpha=alpha)
-            elif p.is_contiguous():
-                for row, piece in zip(rows, cuts.of(p.view(cuts.merged)), strict=True):
-                    if piece.is_contiguous() and p.dtype == row.dtype:
-                        to.append(piece)
-                        source.append(row)
-                    else:
-                        once(piece.add_, row, alpha=alpha)
-            else:  # a view in the merged shape does not exist
-                whole = torch.empty(cuts.merged, dtype=rows[0].dtype, device=p.device)
-                for row, piece in zip(rows, cuts.of(whole), strict=True):
-                    piece.copy_(row)
-                once(p.add_, whole.view(p.shape), alpha=alpha)
-        if to:
-            once(torch._foreach_add_, to, source, alpha=alpha)
+    def _add_weights(self, pairs: Pairs, alpha: float) -> None:
+        """rows of the buffer <- those + alpha * their parameters."""
+        if pairs.rows:
+            torch._foreach_add_(pairs.rows, pairs.pieces, alpha=alpha)
+        for row, piece in pairs.odd:
+            row.add_(piece, alpha=alpha)
+        for i in pairs.without_view:
+            cuts = self._views[i]
+            pieces = cuts.of(self.params[i].reshape(cuts.merged))
+            for row, piece in zip(self._pieces[i], pieces, strict=True):
+                row.add_(piece, alpha=alpha)
+
+    def _scatter(self, pairs: Pairs, alpha: float, once: Once) -> None:
+        """parameters <- those + alpha * their rows of the buffer."""
+        for row, piece in pairs.odd:  # converted, some of them, so that they take memory one by one
+            once(piece.add_, row, alpha=alpha)
+        for i in pairs.without_view:
+            p, rows, cuts = self.params[i], self._pieces[i], self._views[i]
+            whole = torch.empty(cuts.merged, dtype=rows[0].dtype, device=p.device)
+            for row, piece in zip(rows, cuts.of(whole), strict=True):
+                piece.copy_(row)
+            once(p.add_, whole.view(p.shape), alpha=alpha)
+        if pairs.rows:
+            once(torch._foreach_add_, pairs.pieces, pairs.rows, alpha=alpha)
+
+    def common_step(self) -> int | None:
+        """t of all blocks, where it is the same."""
+        t = self.everywhere[0].steps[0] if self.everywhere else 0
+        return t if all(s.steps.count(t) == len(s.steps) for s in self.everywhere) else None
 
     def publish_steps(self) -> None:
         """Bring ``step_counts`` up to date."""
-        stacks = self.everywhere
-        if all(s.uniform and s.steps[0] == stacks[0].steps[0] for s in stacks):
-            self.step_counts.fill_(stacks[0].steps[0] if stacks else 0)
+        if (t := self.common_step()) is not None:
+            self.step_counts.fill_(t)
         else:
             rows = [self._first_rows[i] for i in range(len(self.params))]
             self.step_counts.copy_(torch.tensor([stack.steps[row] for stack, row in rows]))
@@ -470,30 +498,3 @@ class Layout:
             ]
             self._transfer = Transfer(blocks, buffer)
         self._pieces = pieces  # only now, so that a failure leaves nothing half made
-
-
-def check_parameters(params: Sequence[Tensor], first: int = 0) -> None:
-    """
-    Raises:
-        ValueError: see :class:`Layout`.
-    """
-    for i, p in enumerate(params, first):
-        _check_parameter(i, p)
-    if len(set(params)) < len(params):
-        raise ValueError("a parameter is twice in its group")
-
-
-def _check_parameter(number: int, p: Tensor) -> None:
-    wanted = "only dense ones of real floating-point numbers work"
-    if hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False):
-        raise ValueError(
-            f"parameter {number} is sharded (by FSDP, or a DTensor); only whole ones "
-            "work: train replicas (DistributedDataParallel) and give process_group, whose ranks "
-            "share the optimizer's state"
-        )
-    if p.layout != torch.strided:
-        raise ValueError(f"parameter {number} is sparse; {wanted}")
-    if not p.is_floating_point():
-        raise ValueError(f"parameter {number} is of {p.dtype}; {wanted}")
-    if p.numel() == 0:
-        raise ValueError(f"parameter {number} is empty, of shape {tuple(p.shape)}")

@@ -53,6 +53,10 @@ class Arena:
         ranks: int,
     ) -> None:
         dtype, device = kind[0].dtype, kind[0].device
+        if device.type == "cpu":
+            # What a basis turns is where it was after an even number of products, else elsewhere:
+            # alike next to each other, so that Adam's arithmetic passes over few pieces.
+            kind = sorted(kind, key=lambda s: len(s.shape) % 2)
         mine = [s for s in kind if s.owner == rank]
         sizes = {id(s): -(-math.prod((len(s), *s.shape)) // ALIGNMENT) * ALIGNMENT for s in kind}
         by_rank = [[s for s in kind if s.owner == r] for r in range(ranks)]
@@ -87,6 +91,37 @@ class Arena:
             if stack.owner != rank:
                 for name in names(stack):
                     stack.state[name] = stack.g.new_empty(stack.g.shape, device="meta")
+
+
+def joined(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The same entries in fewer tensors: where tensors follow one another in memory, in all lists
+    alike, one flat view of each list from the first to the last, what :data:`ALIGNMENT` leaves
+    between them included.
+
+    Args:
+        lists: of contiguous tensors; those in one place have one size.
+    """
+    order = sorted(range(len(lists[0])), key=lambda i: lists[0][i].data_ptr())
+    runs: list[list[int]] = []
+    for i in order:
+        if runs and all(_follows(x[runs[-1][-1]], x[i]) for x in lists):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return [[_whole(x[run[0]], x[run[-1]]) for run in runs] for x in lists]
+
+
+def _follows(x: Tensor, y: Tensor) -> bool:
+    """Whether y is the next to come after x in one memory."""
+    size = -(-x.numel() // ALIGNMENT) * ALIGNMENT
+    same = x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr() and x.dtype == y.dtype
+    return same and y.storage_offset() == x.storage_offset() + size
+
+
+def _whole(first: Tensor, last: Tensor) -> Tensor:
+    """From the first entry of one to the last entry of the other, flat."""
+    start = first.storage_offset()
+    return first.as_strided((last.storage_offset() + last.numel() - start,), (1,), start)
 
 
 def _views(stacks: Sequence[Stack], flat: Tensor, sizes: dict[int, int]) -> list[Tensor]:

@@ -13,7 +13,9 @@ alone whose gradient is bad (``stack.bad``, :mod:`..nonfinite`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from .. import noise
 from ..blocks.layout import Stack
+from ..blocks.memory import joined
 from ..blocks.rows import put, take
 from ..journal import Once, directly
 from ..nonfinite import Guard
@@ -61,9 +64,10 @@ class Operations(ModeOperations):
         self._buffers: dict[int, list[Place]] = {}
         self._given = 0
         self._rotations: dict[Hashable, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        self._grams: dict[Hashable, list[tuple[Tensor, Tensor]]] = {}
+        self._grams: dict[Hashable, list[linalg.GramOperand]] = {}
+        self._pieces: dict[int, tuple[Sequence[Tensor], Sequence[list[Tensor]]]] = {}
         self._watches: dict[tuple[int, ...], noise.Watch] = {}
-        self._watched: tuple[int, ...] = ()
+        self._watched: noise.Watch | None = None
 
     # What the step loop asks for, before and after a rule has its turn.
 
@@ -97,7 +101,8 @@ class Operations(ModeOperations):
     def spare(self, stacks: Sequence[Stack]) -> None:
         """``g`` has just been gathered: rows that are marked as bad become zero."""
         for stack in stacks:
-            _clear_bad_rows(stack, stack.g)
+            if stack.bad is not None:
+                _clear_bad_rows(stack, stack.g)
 
     def deliver(self, x: Value) -> None:
         """``g`` <- x, an update direction, which is used up."""
@@ -169,46 +174,43 @@ class Operations(ModeOperations):
         """
         if keep:
             x = self.copy(x, lambda stack: modes_of(stack, skip, only) is not None)
-        places = x.writable()
-        results = [
-            self._through_modes(s, place, skip, only, False)
-            for s, place in zip(x.stacks, places, strict=True)
-        ]
-        x = x.became(results)
+        x = self._through_modes(x, skip, only, back=False)
         if scale is not None:
             self._scale_but_one(x, scale, skip)
         return x
 
     def rotate_back(self, x: Value, operators: Operators, skip: int | None = None) -> Value:
         """Q_1 x_1 ... Q_k x_k: the inverse of :meth:`rotate` for bases; uses x up."""
-        results = [
-            self._through_modes(s, place, skip, None, True)
-            for s, place in zip(x.stacks, x.writable(), strict=True)
-        ]
+        return self._through_modes(x, skip, None, back=True)
+
+    def _through_modes(self, x: Value, skip: int | None, only: int | None, back: bool) -> Value:
+        """The products of all modes but ``skip``, or of one; uses x up."""
+        everywhere = skip is None and only is None
+        results = []
+        for stack, place in zip(x.stacks, x.writable(), strict=True):
+            if stack.based:
+                if everywhere and stack.work:
+                    place = self._to_and_fro(stack, place, back)
+                else:
+                    place = self._in_its_place(stack, place, skip, only, back)
+            results.append(place)
         return x.became(results)
 
-    def _through_modes(
+    def _in_its_place(
         self, stack: Stack, place: Place, skip: int | None, only: int | None, back: bool
     ) -> Place:
-        """The products of all modes but ``skip``, or of one; where their result is."""
-        if not stack.based:
-            return place
-        everywhere = skip is None and only is None
-        if everywhere and stack.work:
-            place.absmax_known = False
-            return self._to_and_fro(stack, place, back)
         modes = modes_of(stack, skip, only)
         if modes is None:
             return place
-        place.absmax_known = False
         y = place.tensor
-        if everywhere:
+        if skip is None and only is None:
             y = (linalg.rotate_back if back else linalg.rotate)(y, stack.operators)
         else:
             for mode in modes:
                 q = stack.operators[mode]
                 y = linalg.rotate_mode(y, q.mT if back else q, mode)
         place.tensor.copy_(y)
+        place.absmax_known = False
         return place
 
     def _to_and_fro(self, stack: Stack, place: Place, back: bool) -> Place:
@@ -217,10 +219,13 @@ class Operations(ModeOperations):
         key = id(stack), place.number, other.number, back
         products = self._rotations.get(key)
         if products is None:
-            products = self._rotations[key] = _products(stack, place.tensor, other.tensor, back)
+            make = linalg.products_to_and_fro
+            products = make(place.tensor, other.tensor, stack.operators, back)
+            self._rotations[key] = products
         for a, q, out in products:
             torch.bmm(a, q, out=out)
-        other.holder, other.absmax_known = None, False
+        place.absmax_known = other.absmax_known = False
+        other.holder = None
         return place if len(stack.shape) % 2 == 0 else other
 
     def scale(
@@ -247,7 +252,7 @@ class Operations(ModeOperations):
 
     def norm(self, x: Value) -> list[Tensor]:
         """Frobenius norm of every block, [B, 1, ..., 1] of each stack."""
-        return [_norm(tensor) for tensor in x.tensors()]
+        return [linalg.norm(tensor) for tensor in x.tensors()]
 
     def mean_square(
         self, x: Value, mode: int, scale: ModeVectors | None = None
@@ -281,13 +286,17 @@ class Operations(ModeOperations):
             if stack.bad is not None:
                 _clear_bad_rows(stack, place.tensor)
                 decay = _unless_bad(stack, beta, 1.0)[..., None, None]
-            for i, (factor, rows) in enumerate(self._gram_operands(stack, place)):
-                if mode is None or i == resolved(stack, mode):
-                    if scale is not None:
-                        (mine,) = scale.of([stack])
-                        rows = linalg.matricized(scaled(place.tensor, mine, i), i)
-                    w = weight / rows.shape[1] if mean else weight
-                    linalg.gram_ema_(factor, rows, decay, w, self.once)
+            for i, (factor, operand, copy) in enumerate(self._gram_operands(stack, place)):
+                if mode is not None and i != resolved(stack, mode):
+                    continue
+                if scale is not None:
+                    (mine,) = scale.of([stack])
+                    operand = linalg.matricized(scaled(place.tensor, mine, i), i)
+                elif copy is not None:
+                    target, source = copy
+                    target.copy_(source)
+                w = weight / operand.x.shape[2] if mean else weight
+                linalg.gram_ema_(factor, operand, decay, w, self.once)
 
     def ema(self, state: Value, x: Value, beta: float, square: bool = False) -> None:
         """state <- beta state + (1 - beta) x, or x^2 with ``square``; bad rows of x become zero."""
@@ -355,9 +364,11 @@ class Operations(ModeOperations):
             c1, c2 = bias_corrections(s, h) if corrected else (1.0, 1.0)
             row = s, place.tensor, old_m, old_v, c1, c2
             work.setdefault((isinstance(c1, Tensor), s.bad is None), []).append(row)
-        for (_, plain), rows in work.items():  # corrections are all tensors, or all numbers
+        for (tensors, plain), rows in work.items():  # corrections: all tensors, or all numbers
             some, ys, ms, vs, c1s, c2s = map(list, zip(*rows, strict=True))
             if plain:
+                if not tensors and len(set(zip(c1s, c2s, strict=True))) == 1:
+                    ys, ms, vs = self._in_few_pieces(places, ys, ms, vs)
                 linalg.moments_(ys, ms, vs, h.beta1, h.beta_d, self.once)
                 linalg.direction_(ys, ms, vs, c1s, c2s, h.beta1, h.eps, h.nadam)
             else:
@@ -377,6 +388,19 @@ class Operations(ModeOperations):
         if in_basis:
             self._drop_noise(x, m, v, h)
 
+    def _in_few_pieces(
+        self, places: Sequence[Place], *lists: list[Tensor]
+    ) -> Sequence[list[Tensor]]:
+        """:func:`..blocks.memory.joined`, made once; of tensors in buffers, which last."""
+        if OWN in [place.number for place in places]:
+            return lists
+        given = list(itertools.chain(*lists))
+        known, pieces = self._pieces.get(id(given[0]), ((), ()))
+        if len(known) != len(given) or not all(map(operator.is_, known, given)):
+            pieces = joined(*lists)
+            self._pieces[id(given[0])] = given, pieces
+        return pieces
+
     def _drop_noise(self, x: Value, m: Value, v: Value, h: Hyper) -> None:
         turned = [i for i, s in enumerate(x.stacks) if s.based]
         if not turned:
@@ -393,18 +417,16 @@ class Operations(ModeOperations):
         """(position in ``turned``, traces) of stacks with coordinates that may be noise. On a CPU
         looking costs something, see :class:`..noise.Watch`."""
         stacks = [x.stacks[i] for i in turned]
-        plain = h.noise_level > 0 and all(s.work and s.device.type == "cpu" for s in stacks)
-        key = tuple([id(s) for s in stacks]) if plain else ()
-        if key != self._watched:  # others' moments changed meanwhile
+        key = tuple(map(id, stacks)) if h.noise_level > 0 else ()
+        watch = self._watches.get(key)
+        if watch is None and key and all(s.work and s.device.type == "cpu" for s in stacks):
+            watch = self._watches[key] = noise.Watch(stacks, [seconds[i] for i in turned])
+        if watch is not self._watched:  # others' moments changed meanwhile
             self.state_replaced()
-            self._watched = key
-        if h.noise_level == 0:
-            return []
-        if not plain:
-            return [(i, noise.diagonal(s).sum(1)) for i, s in enumerate(stacks)]
-        if key not in self._watches:
-            self._watches[key] = noise.Watch(stacks, [seconds[i] for i in turned])
-        return self._watches[key].noisy(h)
+            self._watched = watch
+        if watch is not None:
+            return watch.noisy(h)
+        return [(i, noise.diagonal(s).sum(1)) for i, s in enumerate(stacks)] if key else []
 
     # For what is kept in a basis that changes, :class:`.basis_change.BasisChange`.
 
@@ -435,39 +457,22 @@ class Operations(ModeOperations):
         place.given = self._given
         return place
 
-    def _gram_operands(self, stack: Stack, place: Place) -> Iterable[tuple[Tensor, Tensor]]:
-        """Per mode the factor, and X' (:func:`.linalg.matricized`); kept where those are views of a
-        buffer."""
-        key = id(stack), place.number
-        if key in self._grams:
-            return self._grams[key]
-        modes = enumerate(stack.factors)
-        if place.number == OWN or len(stack.shape) > 2:  # modes in between are copies
-            return ((factor, linalg.matricized(place.tensor, i)) for i, factor in modes)
-        self._grams[key] = [(factor, linalg.matricized(place.tensor, i)) for i, factor in modes]
+    def _gram_operands(self, stack: Stack, place: Place) -> Sequence[linalg.GramOperand]:
+        """Per mode; kept where they are views of buffers."""
+        spare: Place | None = None
+        if len(stack.shape) > 2:  # a mode in between is copied, if there is a buffer to copy to
+            spare = next((p for p in self.buffers(stack) if p.holder is None), None)
+        if place.number == OWN or (len(stack.shape) > 2 and spare is None):
+            return linalg.gram_operands(place.tensor, stack.factors)
+        key = id(stack), place.number, OWN if spare is None else spare.number
+        if key not in self._grams:
+            to = None if spare is None else spare.tensor
+            self._grams[key] = linalg.gram_operands(place.tensor, stack.factors, to)
         return self._grams[key]
-
-
-def _products(
-    stack: Stack, source: Tensor, target: Tensor, back: bool
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(A, Q, out) of the products that rotate a stack (or turn it back), each contracting the
-    leading mode and appending it at the back (see :func:`.linalg.rotate`); to and fro between two
-    buffers."""
-    products = []
-    for d, q in zip(stack.shape, stack.operators, strict=True):
-        a, out = source.view(len(stack), d, -1).mT, target.view(len(stack), -1, d)
-        products.append((a, q.mT if back else q, out))
-        source, target = target, source
-    return products
 
 
 def _age(place: Place) -> tuple[int, int]:
     return place.given, -place.number
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
 def modes_of(stack: Stack, skip: int | None, only: int | None) -> list[int] | None:

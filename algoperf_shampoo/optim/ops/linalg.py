@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ def rotate_back(x: Tensor, bases: Sequence[Tensor], out: Tensor | None = None) -
     return out
 
 
+def products_to_and_fro(
+    x: Tensor, other: Tensor, bases: Sequence[Tensor], back: bool
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(A, Q, out) of the products A Q that are :func:`rotate` (or :func:`rotate_back`), from x to
+    ``other``, from there to x and so on. x, other: contiguous [B, d_1, ..., d_k]."""
+    products = []
+    for d, q in zip(x.shape[1:], bases, strict=True):
+        a, out = x.view(len(x), d, -1).mT, other.view(len(x), -1, d)
+        products.append((a, q.mT if back else q, out))
+        x, other = other, x
+    return products
+
+
 def rotate_mode(x: Tensor, q: Tensor, mode: int) -> Tensor:
     """Multiply one mode by q': [B, ..., d_i, ...] with q [B, d_i, d_new] -> same shape as x."""
     moved = x.movedim(mode + 1, 1)  # [B, d_i, ...]
@@ -62,42 +75,78 @@ SMALL_GRAM = 64
 GRAM_PIECES = 256
 
 
-def matricized(x: Tensor, mode: int) -> Tensor:
-    """X', X the mode-``mode`` matricization of blocks: [B, d_1, ..., d_k] -> [B, rest, d_i].
+class Matricization(NamedTuple):
+    """X [B, d, rest] and its transpose, [B, rest, d]: views of one memory.
+
+    pieces: in how many the sum of X X' is cut.
+    """
+
+    x: Tensor
+    rows: Tensor
+    pieces: int
+
+
+def matricized(x: Tensor, mode: int) -> Matricization:
+    """X, the mode-``mode`` matricization of blocks [B, d_1, ..., d_k].
 
     A view for the first and the last mode of contiguous blocks.
     """
     B, d = x.shape[0], x.shape[mode + 1]
-    if mode == x.ndim - 2:
-        return x.reshape(B, -1, d)
-    if mode == 0:
-        return x.reshape(B, d, -1).mT
-    return x.movedim(mode + 1, 1).reshape(B, d, -1).mT
+    last = mode == x.ndim - 2
+    X = x.reshape(B, -1, d).mT if last else x.movedim(mode + 1, 1).reshape(B, d, -1)
+    rest = X.shape[2]
+    pieces = math.gcd(rest, GRAM_PIECES) if d <= SMALL_GRAM else 1
+    return Matricization(X, X.mT, pieces if rest >= 16 * pieces else 1)
+
+
+# A factor, what it learns from, and what is to be copied for that as (target, source).
+GramOperand = tuple[Tensor, Matricization, tuple[Tensor, Tensor] | None]
+
+
+def gram_operands(
+    x: Tensor, factors: Sequence[Tensor], spare: Tensor | None = None
+) -> list[GramOperand]:
+    """Of all modes of x, [B, d_1, ..., d_k]. With ``spare``, like x, they are views of these two,
+    into which modes in between are to be copied."""
+    operands: list[GramOperand] = []
+    for mode, factor in enumerate(factors):
+        if spare is None or mode in (0, x.ndim - 2):
+            operands.append((factor, matricized(x, mode), None))
+        else:
+            moved = x.movedim(mode + 1, 1)
+            target = spare.view(moved.shape)
+            operands.append((factor, matricized(target, 0), (target, moved)))
+    return operands
 
 
 def gram_ema_(
     factor: Tensor,
-    rows: Tensor,
+    operand: Matricization,
     beta: float | Tensor,
     weight: float,
     once: Callable[..., Any] = directly,
 ) -> None:
-    """factor <- beta * factor + weight * X X', X' = rows (Eq. 15).
+    """factor <- beta * factor + weight * X X' (Eq. 15).
 
     factor: [B, d, d], updated in place by operations called through ``once``
-    (:mod:`.journal`); rows: [B, rest, d], see :func:`matricized`; beta: a number or [B, 1, 1].
+    (:mod:`.journal`); operand: X, see :func:`matricized`; beta: a number or [B, 1, 1].
     """
-    B, d = factor.shape[:2]
-    pieces = math.gcd(rows.shape[1], GRAM_PIECES) if d <= SMALL_GRAM else 1
-    if pieces > 1 and rows.shape[1] >= 16 * pieces:
+    x, rows, pieces = operand
+    if pieces > 1:
+        B, d = factor.shape[:2]
         rows = rows.reshape(B * pieces, -1, d)
         partial = (rows.mT @ rows).view(B, pieces, d, d).sum(1)
         once(factor.copy_, (factor * beta).add_(partial, alpha=weight))
     elif isinstance(beta, Tensor):
         once(factor.mul_, beta)
-        once(factor.baddbmm_, rows.mT, rows, alpha=weight)
+        once(factor.baddbmm_, x, rows, alpha=weight)
     else:
-        once(factor.baddbmm_, rows.mT, rows, beta=beta, alpha=weight)
+        once(factor.baddbmm_, x, rows, beta=beta, alpha=weight)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Frobenius norm of every block [B, *shape], as [B, 1, ..., 1]."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
 def largest_entry(a: Tensor) -> Tensor:
@@ -158,8 +207,10 @@ def direction_(
 ) -> None:
     """Replace x by Adam's direction (NAdam's numerator with ``nadam``).
 
-    c1, c2 = 1 - beta1^t, 1 - beta2^t: all numbers, or all tensors [B, 1, ..., 1] on x's device.
+    c1, c2 = 1 - beta1^t, 1 - beta2^t: all numbers, or all tensors [B, 1, ..., 1] on x's device;
+    where they are longer than xs, which is in fewer pieces then, all are the same.
     """
+    c1, c2 = c1[: len(xs)], c2[: len(xs)]
     if nadam:
         torch._foreach_lerp_(xs, ms, beta1)
     else:
@@ -179,20 +230,32 @@ MATMUL_PRECISIONS = {
 }
 
 
+class _Switch(NamedTuple):
+    """torch's switch: an attribute of an object, and its value per setting.
+
+    unset: the value that it has while nobody has asked for anything, if that is full precision.
+    """
+
+    backend: Any
+    attribute: str
+    values: dict[str, Any]
+    unset: str | None = None
+
+
 @functools.cache
-def _switch() -> tuple[Any, str, dict[str, Any]] | None:
-    """(object, attribute, its value per setting) of torch's switch; None where there is none."""
+def _switch() -> _Switch | None:
+    """None where there is none."""
     newer: dict[str, Any] = dict(MATMUL_PRECISIONS)
     if not torch.cuda.is_available():
         # The CPU has a switch too (mkldnn may use bfloat16 under "medium"); always full precision.
         backend = getattr(torch.backends.mkldnn, "matmul", None)
         if not hasattr(backend, "fp32_precision"):
             return None
-        return backend, "fp32_precision", dict.fromkeys(newer, "ieee")
+        return _Switch(backend, "fp32_precision", dict.fromkeys(newer, "ieee"), "none")
     backend = torch.backends.cuda.matmul
     if hasattr(backend, "fp32_precision"):
-        return backend, "fp32_precision", newer
-    return backend, "allow_tf32", {name: value == "tf32" for name, value in newer.items()}
+        return _Switch(backend, "fp32_precision", newer)
+    return _Switch(backend, "allow_tf32", {name: value == "tf32" for name, value in newer.items()})
 
 
 @contextlib.contextmanager
@@ -207,9 +270,9 @@ def matmul_precision(setting: str) -> Iterator[None]:
     if switch is None:
         yield
         return
-    backend, attribute, values = switch
+    backend, attribute, values, unset = switch
     before = getattr(backend, attribute)
-    if before == values[setting]:
+    if before in (values[setting], unset):
         yield
         return
     setattr(backend, attribute, values[setting])

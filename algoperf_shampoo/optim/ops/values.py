@@ -235,4 +235,7 @@ def bias_corrections(stack: Stack, h: Hyper) -> tuple[float | Tensor, float | Te
     """1 - beta1^t and 1 - beta_d^t: numbers, or [B, 1, ..., 1] each."""
     if h.corrections is not None:
         return h.corrections[id(stack)]
+    if stack.uniform:
+        t = stack.steps[0]
+        return 1 - h.beta1**t, 1 - h.beta_d**t
     return stack.bias_correction(h.beta1), stack.bias_correction(h.beta_d)
