@@ -179,7 +179,7 @@ def test_a_json_that_is_none(tmp_path, name, content, reason):
 def test_a_point_that_no_table_could_hold(tmp_path, text):
     path = made_trial(tmp_path, ROWS)
     (path / "hparams.json").write_text(text)
-    not_counted(path, "hparams.json: ")
+    not_counted(path, "hparams.json")
 
 
 ENTRIES = {
