@@ -253,30 +253,39 @@ def test_a_refresh_that_ran_out_of_memory_goes_on_to_the_bit(method):
 
 
 @needs_gpu
-def test_garbage_of_cusolver_keeps_the_old_basis(monkeypatch):
-    """And the CPU's solver is not asked: what cuSOLVER says has converged is checked alone."""
+@pytest.mark.parametrize("second", ["fails", "helps"])
+def test_garbage_of_cusolver_is_solved_again_or_keeps_the_old_basis(monkeypatch, second):
+    """What cuSOLVER says has converged is checked; LAPACK on the CPU is asked for it, and for no
+    other matrix."""
     if not cusolver.available():
         pytest.skip("this CUDA has no batched solver")
     params = parameters("cuda", [(200, 150), (200, 150), (64, 40)])
     optimizer = EShampoo(params, lr=0.01, precondition_frequency=5, max_preconditioner_dim=256)
-    honest = cusolver.eigh_
+    honest, lapack, asked = cusolver.eigh_, exact._one_by_one, []
 
     def spoiled(a, work):
         values, converged = honest(a, work)
         a[0] = torch.linalg.qr(torch.randn_like(a[0])).Q
         return values, converged
 
+    def again(a):
+        asked.append(len(a))
+        values, vectors, converged = lapack(a)
+        return values, vectors, converged if second == "helps" else [False] * len(a)
+
     for t in range(1, 16):
         give(params, t)
         if t == 10:
             old = [dict(b) for b in state_dict.blocks_of(optimizer.state_dict()["state"][0])][0]
             monkeypatch.setattr(cusolver, "eigh_", spoiled)
-            monkeypatch.setattr(exact, "_one_by_one", None)
+            monkeypatch.setattr(exact, "_one_by_one", again)
         optimizer.step()
         monkeypatch.undo()
+    assert asked and set(asked) == {1}
     new = state_dict.blocks_of(optimizer.state_dict()["state"][0])[0]
-    assert new["checks_0"] == 3 and new["failures_0"] + new["failures_1"] >= 1
-    assert new["refreshes_0"] + new["failures_0"] == 3
+    failures = new["failures_0"] + new["failures_1"]
+    assert failures == 0 if second == "helps" else failures >= 1
+    assert new["checks_0"] == 3 == new["refreshes_0"] + new["failures_0"]
     assert not torch.equal(new["operator_0"], old["operator_0"])
     assert all(p.isfinite().all() and p.abs().max() < 10 for p in params)
 
