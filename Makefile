@@ -238,8 +238,9 @@ test-kernels: words ## the GPU kernels without a GPU: compiled, and interpreted 
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 exec sh scripts/in_venv.sh dev-kernels \
 	  -m pytest -n auto -m gpu tests/optim/test_triton_ops.py tests/optim/test_gpu_trouble.py tests/optim/test_operations.py
 
-lint: words ## ruff: rules and formatting of imports
+lint: words ## ruff: rules and formatting
 	$(IN_DEV) -m ruff check .
+	$(IN_DEV) -m ruff format --check --quiet .
 
 types: words ## mypy
 	$(IN_DEV) -m mypy

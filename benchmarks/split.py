@@ -157,9 +157,7 @@ class Periods:
     )
 
 
-def run_periods(
-    training: Training, frequency: int, count: int, seconds: float = 0.0
-) -> Periods:
+def run_periods(training: Training, frequency: int, count: int, seconds: float = 0.0) -> Periods:
     """``count`` periods with marks and as many without, in an order that no drift favours; then
     more of them, until ``seconds`` have gone."""
     clock, timeline, found = training.timeline.clock, training.timeline, Periods()
@@ -457,8 +455,13 @@ def main() -> None:
             clock = DeviceClock() if gpu else HostClock()
             records.append(
                 measure(
-                    load(name), variant, clock, args.frequency, args.periods,
-                    not args.no_evaluation, args.seconds,
+                    load(name),
+                    variant,
+                    clock,
+                    args.frequency,
+                    args.periods,
+                    not args.no_evaluation,
+                    args.seconds,
                 )  # fmt: skip
             )
             print(f"{name} {variant}: {1e3 * records[-1]['step']:.2f} ms", flush=True)

@@ -122,10 +122,7 @@ class MetricsLogger:
         Raises:
             DiskError: a file cannot be read or written.
         """
-        self._tables = {
-            name: CsvTable(run_dir / name, contents.get(name, ""))
-            for name in TABLES
-        }
+        self._tables = {name: CsvTable(run_dir / name, contents.get(name, "")) for name in TABLES}
         self._pending: dict[str, list[dict[str, Any]]] = {name: [] for name in self._tables}
         self._makers: list[tuple[str, Callable[[], list[dict[str, Any]]]]] = []
 

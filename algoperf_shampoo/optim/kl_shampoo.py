@@ -66,9 +66,7 @@ class KLShampooRule(Rule):
         ops.momentum(P, s["exp_avg"], h.beta1, scale, h.eps, decayed(h))
         return ops.rotate_back(P, s.bases)
 
-    def learn(
-        self, G: Value, s: State, h: Hyper, ops: Operations
-    ) -> tuple[Value, ModeVectors]:
+    def learn(self, G: Value, s: State, h: Hyper, ops: Operations) -> tuple[Value, ModeVectors]:
         """G in the bases, mode by mode, on the way to which the last mode's factor and the
         eigenvalues learn it; and lambda^-1/2 as it was."""
         lam = s.vectors("eigenvalues")

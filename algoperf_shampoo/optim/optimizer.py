@@ -361,9 +361,7 @@ class PreconditionedOptimizer(Reports):
 
     def _run_update(self, step: Step) -> None:
         group, h = step.group, step.h
-        apply = functools.partial(
-            group.layout.apply, step.fit, h.lr, h.weight_decay, step.ops.once
-        )
+        apply = functools.partial(group.layout.apply, step.fit, h.lr, h.weight_decay, step.ops.once)
         find = functools.partial(self._find_directions, step)
         if group.layout.ranks == 1:
             step.run("update", functools.partial(_in_turn, find, apply))
@@ -454,9 +452,7 @@ def _changeable(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in settings.OPTIONS if name in options and name != "lr"}
 
 
-def _count(
-    group: Group, rows: dict[int, list[int]], present: list[bool], bad: list[int]
-) -> None:
+def _count(group: Group, rows: dict[int, list[int]], present: list[bool], bad: list[int]) -> None:
     """One step more for these rows."""
     for stack in group.layout.everywhere:
         stack.count(rows[id(stack)])

@@ -82,9 +82,7 @@ def place(
     return Shard(group, dist.get_rank(group), ranks)
 
 
-def pays(
-    shapes: Sequence[tuple[tuple[int, ...], bool]], frequency: int, ranks: int
-) -> bool:
+def pays(shapes: Sequence[tuple[tuple[int, ...], bool]], frequency: int, ranks: int) -> bool:
     """Whether ranks save more per step than gathering the directions takes, by shapes alone.
 
     The rank that keeps the dearest block does as much as that one takes, however many there are,
@@ -118,9 +116,7 @@ def owners(
 
     A block costs sum n_i^3, its decompositions; those without factors fill up what is even.
     """
-    costs = [
-        sum(n**3 for n in m.block.shape) if has_factors(m.block.shape) else 0 for m in members
-    ]
+    costs = [sum(n**3 for n in m.block.shape) if has_factors(m.block.shape) else 0 for m in members]
     entries = [m.block.numel for m in members]
     all_costs, all_entries = max(1, sum(costs)), sum(entries)
     loads = [0.0] * ranks
@@ -223,9 +219,7 @@ def _receive(stack: Stack, like: Tensor, owner: int, to: int | None, shard: Shar
     return host
 
 
-def _tell_counters(
-    layout: Layout, sets: Sequence[FactorSet], owner: int, shard: Shard
-) -> None:
+def _tell_counters(layout: Layout, sets: Sequence[FactorSet], owner: int, shard: Shard) -> None:
     stacks = [s for s in layout.everywhere if s.owner == owner]
     mine = [s for s in sets if s.spans[0].stack.owner == owner]
     lists: list[list[Any]] = [s.ready for s in stacks]
@@ -267,9 +261,7 @@ class Comparison:
         """Whether gradients are compared in the next step."""
         return (self.steps + 1) % frequency == 0
 
-    def gradients(
-        self, layout: Layout, present: Sequence[bool], group: dist.ProcessGroup
-    ) -> None:
+    def gradients(self, layout: Layout, present: Sequence[bool], group: dist.ProcessGroup) -> None:
         """Compare those that are gathered, of the parameters that are present: they are read once,
         8 bytes a stack and rank are sent."""
         stacks = sorted(layout.everywhere, key=lambda s: s.owner)  # as on every rank

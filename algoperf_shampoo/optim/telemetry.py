@@ -237,9 +237,7 @@ class Telemetry:
         on_device = [s.criterion for s in self._samples if isinstance(s.criterion, Tensor)]
         parts += [x.double().to(device) for x in on_device]
         numbers = iter(torch.cat(parts).tolist())
-        spectra = [
-            [tuple(itertools.islice(numbers, 3)) for _ in s.indices] for s in self._samples
-        ]
+        spectra = [[tuple(itertools.islice(numbers, 3)) for _ in s.indices] for s in self._samples]
         for sample, values in zip(self._samples, spectra, strict=True):
             criterion = sample.criterion
             if isinstance(criterion, Tensor):

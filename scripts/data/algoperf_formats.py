@@ -218,14 +218,17 @@ def _ogbg(out: Path, amounts: Amounts) -> dict[str, Any]:
             labels = np.full(TASKS, np.nan, np.float32)
             known = arrays["labels"][i] >= 0
             labels[: len(known)][known] = arrays["labels"][i][known]
-            yield int(i), {
-                "labels": labels,
-                "num_nodes": np.array([n]),
-                "num_edges": np.array([m]),
-                "node_feat": nodes[node_end[i] - n : node_end[i]].astype(np.float32),
-                "edge_feat": bonds[bond_end[i] - m : bond_end[i]].astype(np.float32),
-                "edge_index": ends[bond_end[i] - m : bond_end[i]].astype(np.int64),
-            }
+            yield (
+                int(i),
+                {
+                    "labels": labels,
+                    "num_nodes": np.array([n]),
+                    "num_edges": np.array([m]),
+                    "node_feat": nodes[node_end[i] - n : node_end[i]].astype(np.float32),
+                    "edge_feat": bonds[bond_end[i] - m : bond_end[i]].astype(np.float32),
+                    "edge_index": ends[bond_end[i] - m : bond_end[i]].astype(np.int64),
+                },
+            )
 
     splits: dict[str, Callable[[], Iterator[Any]]] = {
         split: functools.partial(examples, split) for split in indices
@@ -277,9 +280,7 @@ def _tfds(
     if version is not None:
         options["version"] = version
     builder = tfds.builder_cls(name)(data_dir=str(folder), **options)
-    builder._split_generators = lambda *_: {
-        split: examples() for split, examples in splits.items()
-    }
+    builder._split_generators = lambda *_: {split: examples() for split, examples in splits.items()}
     tfds.disable_progress_bar()
     builder.download_and_prepare()
 

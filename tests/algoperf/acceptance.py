@@ -131,9 +131,7 @@ class Case:
                 raise RuntimeError(f"{PACKAGE}.{module} can be imported in {cwd}")
         return place
 
-    def run(
-        self, name: str, processes: int, place: Place | None = None, **environment: str
-    ) -> int:
+    def run(self, name: str, processes: int, place: Place | None = None, **environment: str) -> int:
         """One launch of the runner into the folder of ``name``; its exit code."""
         place = place or self.package
         data = self.args.data / FOLDERS[self.workload]
@@ -381,9 +379,7 @@ def _kept_as(sharding: str, kept: list[list[int] | None]) -> bool:
     return {"on": once, "off": every, "auto": once or every}[sharding]
 
 
-def _setting(
-    args: argparse.Namespace, case: Case, variant: str, workload: str
-) -> dict[str, Any]:
+def _setting(args: argparse.Namespace, case: Case, variant: str, workload: str) -> dict[str, Any]:
     """What a record begins with: what is about to be run."""
     return {
         "variant": variant,

@@ -66,9 +66,7 @@ def merge(parts: list[Any]) -> Any:
             offset += len(graph.nodes)
         names = ("nodes", "edges", "n_node", "n_edge")
         joined = {name: torch.cat([getattr(g, name) for g in parts]) for name in names}
-        return first._replace(
-            senders=torch.cat(senders), receivers=torch.cat(receivers), **joined
-        )
+        return first._replace(senders=torch.cat(senders), receivers=torch.cat(receivers), **joined)
     return torch.cat(parts)
 
 
@@ -87,8 +85,7 @@ def instrument(module: Any) -> None:
             folder = Path(environment("REPLAY", ""))
             ranks = [RANK] if WORLD > 1 else [0, 1]
             parts = [
-                torch.load(folder / f"batch_{step}_{rank}.pt", weights_only=False)
-                for rank in ranks
+                torch.load(folder / f"batch_{step}_{rank}.pt", weights_only=False) for rank in ranks
             ]
             if environment("HALVES") == "swapped":
                 parts.reverse()

@@ -23,7 +23,7 @@ from algoperf_shampoo.study import export, logs, memory, pull_request
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = ROOT / "results" / "measured" / "mini" / "seeds"
-AUTHORS = "Zoë O'Neill, A. \"B.\" Author"
+AUTHORS = 'Zoë O\'Neill, A. "B." Author'
 
 # Runs a script of actions/github-script: its names, and what it set and said, as JSON.
 HOST = """

@@ -54,9 +54,10 @@ def test_evaluations_of_its_own_change_no_step(tmp_path):
 
 def test_a_run_to_the_target_is_another_run(tmp_path):
     fakes.execute(fakes.spec_in(tmp_path))
-    assert "stop_at_target" not in json.loads(
-        (fakes.spec_in(tmp_path).run_dir / "run.json").read_text()
-    )["identity"]
+    assert (
+        "stop_at_target"
+        not in json.loads((fakes.spec_in(tmp_path).run_dir / "run.json").read_text())["identity"]
+    )
     with pytest.raises(UserError, match="another run: stop_at_target is .absent. there and false"):
         fakes.execute(spec_in(tmp_path))
 
@@ -89,9 +90,7 @@ def test_broken_off_it_goes_on_along_the_same_curve(tmp_path):
 def mini_spec(folder: Path):
     """The fake under a mini's name and metric, so that tables would list it."""
     inner = folder / "nadamw" / "study_1" / "ogbg_mini_pytorch" / "trial_1"
-    return spec_in(
-        folder, variant="nadamw", label="nadamw", workload="ogbg_mini", run_dir=inner
-    )
+    return spec_in(folder, variant="nadamw", label="nadamw", workload="ogbg_mini", run_dir=inner)
 
 
 def test_it_is_in_no_table_of_times_to_the_target(tmp_path):

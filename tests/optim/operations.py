@@ -202,9 +202,7 @@ class Machine:
         self._expect_eigenvalues(roots)
 
     def _expect_gram_of_whitened(self, roots):
-        for s, factors, xs, vs in zip(
-            self.stacks, self.factors, self.expected, roots, strict=True
-        ):
+        for s, factors, xs, vs in zip(self.stacks, self.factors, self.expected, roots, strict=True):
             for mode, factor in enumerate(factors):
                 for row, x in enumerate(xs):
                     mine = [v[row] for v in vs]
@@ -214,9 +212,7 @@ class Machine:
                 self._agree([mine], [factor])
 
     def _expect_eigenvalues(self, roots):
-        for s, vs, rs, xs in zip(
-            self.stacks, self.vectors, roots, self.expected, strict=True
-        ):
+        for s, vs, rs, xs in zip(self.stacks, self.vectors, roots, self.expected, strict=True):
             for mode in range(len(s.shape)):
                 rows = [
                     (matricize(scaled(x, [r[row] for r in rs], mode), mode) ** 2).mean(1)
@@ -233,8 +229,7 @@ class Machine:
         for i, (x, vs) in enumerate(zip(self.expected, self.vectors, strict=True)):
             self.m[i] = BETA1 * self.m[i] + (1 - BETA1) * x
             one = [
-                scaled(torch.ones_like(row), [root(v[r]) for v in vs])
-                for r, row in enumerate(x)
+                scaled(torch.ones_like(row), [root(v[r]) for v in vs]) for r, row in enumerate(x)
             ]
             s = torch.stack(one)
             self.expected[i] = 3.0 * self.m[i] / (1 / s + 0.01)

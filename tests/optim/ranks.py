@@ -55,9 +55,7 @@ def _serve(pipe, store, rank, count, timeout):
     torch.set_num_threads(1)
     limit = timedelta(seconds=timeout)
     start = timedelta(seconds=ANSWER_S)  # however late a process is
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=count, timeout=start
-    )
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=start)
     groups = {n: dist.new_group(range(n), timeout=limit) for n in range(1, count + 1)}
     while True:
         try:

@@ -50,9 +50,7 @@ def set_gradients(params, t, trouble=""):
 
 
 def build(group, variant, params, sharding="on", **settings):
-    return make(
-        variant, params, process_group=group, sharding=sharding, **{**SETTINGS, **settings}
-    )
+    return make(variant, params, process_group=group, sharding=sharding, **{**SETTINGS, **settings})
 
 
 def train(group, variant, steps, trouble="", dtype=torch.float64, sharding="on", **settings):
@@ -237,9 +235,7 @@ def odd_shapes(group, variant):
 def always_bad(group):
     """At a check, each of two gradients was bad: what is said. One block, so a rank has none."""
     (param,) = params = parameters(shapes=[(12, 12)])
-    optimizer = build(
-        group, "eshampoo_fixed", params, precondition_frequency=2, nonfinite_limit=2
-    )
+    optimizer = build(group, "eshampoo_fixed", params, precondition_frequency=2, nonfinite_limit=2)
     for _ in range(2):
         param.grad = torch.full_like(param, torch.nan)
         try:

@@ -69,9 +69,7 @@ class Garbage(Solver):
 @pytest.mark.parametrize("mends", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("build", [EShampoo, Shampoo])
-def test_finite_garbage_is_noticed_and_mended_or_the_old_operator_stays(
-    build, kind, mends, caplog
-):
+def test_finite_garbage_is_noticed_and_mended_or_the_old_operator_stays(build, kind, mends, caplog):
     params = [torch.nn.Parameter(torch.zeros(12, 10)) for _ in range(3)]
     solver = Solver()
     optimizer = build(params, eigensolver=solver, **SETTINGS)

@@ -100,8 +100,10 @@ def test_rows_say_what_a_float64_computation_says(tau):
             assert row["size"] == len(factor) and row["global_step"] == t
             criterion = reference.relative_off_diagonal(factor, old)
             assert float(row["criterion"]) == pytest.approx(criterion, rel=1e-3, abs=1e-6)
-            assert row["refreshed"] == (criterion > tau) == (
-                not torch.equal(old, state[f"{j}.operator_{i}"].double())
+            assert (
+                row["refreshed"]
+                == (criterion > tau)
+                == (not torch.equal(old, state[f"{j}.operator_{i}"].double()))
             )
             assert row["staleness"] == t - last.get((param, j, i), 0)
             if row["refreshed"]:

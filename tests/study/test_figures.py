@@ -177,9 +177,7 @@ def test_figures_are_whole_and_the_same_when_made_again(drawn, tmp_path):
     assert f"target {trial.target:g}" in texts
     rows = tables.table1(logs.find_trials([SEEDS / name for name in VARIANTS]), ROOT)[0].rows
     names = [f"{row.name}, n = {len(row.runs)}" for row in rows if row.workload == "OGBG"]
-    assert len(names) == 3 and all(
-        any(name in (text or "") for text in texts) for name in names
-    )
+    assert len(names) == 3 and all(any(name in (text or "") for text in texts) for name in names)
     times = ET.fromstring(drawn[3].files["svg"])
     shown = [e.text for e in times.iter("{http://www.w3.org/2000/svg}text")]
     fractions = [f"{row.hits}/{row.ended}" for row in rows]

@@ -148,7 +148,9 @@ def test_a_real_run_by_fork_is_the_run_of_a_process(tmp_path):
                 server.close()
         record = test_study.json.loads((made.jobs[0].run.run_dir / "run.json").read_text())
         hashes.append(record["result"]["params_sha256"])
-        steps = [row.split(",")[3] for row in
-                 (made.jobs[0].run.run_dir / "eval_measurements.csv").read_text().split()[1:]]
+        steps = [
+            row.split(",")[3]
+            for row in (made.jobs[0].run.run_dir / "eval_measurements.csv").read_text().split()[1:]
+        ]
         assert steps == ["1", "3"]
     assert hashes[0] == hashes[1]

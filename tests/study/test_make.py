@@ -202,7 +202,7 @@ def container(*arguments: str, **environment: str) -> str:
 
 
 def test_docker_targets_hand_words_over_as_data(tmp_path):
-    data = tmp_path / "it's, a \"folder\""
+    data = tmp_path / 'it\'s, a "folder"'
     data.mkdir()
     words = [f"DATA_DIR={data}", f"OUT={tmp_path}/o;ut", "SET=a=1 b='2'", "GPUS=1"]
     line = container("docker-submit-nadamw", *words, CUDA_VISIBLE_DEVICES="3,5")

@@ -216,9 +216,7 @@ def seen_to_finish(run_dir: Path) -> bool:
     return how is not None and how.startswith("finished") and not run_lock.held(run_dir)
 
 
-def close_launches(
-    launches: list[dict[str, Any]], finished: bool = False
-) -> list[dict[str, Any]]:
+def close_launches(launches: list[dict[str, Any]], finished: bool = False) -> list[dict[str, Any]]:
     """Say of each launch how it ended; to be asked by who holds the run's lock.
 
     ``finished``: the last checkpoint is of a run that is over, whatever became of its launcher.

@@ -86,9 +86,7 @@ def checkpoint(path: str) -> dict[str, Any]:
             "global_step": int(content["global_step"]),
             "preemption_count": int(content["preemption_count"]),
             "training_complete": bool(state["training_complete"]),
-            "goals_reached": bool(
-                state["validation_goal_reached"] and state["test_goal_reached"]
-            ),
+            "goals_reached": bool(state["validation_goal_reached"] and state["test_goal_reached"]),
             "is_time_remaining": bool(state["is_time_remaining"]),
             "eval_results": [
                 [int(step), {key: float(value) for key, value in result.items()}]

@@ -258,9 +258,7 @@ class Layout:
             for j, block in enumerate(blocks)
         ]
         owned = [0] * len(members) if owners is None else owners(members)
-        by_shape: dict[
-            tuple[int, tuple[int, ...], torch.dtype, torch.device], list[Member]
-        ] = {}
+        by_shape: dict[tuple[int, tuple[int, ...], torch.dtype, torch.device], list[Member]] = {}
         for owner, member in zip(owned, members, strict=True):
             p = self.params[member.param]
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32

@@ -22,6 +22,7 @@ from ..ops import Hyper
 
 log = logging.getLogger(__name__)
 
+
 class Recorder:
     """Runs a section directly the first time, records it the second, then replays.
 

@@ -70,9 +70,7 @@ class ModeLaunches(KernelLaunches):
 
     # Vectors of modes.
 
-    def inverse_sqrt(
-        self, vectors: ModeVectors, limit: Callable[[int], float]
-    ) -> ModeVectors:
+    def inverse_sqrt(self, vectors: ModeVectors, limit: Callable[[int], float]) -> ModeVectors:
         """See :meth:`..ops.modes.ModeOperations.inverse_sqrt`."""
         scales, stacks = self._known_scales(ROOTS), vectors.stacks
 

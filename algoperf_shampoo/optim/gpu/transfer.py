@@ -51,12 +51,16 @@ class Transfer:
     @staticmethod
     def fits(params: Sequence[Tensor]) -> bool:
         """Whether the parameters are such that this class can serve."""
-        return bool(params) and triton_kernels() is not None and all(
-            p.is_cuda
-            and p.device == params[0].device
-            and p.dtype == torch.float32
-            and p.is_contiguous()
-            for p in params
+        return (
+            bool(params)
+            and triton_kernels() is not None
+            and all(
+                p.is_cuda
+                and p.device == params[0].device
+                and p.dtype == torch.float32
+                and p.is_contiguous()
+                for p in params
+            )
         )
 
     def gather(

@@ -358,9 +358,7 @@ class Operations(ModeOperations):
         """
         work: dict[tuple[bool, bool], list[tuple[Any, ...]]] = {}
         places = x.writable()
-        for s, place, old_m, old_v in zip(
-            x.stacks, places, m.tensors(), v.tensors(), strict=True
-        ):
+        for s, place, old_m, old_v in zip(x.stacks, places, m.tensors(), v.tensors(), strict=True):
             c1, c2 = bias_corrections(s, h) if corrected else (1.0, 1.0)
             row = s, place.tensor, old_m, old_v, c1, c2
             work.setdefault((isinstance(c1, Tensor), s.bad is None), []).append(row)

@@ -111,4 +111,3 @@ class BasisChange:
         shape = [len(part), *(-1 if i == dim else 1 for i in range(1, part.ndim))]
         index = permutation.view(shape).expand_as(part)
         self.ops.once(put, tensor, self.rows, torch.gather(part, dim, index))
-

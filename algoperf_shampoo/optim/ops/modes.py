@@ -26,9 +26,7 @@ class ModeOperations:
 
         The result holds until it is asked for again: whoever changes lambda has the old one.
         """
-        return self.once(
-            lambda: vectors.map(lambda lam: inverse_sqrt(lam, limit(lam.shape[-1])))
-        )
+        return self.once(lambda: vectors.map(lambda lam: inverse_sqrt(lam, limit(lam.shape[-1]))))
 
     def mean_square_ema(
         self, vectors: ModeVectors, x: Value, beta: float, scale: ModeVectors, limit: Limit
@@ -73,9 +71,7 @@ class ModeOperations:
         factor: a number, or a tensor [] on the device.
         """
         self.ema(m, x, beta)
-        for place, old, mine in zip(
-            x.writable(), m.tensors(), scale.of(x.stacks), strict=True
-        ):
+        for place, old, mine in zip(x.writable(), m.tensors(), scale.of(x.stacks), strict=True):
             y = place.tensor
             s = scaled(torch.ones_like(y), mine, None)
             y.copy_(old).mul_(s).div_(s.mul_(eps).add_(1)).mul_(factor)

@@ -162,9 +162,7 @@ def _share(counts: dict[int, tuple[float, float]], start: int, end: int) -> floa
 
 
 STATISTICS = {
-    "loss": Statistic(
-        "mean training loss of the last tenth of the steps", True, last_tenth_loss
-    ),
+    "loss": Statistic("mean training loss of the last tenth of the steps", True, last_tenth_loss),
     "refresh_share": Statistic("eigendecompositions over checks", False, refresh_share),
     "refresh_late_less_early": Statistic(
         "eigendecompositions over checks, last quarter of the steps less first quarter",
