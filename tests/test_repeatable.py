@@ -114,7 +114,8 @@ def test_the_variable_is_checked(monkeypatch, value):
 
 def test_the_variable_asks_torch(monkeypatch):
     monkeypatch.setenv(repeatable.VARIABLE, "1")
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # for monkeypatch to put back what was
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     assert not torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
     try:
